@@ -1,9 +1,8 @@
 """Structured pruning for the Hugging Face stack: physically smaller models that plain `from_pretrained` loads.
 
-The files here are what one can do. The folders are the stages that a model passes through, and each imports only from
-those before it: `system`, `config`, `arch`, `method`, `forward`, `widths`, `domains`, `vocabulary`, `criteria`,
-`record`, `sources`, `steps`, `saving`, `recovery`, `pruning`, `search`, `evaluation`, `commands`. Begin to
-read with `method`.
+The modules in this folder have the public functions. Each folder imports only from earlier folders in this list:
+`system`, `config`, `arch`, `method`, `forward`, `widths`, `domains`, `vocabulary`, `criteria`, `record`, `sources`,
+`steps`, `saving`, `recovery`, `pruning`, `search`, `evaluation`, `commands`. Start reading at `method`.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(set(globals()).union(__all__))
 
 
 # Non-uniform models load with plain from_pretrained once this package is imported; see arch/per_layer.py.

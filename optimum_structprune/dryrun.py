@@ -136,6 +136,7 @@ class DryRun(Record):
         lines = [aligned(cells(["before", "after"], rows))]
         lines += self.notes
         lines += [f"loads with {way}" for way in self.reload]
+
         if self.need is not None:
             lines.append(f"the pruning takes at its peak\n{self.need}")
         if self.time is not None:
@@ -209,6 +210,7 @@ def _space_choices(request: PruningRequest) -> list[SpaceChoice]:
     for name, width in request.widths.items():
         spaces = request.model_info.arch.of(name)
         original_width = max(space.width for space in spaces)
+
         if isinstance(width, int):
             choices.append(SpaceChoice(name, original_width, width))
         else:
@@ -242,6 +244,7 @@ def _sizes(request: PruningRequest, model: PreTrainedModel) -> dict[str, int]:
         "layer_parameters": sum(describe(model, request.config.arch_file).layer_params),
         "memory": saved_bytes(model, itemsize),
     }
+
     cached = cached_values(model, arch)
     if cached is not None:
         sizes["cache_per_token"] = cached * itemsize
@@ -283,6 +286,7 @@ def lost_kernels(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> I
         # One router kernel of vLLM refuses some numbers of experts; see its issue 51521.
         EXPERT: [(num_devices, "expert parallelism"), (8, "fused router kernels of some engines")],
     }
+
     for name in widths:
         spaces = arch.of(name)
         kernels: list[str] = []
@@ -292,6 +296,7 @@ def lost_kernels(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> I
             if unfit:
                 kernels.append(f"{kernel} (multiples of {number})")
                 unfit_widths += unfit
+
         if kernels:
             missing = ", no ".join(kernels)
             yield f"warning: {name} {min(unfit_widths)} has no {missing}; see round_to and tensor_parallel"

@@ -27,6 +27,7 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Issue a warning at the line of the caller outside of this package."""
     package = __name__.partition(".")[0]
     modules = [frame.f_globals.get("__name__", "") for frame, _ in walk_stack(sys._getframe())]
+
     last_inside = 0
     for level, module in enumerate(modules):
         if module.partition(".")[0] == package:

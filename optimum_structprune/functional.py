@@ -101,6 +101,7 @@ def prune_within_loss(
     pruner = StructPruner(trials.config_for(cut), options)
     result = pruner.prune(model, tokenizer, inplace, earlier=trials.text_of_trials())
     report = result.report
+
     report.seconds["trials"] = seconds
     report.wish = {
         "loss": limit,
@@ -158,7 +159,7 @@ class CutTrials:
         return replace(self.config, budget={"parameters": int((1 - removed) * self.parameters)})
 
     def first_cut(self, limit: float) -> float:
-        """Return the share of the first trial: the limit itself, or all tokens except those of a few languages."""
+        """Return the share of the first trial: the limit itself, or all tokens but a few languages' tokens."""
         if not self.request.config.removes_tokens:
             return limit
         tokens = self.request.model_info.arch.of(VOCAB)[0]
@@ -197,9 +198,11 @@ class CutTrials:
         share = report.removed
         self.measured_losses[share] = measured_loss
         self.upper_losses[key] = (share, upper_loss)
+
         record: dict[str, Any] = {"removed": share}
         record.update(losses)
         self.records.append(record)
+
         say(f"trial: {share:.2%} smaller, with a loss of {measured_loss:.4f}, at most {upper_loss:.4f}")
         return upper_loss
 
@@ -213,7 +216,7 @@ class CutTrials:
         return replace(config, num_samples=num_samples, seed=config.seed + 1, recovery=None)
 
     def text_of_trials(self) -> Manifest:
-        """Return the record of the text on which the trials were measured, and of the text of earlier runs.
+        """Return the record of the measured text of the trials, and of the text of earlier runs.
 
         The text of the trials becomes probe text, so that the final pruning is not measured on it.
         """
@@ -223,6 +226,7 @@ class CutTrials:
             for entry in manifest.domains:
                 if entry.use == EARLIER:
                     continue
+
                 probe = replace(entry, documents=[], heldout_documents=[], probe_documents=entry.heldout_documents)
                 probed.update(probe.probe_documents)
                 if probe not in entries:

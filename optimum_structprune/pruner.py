@@ -263,6 +263,7 @@ class StructPruner:
         report = state.report
         report.finish(state.model, state.arch, state.dense_arch, state.plan)
         report.target = state.config.sparsity
+
         manifest = state.manifest()
         # Evaluations and later runs read the text from the models.
         if state.dense_model is not None:
@@ -272,6 +273,7 @@ class StructPruner:
         request = request_line(report)
         if request.startswith("warning: "):
             warn(request.removeprefix("warning: "))
+
         # The record names tokens as a target only if the user's config does.
         config = replace(state.config, targets=self.config.targets)
         records = PruneRecords(config, state.plan, report, manifest, checksums(state.model))
@@ -286,6 +288,7 @@ class StructPruner:
             widths: The final widths.
         """
         steps: list[Step] = []
+
         if LAYER in widths:
             goals = round_widths(self.config, arch, {LAYER: widths[LAYER]})
             steps += [DropLayers(goal) for goal in goals]
@@ -353,6 +356,7 @@ def recover_(state: RunState, teacher: PreTrainedModel) -> None:
         remember_text(state.model, manifest=state.manifest())
         recovery = Recovery(state.config.recovery, state.config)
         recovery.recover_model(state.model, state.tokenizer, teacher, teacher_tokenizer=state.dense_tokenizer)
+
         assert recovery.report is not None
         state.report.recovery = recovery.report
         state.entries += recovery.entries

@@ -21,6 +21,7 @@ MAX_NAME_LENGTH = 60  # a CSV file without a header has texts as the names of it
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """Return the end of an error message about an unknown name: `" Did you mean 'wanda'? Known: flap, wanda."`."""
     legal = sorted(names)
+
     hint = ""
     matches = get_close_matches(name, legal, n=1, cutoff=0.5)
     if matches:
@@ -68,6 +69,7 @@ class Registry(Generic[T]):
                     f"The {self.kind} {name!r} is already registered by {_path(registered)}. Choose another name for "
                     f"{_path(entry)}."
                 )
+
             self._entries[name] = entry
             return entry
 
@@ -83,6 +85,7 @@ class Registry(Generic[T]):
             points = {point.name: point for point in _declared(self.group)}
             if name not in points:
                 raise StructPruneError(f"There is no {self.kind} {name!r}.{did_you_mean(name, self.names())}")
+
             self.register(name)(points[name].load())
         return self._entries[name]
 

@@ -34,7 +34,7 @@ from .widths.schedule import legal_round_widths, removal_steps
 # The key of the plan in the state of a Trainer. It must not be the name of the callback, because transformers would
 # replace the callback by a new one without its text. transformers warns that it ignores any other key.
 PLAN = "plan of structprune, which its callback reads itself"
-# The number of tokens, also of padding, that stay on the device until they are copied to the CPU together.
+# The maximum number of tokens, including padding, on the device before they are copied to the CPU together.
 MAX_PENDING_TOKENS = 2**20
 
 
@@ -42,7 +42,7 @@ MAX_PENDING_TOKENS = 2**20
 class RecentText:
     """The latest training tokens, enough for `num_samples` calibration samples of `seq_length` tokens.
 
-    Token ids stay on their device at first, because the host waits for the device in each copy to the CPU.
+    Token ids are copied to the CPU in groups, because the host waits for the device in each copy.
     """
 
     num_samples: int
@@ -62,6 +62,7 @@ class RecentText:
         if mask is None or mask.shape != ids.shape:
             mask = torch.ones_like(ids)
         self._pending.append((ids.detach().flatten(), mask.detach().flatten()))
+
         if sum(len(row) for row, _ in self._pending) > MAX_PENDING_TOKENS:
             self._copy_pending()
 
@@ -93,6 +94,7 @@ class RecentText:
         self._copy_pending()
         by_process = gather_objects(list(self._rows))
         num_calls = min(len(rows) for rows in by_process)
+
         ordered: deque[Tensor] = deque()
         for call in range(-num_calls, 0):
             ordered.extend(rows[call] for rows in by_process)
@@ -104,6 +106,7 @@ class RecentText:
         tokens = torch.zeros(0, dtype=torch.long)
         if self._rows:
             tokens = torch.cat(list(self._rows))
+
         incomplete = len(tokens) % self.seq_length
         samples = tokens[incomplete:].view(-1, self.seq_length)[-self.num_samples :]
 
@@ -282,15 +285,16 @@ class StructPruneCallback(TrainerCallback):
         self.plan = Plan.of(model, request.model_info.arch)
 
     def _resumed(self, state: Any) -> Plan:
-        """Return the plan of a checkpoint: the kept units of the model with which its run began."""
+        """Return the plan of a checkpoint: the kept units of the dense model of its run."""
         checkpoint = f"The checkpoint of step {state.global_step}"
         plan = Plan.from_dict(state.stateful_callbacks[PLAN])
         if self.plan is not None and plan.sizes != self.plan.sizes:
             raise StructPruneError(
                 f"{checkpoint} is from a run that began with a model of widths {dict(plan.sizes)}, and this model has "
-                f"{dict(self.plan.sizes)}. Resume with the model with which the run began, not with the model of a "
+                f"{dict(self.plan.sizes)}. Resume with the model that the run began with, not with the model of a "
                 "checkpoint."
             )
+
         if self.calibration == "batches" and not len(self.text):
             warn(f"{checkpoint} holds no text, so removals are calibrated on the training text after it.")
         return plan

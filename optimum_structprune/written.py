@@ -97,6 +97,7 @@ def unversioned(values: Mapping[str, Any], latest: int = FORMAT_VERSION) -> dict
             f"{VERSION_KEY} {version!r} is unknown, and the latest known version is {latest}. Install a newer "
             "optimum-structprune."
         )
+
     return {name: value for name, value in values.items() if name != VERSION_KEY}
 
 
@@ -113,6 +114,7 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, Set):
         return sorted(map(str, value))
+
     if isinstance(value, Sequence):
         return [plain(item) for item in value]
     return str(value)
@@ -134,6 +136,7 @@ def without_folders(value: Any) -> Any:
 
     if value.startswith(PRESET):
         return PRESET + without_folders(value.removeprefix(PRESET))
+
     parts = Path(value).parts
     is_path = len(parts) > 2 and Path(parts[0]).is_absolute() and Path(parts[0], parts[1]).exists()
     if not is_path:
@@ -150,6 +153,7 @@ def whole_lines(path: Path) -> Iterator[Any]:
     """Yield the values in a file of JSON lines. Skip incomplete lines, and yield nothing if there is no file."""
     if not path.is_file():
         return
+
     for line in path.read_bytes().splitlines():
         with suppress(ValueError):
             yield json.loads(line)

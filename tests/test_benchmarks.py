@@ -1,24 +1,51 @@
 """What we measure with: every script says its usage, and runs small."""
 
+import json
 import re
 import sys
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from shlex import split
 from xml.etree import ElementTree
 
 import pytest
 import yaml
-from helpers import main_of
+from helpers import main_of, write_texts
 from models import GROUPED, real_text_model
 from trained import SHARED, needs_shared
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from optimum_structprune.domains.sources import builtin_documents
 
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "examples" / "benchmarks").glob("*.py"))
 SVG = "{http://www.w3.org/2000/svg}"
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+
+
+@pytest.mark.slow
+def test_the_protocol_of_the_docs_measures_a_folder_against_the_original(tmp_path, capsys, monkeypatch):
+    for part in real_text_model(1600, "prose"):
+        part.save_pretrained(tmp_path / "model")
+    figures = import_module("figures")
+    monkeypatch.setattr(figures, "SAMPLES", 1)
+    monkeypatch.setattr(figures, "SEQ_LENGTH", 32)
+    monkeypatch.setattr(figures, "QUESTIONS", 1)
+    names = [f"heldout/{name}" for name in figures.DOMAINS]
+    texts = list(islice(builtin_documents("prose"), 12))
+    for name in [*names, "unseen/letters"]:
+        path = tmp_path / f"{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        write_texts(path, texts)
+
+    model = str(tmp_path / "model")
+    main_of("figures")(["measure", model, str(tmp_path), model, "--answers", "--speed"])
+    row = json.loads(capsys.readouterr().out)
+    assert row["parameters"] == 0 and row["heldout"] == row["unseen"] == 1
+    assert row["heldout_kl"] == pytest.approx(0, abs=1e-6) and row["right"] == row["right_of_dense"]
+    assert row["speedup"] > 0
 
 
 @pytest.mark.slow

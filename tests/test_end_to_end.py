@@ -69,7 +69,7 @@ def test_pixels_are_given_as_inputs(dtype, tmp_path):
     entry = Manifest.load(tmp_path / "out").domains[0]
     assert (entry.calibration_tokens, entry.heldout_tokens) == (6, 2)
     assert "Perplexity" not in (tmp_path / "out" / "README.md").read_text()
-    with pytest.raises(StructPruneError, match=r"inputs\['few'\] has 2 samples, of which 2 are held out; 3 is the"):
+    with pytest.raises(StructPruneError, match=r"inputs\['few'\]` has 2 samples.* at least 3"):
         prune_model(model, config(), inputs={"few": torch.randn(2, 3, 8, 8)})
     with pytest.raises(StructPruneError, match="one or more"):
         prune_model(model, config(), inputs={})

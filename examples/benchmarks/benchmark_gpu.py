@@ -204,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("models", nargs="*", default=list(MODELS), metavar="MODEL", help="Ids or folders.")
     parser.add_argument("--output", default="gpu.json", help="The file for all figures.")
     parser.add_argument("--device", default="cuda", help="cuda, a GPU such as cuda:1, or cpu.")
-    parser.add_argument("--dtype", default="auto", help="The dtype; auto is that of the files.")
+    parser.add_argument("--dtype", default="auto", help="The dtype; auto uses the dtype of the files.")
     parser.add_argument("--attn-implementation", help="The attention kernels; by default those of transformers.")
     parser.add_argument("--folder", help="Where results are saved for a while; by default the temporary folder.")
     parser.add_argument("--sparsity", type=float, default=0.25, help="The share of the FFN channels to remove.")

@@ -164,7 +164,7 @@ def measure(args: Namespace) -> Iterator[dict[str, Any]]:
             models = {"dense": dense, "model": model}
             speed = measure_speed(models, prompts=[16], new_tokens=16, repeats=9, clock="cpu")
             (by_model,) = speed.decode.values()
-            row["speedup"] = round(by_model["model"]["speedup"]["median"], 2)
+            row["speedup"] = round(by_model["model"].speedup.median, 2)
 
         yield row
 

@@ -22,7 +22,7 @@ from fractions import Fraction
 from pathlib import Path
 from random import Random
 
-from optimum_structprune.domains.sources import BETWEEN, TEXTS, sections
+from optimum_structprune.domains.sources import SEPARATOR, TEXTS, sections
 
 
 TEMPLATES = Path(__file__).with_name("word_problems.txt")
@@ -303,10 +303,10 @@ def main(kinds: list[str]) -> None:
     """Write the files of some kinds of text, or of all."""
     for kind in kinds or KINDS:
         documents = list(dict.fromkeys(KINDS[kind](Random(0))))
-        assert not any(BETWEEN in f"\n{text}\n" for text in documents)
+        assert not any(SEPARATOR in f"\n{text}\n" for text in documents)
         path = TEXTS / f"{kind}.txt.gz"
         # Neither time nor name, so that the same text gives the same file.
-        path.write_bytes(gzip.compress(f"{BETWEEN.join(documents)}\n".encode(), mtime=0))
+        path.write_bytes(gzip.compress(f"{SEPARATOR.join(documents)}\n".encode(), mtime=0))
         print(
             f"{path}: {len(documents)} documents, {sum(map(len, documents)):,} characters, {path.stat().st_size:,} B"
         )

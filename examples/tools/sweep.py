@@ -19,7 +19,7 @@ from optimum_structprune.arch.load import ModelInfo
 from optimum_structprune.commands.arguments import Command, pruning_config, run_options
 from optimum_structprune.commands.checks import CONFIGS
 from optimum_structprune.commands.cli import CommandParser, execute
-from optimum_structprune.commands.flags import LOADING, named, switch
+from optimum_structprune.commands.flags import LOADING, option, switch
 from optimum_structprune.commands.loading import Loading
 from optimum_structprune.commands.output import Result, note
 from optimum_structprune.config.pruning import StructPruneConfig
@@ -151,7 +151,7 @@ COMMAND = Command(
     {
         "model": "Model id or folder.",
         "output": "Folder for the curve, and for one pruned model per size.",
-        "--sparsity": named(
+        "--sparsity": option(
             "X",
             "The shares of the layers' parameters to remove, each between 0 and 1.",
             **{"dest": "sizes", "nargs": "+", "type": float, "required": True},

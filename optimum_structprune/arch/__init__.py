@@ -1,4 +1,4 @@
-"""Architectures as data: which dimensions of which model can shrink, and the smaller config.
+"""Describe architectures as data: the removable dimensions of each model, and the smaller config.
 
 Every folder but `config` may import it.
 """

@@ -29,7 +29,7 @@ TEXT_ONLY = "only a text model by itself is built layer by layer"
 UNDESCRIBED = "its description names no layer_class"
 
 # The keys of transformers 4 for the base of a rotary embedding, for the base in layers with a sliding window, and for
-# the rotated share of a head. An empty name means that there is no such key.
+# the rotated share of a head. An empty name means that the model type does not have such a key.
 FORMER_ROPE = ("rope_theta", "", "partial_rotary_factor")
 GEMMA_ROPE = ("rope_theta", "rope_local_base_freq", "partial_rotary_factor")
 FORMER_ROPE_OF = {
@@ -101,7 +101,7 @@ class Family:
     uniform: str = ""
 
 
-# Families from `arch_file`s that this process has read. Their models can be built where no file is given.
+# The families of each `arch_file` that this process has read, so that later calls without the file can build them.
 _USER_FAMILIES: dict[str, Family] = {}
 
 
@@ -116,6 +116,7 @@ def read_families(path: str | Path) -> list[Family]:
         entries = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StructPruneError(f"{path} cannot be read: {error}") from error
+
     if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
         raise StructPruneError(f"{path} must hold a list of families, each with model_types, layer_path and spaces.")
 
@@ -128,6 +129,7 @@ def read_families(path: str | Path) -> list[Family]:
         except (TypeError, ValueError, AttributeError) as error:
             name = entry.get("model_types", f"entry {number}")
             raise StructPruneError(f"{path.name}: {name} does not describe a family: {error}.") from error
+
     return families
 
 
@@ -136,11 +138,12 @@ def _family(entry: Mapping[str, Any], file: str) -> Family:
     types = [str(name) for name in entry.get("model_types") or ["?"]]
     where = f"{file}: {', '.join(types)}"
 
-    values = {key: value for key, value in entry.items() if key != "transposed"}
+    values = dict(entry)
+    transposed = values.pop("transposed", False)
     if isinstance(entry.get("layer_path"), str):
         values["layer_path"] = [entry["layer_path"]]
+
     if "spaces" in entry:
-        transposed = entry.get("transposed", False)
         values["spaces"] = {
             name: _space(space, f"{where}.{name}", transposed) for name, space in entry["spaces"].items()
         }
@@ -150,27 +153,36 @@ def _family(entry: Mapping[str, Any], file: str) -> Family:
         values["hidden"] = _described(ResidualTemplate, entry["hidden"], f"{where}.hidden")
 
     # A multimodal model only names its text model, which has a description of its own.
-    required = () if "text" in entry else ("layer_path", "spaces")
-    return _described(Family, values, where, required)
+    if "text" in entry:
+        return _described(Family, values, where)
+    return _described(Family, values, where, required=("layer_path", "spaces"))
 
 
 def _space(entry: Mapping[str, Any], where: str, transposed: bool) -> Template:
     """Return the template of one space."""
-    values = {"transposed": transposed, **entry}
+    values = dict(entry)
+    values.setdefault("transposed", transposed)
     for key in ("producers", "consumers", "also_cut"):
         if key in entry:
             values[key] = _parts(entry[key], f"{where}.{key}")
-    required = ("experts",) if "router" in entry else ("producers", "consumers")
-    return _described(Template, values, where, required)
+
+    if "router" in entry:
+        return _described(Template, values, where, required=("experts",))
+    return _described(Template, values, where, required=("producers", "consumers"))
 
 
 def _parts(entry: Mapping[str, Any], where: str) -> dict[str, list[str]]:
     """Return the rows per unit of each named weight, as a list of its parts."""
-    parts = {name: units if isinstance(units, list) else [units] for name, units in entry.items()}
-    for name, units in parts.items():
+    parts: dict[str, list[str]] = {}
+    for name, units in entry.items():
+        if not isinstance(units, list):
+            units = [units]
+
         for unit in units:
             if unit not in UNIT_WORDS and not re.fullmatch(SUM_OF_KEYS, str(unit)):
                 raise StructPruneError(f"{where}.{name}: unknown unit {unit!r}.{did_you_mean(str(unit), UNIT_WORDS)}")
+        parts[name] = units
+
     return parts
 
 
@@ -185,10 +197,12 @@ def _described(kind: type[T], entry: Mapping[str, Any], where: str, required: Se
     for key, value in entry.items():
         if key not in types:
             raise StructPruneError(f"{where}: unknown key {key!r}.{did_you_mean(key, types)}")
+
         if get_origin(types[key]) is tuple and isinstance(value, list):
             value = tuple(value)
         type_validator(key, value, types[key])
         values[key] = value
+
     return kind(**values)
 
 
@@ -197,20 +211,24 @@ def builtin_families() -> dict[str, Family]:
     """Return the built-in families by model type, in the order of the files."""
     families: dict[str, Family] = {}
     for path in sorted(FAMILIES_FOLDER.glob("*.yaml")):
-        families |= by_model_type(read_families(path))
+        families.update(by_model_type(read_families(path)))
     return families
 
 
 def by_model_type(families: Sequence[Family]) -> dict[str, Family]:
     """Return families by each of their model types."""
-    return {name: family for family in families for name in family.model_types}
+    by_type: dict[str, Family] = {}
+    for family in families:
+        by_type.update(dict.fromkeys(family.model_types, family))
+    return by_type
 
 
 def family_of(model_type: str, arch_file: str | Path | None = None) -> Family:
     """Return the family of a model type. Raise `UndescribedError` if neither the package nor the file describes it."""
     families = dict(builtin_families())
     if arch_file:
-        families |= user_families(arch_file)
+        families.update(user_families(arch_file))
+
     if model_type not in families:
         raise UndescribedError(
             f"The model type {model_type!r} is not described in arch/families.{did_you_mean(model_type, families)} "
@@ -235,27 +253,30 @@ def layer_class_name(model_type: str) -> str | None:
 
 
 def with_former_rope(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a `config.json` with the keys by which transformers 4 describes rotary embeddings."""
-    former: dict[str, Any] = {}
+    """Return the fields of a `config.json` with the rotary embedding keys of transformers 4 added."""
+    new_fields: dict[str, Any] = {}
     for key, value in fields.items():
-        former[key] = with_former_rope(value) if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            value = with_former_rope(value)
+        new_fields[key] = value
 
     model_type = fields.get("model_type", "")
     rope = fields.get("rope_parameters") or {}
     full = rope.get("full_attention", rope) or {}
     sliding = rope.get("sliding_attention") or {}
     if full.get("rope_type") not in KNOWN_ROPE_TYPES:
-        return former
+        return new_fields
 
     values = (full.get("rope_theta"), sliding.get("rope_theta"), full.get("partial_rotary_factor"))
     for name, value in zip(FORMER_ROPE_OF.get(model_type, FORMER_ROPE), values, strict=True):
         if name and value is not None:
-            former[name] = value
+            new_fields[name] = value
 
     scaling = {key: value for key, value in full.items() if key not in FORMER_ROPE}
     if scaling == {"rope_type": "default"}:
-        former["rope_scaling"] = None
+        new_fields["rope_scaling"] = None
     else:
         keys = FORMER_SCALING_OF.get(model_type, scaling)
-        former["rope_scaling"] = {key: scaling[key] for key in keys if key in scaling}
-    return former
+        new_fields["rope_scaling"] = {key: scaling[key] for key in keys if key in scaling}
+
+    return new_fields

@@ -42,10 +42,10 @@ def observe(model: nn.Module, names: Iterable[str], see: Callable[[str, Tensor],
     names = list(names)
     modules = [model.get_submodule(name) for name in names]
 
-    def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def on_call(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         see(names[index], args[0])
 
-    with intercept(modules, before):
+    with intercept(modules, on_call):
         yield
 
 
@@ -63,8 +63,10 @@ def observe_products(
 
         # A subclass, such as a router, may return other values than a linear layer.
         if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+            product = output
             bias = getattr(module, "bias", None)
-            product = output if bias is None else output - bias
+            if bias is not None:
+                product = output - bias
 
         see(name, args[0], product)
 
@@ -138,14 +140,15 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
         module: The module.
         forward: It is called with the module's arguments, and its result is the output of the module.
     """
-    former = vars(module).get("forward")  # accelerate may have put its own there
+    # Accelerate may have set a `forward` of its own.
+    original_forward = vars(module).get("forward")
     vars(module)["forward"] = forward
     try:
         yield
     finally:
         del vars(module)["forward"]
-        if former is not None:
-            vars(module)["forward"] = former
+        if original_forward is not None:
+            vars(module)["forward"] = original_forward
 
 
 @contextmanager
@@ -167,16 +170,17 @@ def cached_outputs(
     """
     calls: list[str] = []
     outputs: dict[str, Any] = {}
-    modules = [layer, *map(layer.get_submodule, names)]
+    modules = [layer]
+    modules += [layer.get_submodule(name) for name in names]
 
-    def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def on_call(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Module 0 is the layer itself, whose call begins a new forward pass.
         if index == 0:
             calls.clear()
         else:
             calls.append(names[index - 1])
 
-    def after(index: int, output: Any) -> None:
+    def on_return(index: int, output: Any) -> None:
         if index == 0 or not _is_single_tensor(output):
             return
 
@@ -188,11 +192,11 @@ def cached_outputs(
         hidden = first_of(output)
         copied = hidden.detach().to(device or hidden.device, copy=True)
         if isinstance(output, tuple):
-            outputs[names[index - 1]] = (copied, *output[1:])
+            outputs[names[index - 1]] = (copied,) + output[1:]
         else:
             outputs[names[index - 1]] = copied
 
-    with intercept(modules, before, after):
+    with intercept(modules, on_call, on_return):
         yield outputs
 
 
@@ -249,7 +253,9 @@ def in_fast_dtype(modules: Iterable[nn.Module]) -> Iterator[None]:
         restore()
 
         def converted(tensor: Tensor) -> Tensor:
-            return tensor.to(dtype) if tensor.dtype == torch.float32 else tensor
+            if tensor.dtype != torch.float32:
+                return tensor
+            return tensor.to(dtype)
 
         return recursively_apply(converted, output)
 
@@ -286,22 +292,22 @@ def before_load(model: nn.Module, adapt: Callable[[Any, Mapping[str, Tensor]], N
 @contextmanager
 def intercept(
     modules: Iterable[nn.Module],
-    before: Callable[[int, tuple[Any, ...], dict[str, Any]], None],
-    after: Callable[[int, Any], None] | None = None,
+    on_call: Callable[[int, tuple[Any, ...], dict[str, Any]], None],
+    on_return: Callable[[int, Any], None] | None = None,
 ) -> Iterator[None]:
-    """Call `before(index, args, kwargs)` and `after(index, output)` around each call of the modules."""
+    """Call `on_call(index, args, kwargs)` and `on_return(index, output)` around each call of the modules."""
 
     def enter(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        before(index, args, kwargs)
+        on_call(index, args, kwargs)
 
     def leave(index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        assert after is not None
-        after(index, output)
+        assert on_return is not None
+        on_return(index, output)
 
     with ExitStack() as stack:
         for index, module in enumerate(modules):
             stack.enter_context(module.register_forward_pre_hook(partial(enter, index), with_kwargs=True))
-            if after is not None:
+            if on_return is not None:
                 stack.enter_context(module.register_forward_hook(partial(leave, index)))
 
         yield

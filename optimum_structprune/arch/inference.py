@@ -39,21 +39,24 @@ def run_model(model: Any, ids: Tensor, **options: Any) -> Any:
         ids = ids.to(model.dtype)
 
     if config.is_encoder_decoder:
-        options |= {"decoder_input_ids": ids, "use_cache": False}
+        options["decoder_input_ids"] = ids
+        options["use_cache"] = False
     elif hasattr(config.get_text_config(), "use_cache"):
-        options |= {"use_cache": False}
+        options["use_cache"] = False
 
     with in_fast_dtype(blocks(model)):
         if hasattr(model, "get_text_features"):
             return model.get_text_features(ids)
 
-        other_inputs = beside_text(model, ids) if is_text else {}
-        if not other_inputs:
+        extra_inputs: dict[str, Any] = {}
+        if is_text:
+            extra_inputs = beside_text(model, ids)
+        if not extra_inputs:
             return model(ids, **options)
 
-        options |= other_inputs
+        options.update(extra_inputs)
         if not config.is_encoder_decoder:
-            options |= {"input_ids": ids}
+            options["input_ids"] = ids
         return model(**options)
 
 
@@ -73,7 +76,8 @@ def last_states(model: Any, ids: Tensor) -> Tensor:
         return run_model(model.base_model, ids)[0]
 
     # The output of T5's classes is logits, and they have no base model inside them.
-    encoder, decoder = model.get_encoder(), model.get_decoder()
+    encoder = model.get_encoder()
+    decoder = model.get_decoder()
     while decoder.get_decoder() is not decoder:  # Florence-2 returns the whole language model
         decoder = decoder.get_decoder()
 
@@ -102,10 +106,12 @@ def random_inputs(model: PreTrainedModel, length: int = 16) -> Tensor:
     length = int(min(length, positions_of(model)))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(text.vocab_size, (1, length), generator=generator)
+
     # Some heads for classification look for the end of the sequence.
-    end = getattr(text, "eos_token_id", None)
-    if isinstance(end, int) and 0 <= end < text.vocab_size:
-        ids[0, -1] = end
+    eos_id = getattr(text, "eos_token_id", None)
+    if isinstance(eos_id, int) and 0 <= eos_id < text.vocab_size:
+        ids[0, -1] = eos_id
+
     if type(model).__name__.endswith("ForMultipleChoice"):
         return ids[None]
     return ids

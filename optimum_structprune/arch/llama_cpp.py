@@ -76,7 +76,7 @@ def _fits_stock(config: PretrainedConfig) -> bool:
     """Return whether the architecture in `STOCK` can run a model with these sizes."""
     architecture = STOCK[config.model_type]
     counts = heads_of(layer_configs(config)[0])
-    has_head_dim = (*INTERLEAVED_ARCHITECTURES, "qwen3", "qwen3moe", "openelm", "gemma3")
+    has_head_dim = INTERLEAVED_ARCHITECTURES + ("qwen3", "qwen3moe", "openelm", "gemma3")
 
     if config.is_heterogeneous:
         return False
@@ -123,8 +123,9 @@ def _unsupported_value(config: PretrainedConfig) -> str | None:
     rope = rope_of(config)
 
     for name, supported in _supported_values(config).items():
-        default = "default" if name == "rope_type" else None
-        value = rope.get(name, getattr(config, name, default))
+        value = rope.get(name, getattr(config, name, None))
+        if name == "rope_type" and value is None:
+            value = "default"
 
         if value not in supported:
             names = [str(value) for value in supported if value is not None]
@@ -215,7 +216,9 @@ def in_file_order(name: str, rows: Tensor, layer_config: Any, architecture: str,
     """
     if name.endswith(FUSED_EXPERTS):
         gate, up = rows.chunk(2, dim=1)
-        return up if "up_proj" in module_name else gate
+        if "up_proj" in module_name:
+            return up
+        return gate
 
     module = name.split(".")[-2]
     if architecture == "gemma3" and module.endswith("norm"):
@@ -224,5 +227,7 @@ def in_file_order(name: str, rows: Tensor, layer_config: Any, architecture: str,
         return rows
 
     counts = heads_of(layer_config)
-    num_heads = counts.groups if module == "k_proj" else counts.heads
+    num_heads = counts.heads
+    if module == "k_proj":
+        num_heads = counts.groups
     return rows.unflatten(0, (num_heads, 2, -1)).transpose(1, 2).reshape(rows.shape)

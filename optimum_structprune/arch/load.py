@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
@@ -36,34 +37,40 @@ def describe(model: PreTrainedModel, arch_file: str | Path | None = None) -> Arc
     """
     if is_quantized(model):
         model = skeleton(model, model.config)
+
     try:
-        arch, config = _with_layers(model, arch_file)
+        arch, text_config = _with_layers(model, arch_file)
     except UndescribedError as error:
         return _without_layers(model, error)
 
     arch = replace(arch, causal=arch.causal and reads_forward(model))
     if VOCAB not in dict(arch.missing):
-        vocabulary = vocabulary_of(model, config)
+        vocabulary = vocabulary_of(model, text_config)
         if vocabulary is not None:
-            arch = replace(arch, model_spaces=(vocabulary, *arch.model_spaces))
-    if config is not model.config:
+            arch = replace(arch, model_spaces=(vocabulary,) + arch.model_spaces)
+
+    if text_config is not model.config:
         arch = replace(arch, model_type=model.config.model_type, uniform=TEXT_ONLY)
     return arch
 
 
 def _with_layers(model: PreTrainedModel, arch_file: str | Path | None) -> tuple[ArchSpec, PretrainedConfig]:
-    """Return the description of a model by its family, without tokens, and the config of its text part."""
+    """Return the description of a model by its family, without the vocabulary, and the config of its text part."""
     config = model.config
     base = model.base_model_prefix
-    prefix = f"{base}." if base and hasattr(model, base) else ""
+    prefix = ""
+    if base and hasattr(model, base):
+        prefix = f"{base}."
+
     family = family_of(config.model_type, arch_file)
     if family.text is not None:
         config = config.get_text_config()
         prefix = f"{prefix}{family.text}."
         family = family_of(config.model_type, arch_file)
-        family = _without_hidden(family, "what is not text writes to the residual stream too")
+        family = _without_hidden(family, "inputs other than text write to the residual stream too")
+
     if family.hidden is not None and model.get_output_embeddings() is None:
-        reason = "the model has no head that predicts tokens, and what reads the residual stream is not described"
+        reason = "the model has no head that predicts tokens, and the readers of the residual stream are not described"
         family = _without_hidden(family, reason)
 
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -72,11 +79,13 @@ def _with_layers(model: PreTrainedModel, arch_file: str | Path | None) -> tuple[
 
 def _without_hidden(family: Family, reason: str) -> Family:
     """Return a family whose residual stream is not offered, for a reason."""
-    return replace(family, hidden=None, missing={**family.missing, HIDDEN: reason})
+    missing = dict(family.missing)
+    missing[HIDDEN] = reason
+    return replace(family, hidden=None, missing=missing)
 
 
 def _without_layers(model: PreTrainedModel, error: UndescribedError) -> ArchSpec:
-    """Return the description of a model of which only tokens can be removed. Raise the error if it embeds none."""
+    """Return the description of a model that offers the vocabulary only. Raise the error if it embeds no tokens."""
     vocabulary = vocabulary_of(model, model.config.get_text_config())
     if vocabulary is None:
         raise error
@@ -92,20 +101,30 @@ def _without_layers(model: PreTrainedModel, error: UndescribedError) -> ArchSpec
         model_spaces=(vocabulary,),
         uniform=UNDESCRIBED,
     )
+
     try:
-        return replace(arch, model_spaces=(tried_vocabulary(model, arch),))
+        tested_vocabulary = tried_vocabulary(model, arch)
     except UnsuitedError as unsuited:
         missing[VOCAB] = str(unsuited)
         return replace(arch, model_spaces=(), missing=tuple(missing.items()))
+    return replace(arch, model_spaces=(tested_vocabulary,))
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The facts about a model that do not depend on a config, collected once before it is used."""
+    """The facts about a model that do not depend on a pruning config, collected once.
+
+    Attributes:
+        arch: The description of the model.
+        plain_model: The model. For a quantized model, a model without weights that has the unpacked shapes.
+        device: The device that computes the first weights.
+        quantized: Whether the model is quantized.
+        offloaded: Whether accelerate offloads weights of the model.
+    """
 
     arch: ArchSpec
-    plain_model: PreTrainedModel  # the model itself; for a quantized one the shapes that it has unpacked, no weights
-    device: torch.device  # the one that computes the first weights
+    plain_model: PreTrainedModel
+    device: torch.device
     quantized: bool = False
     offloaded: bool = False
 
@@ -116,18 +135,23 @@ class ModelInfo:
 
     @classmethod
     def of(cls, model: PreTrainedModel, arch_file: str | Path | None = None) -> ModelInfo:
-        """Describe a model, and raise if it cannot be pruned whatever the config."""
+        """Describe a model. Raise if no config can prune it."""
         check_plain(model)
         check_devices(model)
+
         quantized = is_quantized(model)
-        offloaded = is_offloaded(model)
         plain_model = model
         if quantized:
             plain_model = skeleton(model, model.config)
             vars(plain_model)["generation_config"] = getattr(model, "generation_config", None)
+
         arch = describe(plain_model, arch_file)
         _check_generation(plain_model)
-        device = compute_device(model) if offloaded else model.device
+
+        offloaded = is_offloaded(model)
+        device = model.device
+        if offloaded:
+            device = compute_device(model)
         return cls(arch, plain_model, device, quantized, offloaded)
 
     @classmethod
@@ -141,28 +165,33 @@ class ModelInfo:
         offloaded: bool = False,
     ) -> ModelInfo:
         """Describe the model of a config, whose weights will be on a `device`."""
-        # An argument that is not a config is refused by `meta_model`.
-        saved = dtype or getattr(config, "dtype", None) or torch.float32
-        dtype = getattr(torch, saved) if isinstance(saved, str) else saved
-        model = meta_model(config, arch_file, dtype, trust_remote_code)
+        # `meta_model` raises if the argument is not a config.
+        model_dtype = dtype or getattr(config, "dtype", None) or torch.float32
+        if isinstance(model_dtype, str):
+            model_dtype = getattr(torch, model_dtype)
+
+        model = meta_model(config, arch_file, model_dtype, trust_remote_code)
         if model.can_generate() and config.name_or_path:
             generation_config = _generation_config(config)
             if generation_config is not None:
                 model.generation_config = generation_config
                 _check_generation(model)
+
         return cls(describe(model, arch_file), model, device or model.device, offloaded=offloaded)
 
 
 def _generation_config(config: PretrainedConfig) -> GenerationConfig | None:
-    """Read the generation config of a model as `from_pretrained` does; None if the model has no files.
+    """Read the generation config of a model as `from_pretrained` does, or return None if the model has no files.
 
     A model without a readable `generation_config.json` may have its settings in `config.json`.
 
     Raises:
         StructPruneError: If a value is not legal.
     """
-    name = config.name_or_path
-    revision = getattr(config, "_commit_hash", None)
+    name: Any = config.name_or_path
+    revision: Any = getattr(config, "_commit_hash", None)
+
+    # A value that is not legal may cause an error of any kind.
     try:
         with suppress(OSError):
             return GenerationConfig.from_pretrained(name, revision=revision)
@@ -170,7 +199,7 @@ def _generation_config(config: PretrainedConfig) -> GenerationConfig | None:
             return GenerationConfig.from_pretrained(
                 name, config_file_name="config.json", _from_model_config=True, revision=revision
             )
-    except Exception as error:  # an odd value raises errors of many kinds
+    except Exception as error:
         raise StructPruneError(f"The generation config of {name!r} cannot be read: {one_line(error)}") from error
     return None
 
@@ -190,46 +219,80 @@ def _check_generation(model: PreTrainedModel) -> None:
 
 
 def resolve(family: Family, config: PretrainedConfig, shapes: TensorShapes, prefix: str = "") -> ArchSpec:
-    """Return the description of a model with a config and shapes, by the templates of its family."""
+    """Return the description of a model by the templates of its family.
+
+    Args:
+        family: The family of the model.
+        config: The text config of the model.
+        shapes: The shapes of all parameters.
+        prefix: The prefix of the base model's parameters, with the dot.
+
+    Raises:
+        UndescribedError: If the model does not have any layer where the family expects them.
+        StructPruneError: If a shape does not fit the templates.
+    """
     stacks: list[tuple[str, int]] = []
+    prefixes: list[str] = []
     layer_params: list[int] = []
     spaces: list[Space] = []
     for path in family.layer_path:
         full_path = f"{prefix}{path}"
-        params_here = _layer_params(full_path, shapes)
-        for index in range(len(params_here)):
-            layer = len(layer_params) + index
-            layer_config = config.per_layer_config[layer] if config.is_heterogeneous else config
-            for name, template in family.spaces.items():
-                if template.within in (None, path):
-                    spaces += spaces_of(name, template, layer, f"{full_path}.{index}.", shapes, layer_config)
-        # Half of an encoder-decoder has one of the two lists of layers.
-        if params_here:
-            stacks.append((full_path, len(params_here)))
-        layer_params += params_here
+        stack_params = _layer_params(full_path, shapes)
+        # One half of an encoder-decoder has only one of the two lists of layers.
+        if not stack_params:
+            continue
+
+        for index in range(len(stack_params)):
+            layer = len(prefixes)
+            layer_prefix = f"{full_path}.{index}."
+            spaces += _layer_spaces(family, path, layer, layer_prefix, shapes, config)
+            prefixes.append(layer_prefix)
+        stacks.append((full_path, len(stack_params)))
+        layer_params += stack_params
+
     if not stacks:
         raise UndescribedError(
             f"A model of type {config.model_type!r} has its layers at {full_path!r}; nothing is there."
         )
 
-    layers = [f"{path}.{index}." for path, count in stacks for index in range(count)]
-    model_spaces = list(_depth(family.layer, config, layer_params, layers, shapes))
+    model_spaces = list(_depth(family.layer, config, layer_params, prefixes, shapes))
     residual = None
     if family.hidden is not None:
-        residual = residual_of(family.hidden, shapes, config, prefix, layers)
+        residual = residual_of(family.hidden, shapes, config, prefix, prefixes)
         model_spaces.append(residual.space)
-    uniform = "" if config.model_type in family.layer_class else family.uniform or UNDESCRIBED
+
+    # Layers can have their own widths if the family names the class that builds them.
+    uniform = ""
+    if config.model_type not in family.layer_class:
+        uniform = family.uniform or UNDESCRIBED
+
+    missing = list(family.missing.items()) + _refused(family, config)
     return ArchSpec(
         model_type=config.model_type,
         stacks=tuple(stacks),
         layer_params=tuple(layer_params),
         spaces=tuple(spaces),
-        missing=(*family.missing.items(), *_refused(family, config)),
+        missing=tuple(missing),
         causal=family.causal,
         model_spaces=tuple(model_spaces),
         residual=residual,
         uniform=uniform,
     )
+
+
+def _layer_spaces(
+    family: Family, path: str, layer: int, prefix: str, shapes: TensorShapes, config: PretrainedConfig
+) -> list[Space]:
+    """Return the spaces of one layer, in the list of layers at `path`."""
+    layer_config: Any = config
+    if config.is_heterogeneous:
+        layer_config = config.per_layer_config[layer]
+
+    spaces: list[Space] = []
+    for name, template in family.spaces.items():
+        if template.within in (None, path):
+            spaces += spaces_of(name, template, layer, prefix, shapes, layer_config)
+    return spaces
 
 
 def _depth(
@@ -239,16 +302,25 @@ def _depth(
     if template is None or not meets(config, template):
         return
 
-    # A model needs a layer with each of the modules in `kinds`. Among `least` layers there always is one.
-    least = 1
+    # A model needs a layer with each of the modules in `kinds`. Any `min_size` layers contain such a layer.
+    min_size = 1
     for module in template.kinds:
         count = sum(f"{layer}{module}.weight" in shapes for layer in layers)
         if count:
-            least = max(least, len(layers) - count + 1)
-    mean_params = round(sum(params) / len(layers))
-    keys = ((template.size, 1),)
+            min_size = max(min_size, len(layers) - count + 1)
+
     yield Space(
-        LAYER, MODEL, len(layers), (), (), keys, (), mean_params, min_size=least, unit=LAYER, uniform=ONE_PER_MODEL
+        name=LAYER,
+        layer=MODEL,
+        size=len(layers),
+        producers=(),
+        consumers=(),
+        config=((template.size, 1),),
+        pins=(),
+        unit_params=round(sum(params) / len(layers)),
+        min_size=min_size,
+        unit=LAYER,
+        uniform=ONE_PER_MODEL,
     )
 
 
@@ -264,10 +336,12 @@ def _layer_params(layer_path: str, shapes: TensorShapes) -> list[int]:
 
 def _refused(family: Family, config: PretrainedConfig) -> list[tuple[str, str]]:
     """Return the spaces that the config of this model rules out, each with the reason."""
+    templates = dict(family.spaces)
+    if family.layer is not None:
+        templates[LAYER] = family.layer
+
     refused = []
-    for name, template in (*family.spaces.items(), (LAYER, family.layer)):
-        if template is None:
-            continue
+    for name, template in templates.items():
         for key, values in template.requires.items():
             value = getattr(config, key, None)
             if value not in values:

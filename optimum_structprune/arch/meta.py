@@ -42,7 +42,7 @@ def model_class(config: PretrainedConfig, arch_file: str | Path | None = None) -
     if saved is not None and not saved.can_generate():
         return saved
 
-    # The modules of sentence-transformers read hidden states, except those of a reranker that reads logits.
+    # The modules of sentence-transformers read hidden states, except the modules of a reranker that reads logits.
     files = module_files(config)
     reads_logits = '"text-generation"' in files.get(TASK, "")
     if files and not reads_logits:
@@ -56,7 +56,7 @@ def meta_model(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Build the model that a config describes on the meta device: names and shapes, but no memory.
+    """Build the model of a config on the meta device, which has names and shapes but no memory.
 
     Args:
         config: The config.
@@ -72,13 +72,15 @@ def meta_model(
 
     kind = model_class(config, arch_file)
     config = deepcopy(config)
+
+    # Every model class raises its own errors.
     try:
         with torch.device("meta"), heterogeneous():
             if hasattr(kind, "from_config"):
                 model = kind.from_config(config, trust_remote_code=trust_remote_code)
             else:
                 model = kind(config)
-    except Exception as error:  # every model class raises its own errors
+    except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise StructPruneError(
             f"A model of type {config.model_type!r} cannot be built from its config: {reason}"
@@ -101,7 +103,10 @@ def skeleton(model: PreTrainedModel, config: PretrainedConfig, buffers: bool = F
     # transformers leaves the name of the dtype in the config of a model that it has saved.
     if isinstance(config.dtype, str):
         config.dtype = getattr(torch, config.dtype)
-    without_memory = init_empty_weights(include_buffers=False) if buffers else torch.device("meta")
+
+    without_memory: Any = torch.device("meta")
+    if buffers:
+        without_memory = init_empty_weights(include_buffers=False)
     with without_memory, heterogeneous():
         return type(model)(config)
 
@@ -117,55 +122,68 @@ def check_plain(model: PreTrainedModel) -> None:
     This check runs before the model is described, because an adapter changes the names of the parameters.
     """
     check_no_adapter(model)
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    name = type(model).__name__
+    parameters = list(model.parameters())
+
+    if any(isinstance(parameter, DTensor) for parameter in parameters):
         raise StructPruneError(
-            f"The weights of this {type(model).__name__} are spread over processes, as by FSDP or tensor parallelism; "
+            f"The weights of this {name} are spread over processes, as by FSDP or tensor parallelism; "
             "load it whole in every process, or with a device_map."
         )
+
     if not is_quantized(model):
-        for parameter in model.parameters():
+        for parameter in parameters:
             if is_traceable_wrapper_subclass(parameter):
                 raise StructPruneError(
-                    f"Weights of this {type(model).__name__} are of the class {type(parameter).__name__}, as one that "
-                    "quantizes makes them; prune the model first."
+                    f"Weights of this {name} are of the class {type(parameter).__name__}, which quantization uses; "
+                    "prune the model first."
                 )
-    if any(parameter.is_meta for parameter in model.parameters()):
+
+    if any(parameter.is_meta for parameter in parameters):
         check_reachable(model)
     _check_stock(model)
 
 
 def _check_stock(model: PreTrainedModel) -> None:
     """Raise if a model has modules or shared weights that its class does not build."""
-    if is_quantized(model):  # unpacking restores the stock modules
+    # Dequantization restores the stock modules.
+    if is_quantized(model):
         return
-    stock = skeleton(model, model.config)
-    stock_modules = dict(stock.named_modules())
+
+    stock_model = skeleton(model, model.config)
+    stock_modules = dict(stock_model.named_modules())
     for name, module in model.named_modules():
-        expected = type(stock_modules.get(name))
-        if type(module) is not expected:
-            problem = f"is a {type(module).__name__} in place of a {expected.__name__}"
+        expected_type = type(stock_modules.get(name))
+        if type(module) is not expected_type:
+            problem = f"is a {type(module).__name__} in place of a {expected_type.__name__}"
         elif not _has_stock_forward(model, name):
             problem = "has a `forward` of its own"
         else:
             continue
+
         raise StructPruneError(
-            f"{name or 'The model'} {problem}, and pruning builds this {type(model).__name__} anew from the classes "
-            "of its type, which would compute something else; undo that, and compile, parametrize or patch the "
-            "pruned model."
+            f"{name or 'The model'} {problem}. Pruning rebuilds this {type(model).__name__} from the classes of its "
+            "type, which would compute something else. Undo the change, and compile, parametrize or patch the pruned "
+            "model."
         )
-    _check_shared_weights(model, stock)
+
+    _check_shared_weights(model, stock_model)
 
 
 def _has_stock_forward(model: PreTrainedModel, name: str) -> bool:
     """Return whether a module of a model runs the `forward` of its class, or a wrapper that computes the same."""
     module = model.get_submodule(name)
     kind = type(module)
-    if getattr(model, "use_kernels", False) and hasattr(kind, "kernel_layer_name"):
-        return True  # a kernel of the Hub computes the same
 
+    # A kernel of the Hub computes the same.
+    if getattr(model, "use_kernels", False) and hasattr(kind, "kernel_layer_name"):
+        return True
+
+    # Accelerate keeps a `forward` that it has replaced in one of these attributes.
     forward = vars(module).get("forward")
-    for attribute in ("_old_forward", "_original_forward"):  # where accelerate keeps a `forward` that it replaced
+    for attribute in ("_old_forward", "_original_forward"):
         forward = vars(module).get(attribute, forward)
+
     function = getattr(forward, "__func__", forward)
     if function in (None, kind.forward, unwrap(kind.forward)):
         return True
@@ -175,40 +193,47 @@ def _has_stock_forward(model: PreTrainedModel, name: str) -> bool:
 
 @torch.no_grad()
 def _computes_the_same(model: PreTrainedModel, forward: Any) -> bool:
-    """Return whether a wrapper around the `forward` of a causal language model leaves its logits as they are.
+    """Return whether a wrapper around the `forward` of a causal language model does not change its logits.
 
-    TRL sets such a wrapper on the models that it trains. It computes the loss in another way, but not the logits.
+    TRL sets such a wrapper on the models that it trains. The wrapper computes the loss in another way.
     """
     if not predicts_next(model) or any(parameter.is_meta for parameter in model.parameters()):
         return False
-    vocabulary = embedding_of(model)
-    ids = torch.arange(2, device=vocabulary.weight.device)[None]
+
+    device = embedding_of(model).weight.device
+    ids = torch.arange(2, device=device)[None]
+
+    # Dropout would differ between the two passes.
     modes = {module: module.training for module in model.modules()}
-    model.eval()  # dropout would differ between the two passes
+    model.eval()
     try:
-        expected = type(model).forward(model, input_ids=ids, use_cache=False).logits
+        expected_logits = type(model).forward(model, input_ids=ids, use_cache=False).logits
         logits = getattr(forward(input_ids=ids, use_cache=False), "logits", None)
     finally:
         for module, training in modes.items():
             module.training = training
-    return isinstance(logits, torch.Tensor) and torch.equal(logits.nan_to_num(), expected.nan_to_num())
+
+    if not isinstance(logits, torch.Tensor):
+        return False
+    return torch.equal(logits.nan_to_num(), expected_logits.nan_to_num())
 
 
-def _check_shared_weights(model: PreTrainedModel, stock: PreTrainedModel) -> None:
-    """Raise if a parameter is the same tensor as another one, but not in a stock model of this config."""
-    stock_names = {name for name, _ in stock.named_parameters()}
+def _check_shared_weights(model: PreTrainedModel, stock_model: PreTrainedModel) -> None:
+    """Raise if two parameters are the same tensor, but not in a stock model of this config."""
+    stock_names = {name for name, _ in stock_model.named_parameters()}
     names = {name for name, _ in model.named_parameters()}
+
     for name, _ in model.named_parameters(remove_duplicate=False):
         if name in stock_names and name not in names:
             raise StructPruneError(
-                f"{name} is the same tensor as another one, and not in a {type(model).__name__} of this config, nor "
-                "once it is saved and loaded; give each its own with copy.deepcopy, or for the head of a language "
-                "model set config.tie_word_embeddings=True."
+                f"{name} is the same tensor as another one. In a {type(model).__name__} of this config, also when it "
+                "is saved and loaded, it is a tensor of its own. Copy the tensor with copy.deepcopy, or for the head "
+                "of a language model set config.tie_word_embeddings=True."
             )
 
 
 def check_changeable(model: Any) -> None:
-    """Raise if the weights of a model cannot change: it is compiled, has an adapter, or is for inference alone."""
+    """Raise if the weights of a model cannot change: it is compiled, has an adapter, or has inference tensors."""
     check_no_adapter(model)
     check_devices(model)
     if any(parameter.is_inference() for parameter in model.parameters()):
@@ -218,7 +243,7 @@ def check_changeable(model: Any) -> None:
 def check_no_adapter(model: PreTrainedModel) -> None:
     """Raise if a model is compiled, is a PEFT model, or has an adapter injected into it."""
     if hasattr(model, "_orig_mod"):
-        raise StructPruneError("model is compiled; pass `model._orig_mod`, and compile what comes out.")
+        raise StructPruneError("model is compiled; pass `model._orig_mod`, and compile the result.")
 
     # An adapter needs PEFT, which most runs do not import.
     peft = sys.modules.get("peft")
@@ -227,10 +252,12 @@ def check_no_adapter(model: PreTrainedModel) -> None:
 
     name = type(model).__name__
     if isinstance(model, peft.PeftModel):
+        # Prompts cannot be merged.
         line = "model.merge_and_unload()"
-        if model.active_peft_config.is_prompt_learning:  # prompts cannot be merged
+        if model.active_peft_config.is_prompt_learning:
             line = "model.get_base_model()"
         raise StructPruneError(f"{name} carries a PEFT adapter; pass `{line}` instead.")
+
     if any(isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) for module in model.modules()):
         raise StructPruneError(
             f"{name} has a PEFT adapter injected into it; merge it first: `for name, m in [*model.named_modules()]: "
@@ -244,7 +271,7 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def is_offloaded(model: nn.Module) -> bool:
-    """Return whether accelerate keeps weights of a model elsewhere between the calls of its modules."""
+    """Return whether accelerate offloads weights of a model between the calls of its modules."""
     hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
     return hooked and any(parameter.is_meta for parameter in model.parameters())
 
@@ -286,13 +313,16 @@ def dequantized(model: PreTrainedModel, inplace: bool) -> PreTrainedModel:
     if quantizer is None:
         raise StructPruneError(f"{problem} and has no quantizer to undo it; load it without quantization.")
 
-    plain = model if inplace else deepcopy(model)
-    if _is_unpacked(plain):
-        # A GGUF file is unpacked while it is loaded, and only the flag of a quantized model remains.
-        quantizer.remove_quantization_config(plain)
-        return plain
+    if not inplace:
+        model = deepcopy(model)
+
+    # A GGUF file is unpacked while it is loaded, and only the flag of a quantized model remains.
+    if _is_unpacked(model):
+        quantizer.remove_quantization_config(model)
+        return model
+
     try:
-        return plain.dequantize()
+        return model.dequantize()
     except NotImplementedError as error:
         raise StructPruneError(
             f"{problem}, which transformers cannot undo ({one_line(error)}); load it without quantization."
@@ -301,8 +331,10 @@ def dequantized(model: PreTrainedModel, inplace: bool) -> PreTrainedModel:
 
 def _is_unpacked(model: PreTrainedModel) -> bool:
     """Return whether a model has the modules and shapes of a model that was never quantized."""
-    plain = skeleton(model, model.config)
-    return _module_types(model) == _module_types(plain) and _weight_types(model) == _weight_types(plain)
+    plain_model = skeleton(model, model.config)
+    if _module_types(model) != _module_types(plain_model):
+        return False
+    return _weight_types(model) == _weight_types(plain_model)
 
 
 def _module_types(model: nn.Module) -> dict[str, type]:
@@ -333,6 +365,7 @@ def predicts_gaps(model: Any) -> bool:
     """Return whether a model that reads text predicts masked tokens, or a text after another text."""
     if not reads_text(model):
         return False
+
     if model.config.is_encoder_decoder:
         return model.can_generate() and getattr(model.config, "decoder_start_token_id", None) is not None
     return type(model).__name__.endswith("ForMaskedLM")
@@ -361,22 +394,25 @@ def beside_text(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, Any]:
     """Return random inputs for a model that needs more than token ids: images, or outputs of its encoder."""
     if reads_text(model):
         return {}
+
     if not model.config.is_encoder_decoder:
         images = random_image(model.config.vision_config, len(ids))
         return {"pixel_values": images.to(ids.device, model.dtype)}
+
     states = _random(len(ids), 16, model.get_encoder().config.hidden_size)
     return {"encoder_outputs": BaseModelOutput(states.to(ids.device, model.dtype))}
 
 
 def _random(*shape: int) -> torch.Tensor:
-    """Return a tensor of random numbers, always the same."""
+    """Return a tensor of random numbers from a fixed seed."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def positions_of(model: PreTrainedModel) -> float:
     """Return the largest number of tokens in a row that a model reads, infinity by default."""
     config = model.config.get_text_config()
-    # MPT names the number of positions for which its ALiBi biases are made.
+
+    # `max_seq_len` is the length of MPT's ALiBi biases.
     for name in ("max_position_embeddings", "max_seq_len"):
         if getattr(config, name, None):
             return getattr(config, name) - first_position(model)
@@ -392,10 +428,12 @@ def check_positions(model: PreTrainedModel, tokens: int, what: str, num_taken: i
         what: The name of the text in the error.
         num_taken: The number of positions that another text takes.
     """
-    longest = positions_of(model)
-    if tokens + num_taken <= longest:
+    num_positions = positions_of(model)
+    if tokens + num_taken <= num_positions:
         return
-    rest = ""
+
+    advice = ""
     if num_taken:
-        rest = f", of which {num_taken} are taken; {max(longest - num_taken, 0)} is the most"
-    raise StructPruneError(f"{what} is longer than the model's {longest} positions{rest}.")
+        num_free = max(num_positions - num_taken, 0)
+        advice = f" ({num_taken} of them are taken). Pass at most {num_free} tokens"
+    raise StructPruneError(f"{what} is longer than the model's {num_positions} positions{advice}.")

@@ -1,4 +1,4 @@
-"""The modules of a model: its lists of layers, and how one module takes the place of another."""
+"""Find the layers of a model, replace modules, and copy settings to the new modules."""
 
 from __future__ import annotations
 
@@ -19,108 +19,114 @@ from ..system.modules import MODULES, modules_root
 from .spec import ArchSpec
 
 
-# The files of sentence-transformers beside its modules: the task of the first one, and the prompts before texts.
+# The files of sentence-transformers with the task of the first module, and with the prompts before texts.
 TASK = "sentence_bert_config.json"
 PROMPTS = "config_sentence_transformers.json"
 
 
 def layer_list(model: nn.Module, arch: ArchSpec) -> list[nn.Module]:
-    """Return the layers of a model, over all lists that hold them."""
-    return [layer for path, _ in arch.stacks for layer in model.get_submodule(path).children()]
+    """Return the layers of a model, over all lists of layers."""
+    layers: list[nn.Module] = []
+    for path, _ in arch.stacks:
+        layers.extend(model.get_submodule(path).children())
+    return layers
 
 
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the modules that do most of the work of a model in order: its layers and its head."""
-    lists: dict[str, nn.ModuleList] = {}
+def blocks(model: Any) -> list[nn.Module]:
+    """Return the modules that do most of the work of a model, in order: its layers and its head."""
+    list_names: list[str] = []
+    modules: list[nn.Module] = []
     for name, module in model.named_modules():
-        is_inner = any(name.startswith(f"{outer}.") for outer in lists)
+        is_inner = any(name.startswith(f"{list_name}.") for list_name in list_names)
         if isinstance(module, nn.ModuleList) and not is_inner:
-            lists[name] = module
+            list_names.append(name)
+            modules.extend(module)
 
-    modules = [layer for layers in lists.values() for layer in layers]
-    output_embeddings = getattr(model, "get_output_embeddings", None)
-    if output_embeddings is not None:
-        head = output_embeddings()
+    if hasattr(model, "get_output_embeddings"):
+        head = model.get_output_embeddings()
         if head is not None:
             modules.append(head)
+
     return modules
 
 
-def replace_(model: nn.Module, path: str, new: nn.Module, state: Mapping[str, Tensor], arch: ArchSpec) -> None:
-    """Replace a module, and move the settings and hooks of the old module to the new one.
+def replace_(model: nn.Module, path: str, new_module: nn.Module, state: Mapping[str, Tensor], arch: ArchSpec) -> None:
+    """Replace a module, and move the parameters, settings and hooks of the old module to the new one.
 
     Args:
-        model: The model, which is unchanged if `state` does not fit.
+        model: The model. It does not change if `state` does not fit.
         path: The name of the module in the model.
-        new: The new module, without weights.
+        new_module: The new module, without weights.
         state: The state dict of the new module.
         arch: The description of the model, which the error names.
 
     Raises:
         StructPruneError: If `state` does not fit the new module.
     """
-    old = model.get_submodule(path)
-    # The strict load proves that no coupled tensor was forgotten.
+    old_module = model.get_submodule(path)
+
+    # The strict load proves that every coupled tensor was pruned.
     try:
-        new.load_state_dict(state, strict=True, assign=True)
+        new_module.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         raise StructPruneError(
             f"The description of {arch.model_type!r} does not fit this model: {one_line(error)}"
         ) from error
 
-    # The new module is put in first, so that the model has all weights of one of them if an error follows.
-    new.train(old.training)
-    model.set_submodule(path, new)
-    _move_tensors(old, new)
+    # The new module is inserted first, so that the model has all weights of one of the two if an error follows.
+    new_module.train(old_module.training)
+    model.set_submodule(path, new_module)
+    _move_tensors(old_module, new_module)
 
-    new_modules = dict(new.named_modules())
-    for name, module in old.named_modules():
+    new_modules = dict(new_module.named_modules())
+    for name, module in old_module.named_modules():
         _move_settings(module, new_modules[name])
 
 
-def _move_tensors(old: nn.Module, new: nn.Module) -> None:
+def _move_tensors(old_module: nn.Module, new_module: nn.Module) -> None:
     """Move the parameter objects, and the buffers that are not in the state dict."""
-    for name, parameter in old.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        data = new.get_parameter(name).data
+    for name, parameter in old_module.named_parameters():
+        owner, _, attribute = name.rpartition(".")
+        data = new_module.get_parameter(name).data
         device = parameter.device
-        # The old data is released first. Where the new data is in CPU memory, the device never holds both.
+
+        # The old data is released first. If the new data is in CPU memory, the device never holds both.
         parameter.data = data.new_empty(0, device=device)
         parameter.grad = None
         parameter.data = data.to(device)
-        setattr(new.get_submodule(owner), leaf, parameter)
+        setattr(new_module.get_submodule(owner), attribute, parameter)
 
-    saved = set(old.state_dict())
-    for name, buffer in old.named_buffers():
-        if name not in saved:
-            owner, _, leaf = name.rpartition(".")
-            new.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
+    saved_names = set(old_module.state_dict())
+    for name, buffer in old_module.named_buffers():
+        if name not in saved_names:
+            owner, _, attribute = name.rpartition(".")
+            new_module.get_submodule(owner).register_buffer(attribute, buffer, persistent=False)
 
 
-def _move_settings(old: nn.Module, new: nn.Module) -> None:
-    """Move activation checkpointing, the hooks, and the hook with which accelerate moves inputs between devices.
+def _move_settings(old_module: nn.Module, new_module: nn.Module) -> None:
+    """Move activation checkpointing and the hooks, also accelerate's hook that moves inputs between devices.
 
-    transformers installs the hooks that record hidden states once, and never again. Without them, the new layers would
-    be missing in the hidden states.
+    transformers installs the hooks that record hidden states only once. Without them, the hidden states of the new
+    layers would be missing.
     """
     for key in ("gradient_checkpointing", "_gradient_checkpointing_func"):
-        if key in vars(old):
-            setattr(new, key, vars(old)[key])
+        if key in vars(old_module):
+            setattr(new_module, key, vars(old_module)[key])
 
-    for key, hooks in vars(old).items():
+    for key, hooks in vars(old_module).items():
         if key.startswith(("_forward_hooks", "_forward_pre_hooks")):
-            getattr(new, key).update(hooks)
+            getattr(new_module, key).update(hooks)
 
-    dispatch: Any = getattr(old, "_hf_hook", None)
-    if dispatch is not None:
-        remove_hook_from_module(old)
-        # The method that accelerate leaves here keeps the weights in memory until the next garbage collection.
-        vars(old).pop("forward", None)
-        add_hook_to_module(new, dispatch)
+    dispatch_hook: Any = getattr(old_module, "_hf_hook", None)
+    if dispatch_hook is not None:
+        remove_hook_from_module(old_module)
+        # Accelerate leaves a method here that holds the weights in memory until the next garbage collection.
+        vars(old_module).pop("forward", None)
+        add_hook_to_module(new_module, dispatch_hook)
 
 
 def adopt_config_(model: PreTrainedModel, smaller: PreTrainedModel) -> None:
-    """Give a pruned model the config of a model of the same shapes.
+    """Set the config of a pruned model, and the module attributes that depend on the config.
 
     Args:
         model: The pruned model, which still has the original config. Its quantized tensors may have other shapes.
@@ -130,45 +136,47 @@ def adopt_config_(model: PreTrainedModel, smaller: PreTrainedModel) -> None:
         StructPruneError: If a tensor has another shape than in `smaller`.
     """
     new_modules = dict(smaller.named_modules())
-    packed = tuple(
-        f"{name}." for name, module in model.named_modules() if type(module) is not type(new_modules.get(name))
-    )
-    expected = _shapes(smaller, packed)
-    shapes = _shapes(model, packed)
-    for name in sorted(expected.keys() | shapes.keys()):
-        if expected.get(name) != shapes.get(name):
+    quantized_prefixes = []
+    for name, module in model.named_modules():
+        if type(module) is not type(new_modules.get(name)):
+            quantized_prefixes.append(f"{name}.")
+
+    expected_shapes = _shapes(smaller, tuple(quantized_prefixes))
+    shapes = _shapes(model, tuple(quantized_prefixes))
+    for name in sorted(set(expected_shapes).union(shapes)):
+        if expected_shapes.get(name) != shapes.get(name):
             raise StructPruneError(
-                f"{name} has shape {shapes.get(name)}, but the shrunk config makes it {expected.get(name)}. "
+                f"{name} has shape {shapes.get(name)}, but the shrunk config makes it {expected_shapes.get(name)}. "
                 f"The description of {smaller.config.model_type!r} is incomplete."
             )
 
     for name, module in model.named_modules():
-        new = new_modules.get(name)
-        if new is None:
+        if name not in new_modules:
             continue
-        for key, value in vars(new).items():
+
+        for key, value in vars(new_modules[name]).items():
             if key in vars(module) and _is_from_config(value, module):
                 setattr(module, key, value)
 
 
-def _shapes(model: nn.Module, left_out: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors in a state dict, except under the prefixes in `left_out`."""
+def _shapes(model: nn.Module, excluded_prefixes: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors in a state dict, except for names with an excluded prefix."""
     tensors = model.state_dict().items()
-    return {name: tuple(tensor.shape) for name, tensor in tensors if not name.startswith(left_out)}
+    return {name: tuple(tensor.shape) for name, tensor in tensors if not name.startswith(excluded_prefixes)}
 
 
 def _is_from_config(value: Any, module: nn.Module) -> bool:
     """Return whether an attribute of a module was made from the config.
 
-    It is a size, a token id, a config, or an object of a class beside the module's own, such as the mapping of
-    Chameleon from codes of images to token ids.
+    Such attributes are sizes, token ids, configs, and objects whose class is defined next to the class of the module.
+    Chameleon's mapping from image codes to token ids is such an object.
     """
     is_local = type(value).__module__ == type(module).__module__
     return type(value) is int or isinstance(value, PretrainedConfig) or is_local
 
 
-def give_zeros_(model: nn.Module) -> None:
-    """Give a model without weights weights of zero on the CPU, which share one number in memory."""
+def set_zeros_(model: nn.Module) -> None:
+    """Set the weights of a model without weights to zero on the CPU. The weights share one number in memory."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
@@ -176,9 +184,9 @@ def give_zeros_(model: nn.Module) -> None:
 
 
 def embedding_of(model: PreTrainedModel) -> Any:
-    """Return the embedding of a model's tokens; None if there is no such module.
+    """Return the token embedding of a model, or None if the model does not have one.
 
-    The class of a model with two towers does not say which module it is.
+    The class of a model with two towers does not name its embedding, so it is found by its size.
     """
     with suppress(NotImplementedError):
         return model.get_input_embeddings()
@@ -194,21 +202,29 @@ def module_files(config: PretrainedConfig) -> dict[str, str]:
     """Return the texts of the files of sentence-transformers around a model, by path; none for other models."""
     name = config.name_or_path or ""
     root = name
-    own = ""
+    model_folder = ""
+    # The files may lie in the parent folder of the model.
     if name and Path(name).is_dir():
         root = str(modules_root(Path(name)))
-        own = "" if root == name else Path(name).name
+        if root != name:
+            model_folder = Path(name).name
+
     commit = getattr(config, "_commit_hash", None)
     options: dict[str, Any] = {"revision": commit, "_raise_exceptions_for_missing_entries": False}
-    with suppress(Exception):  # of the network, of the Hub, or of a file that somebody has changed
+
+    # The network, the Hub, or a file that a user has changed may cause an error.
+    with suppress(Exception):
         modules = json.loads(Path(str(cached_file(root, MODULES, **options))).read_text("utf-8"))
-        folders = [module["path"] for module in modules if module["path"] not in ("", own)]
         files = [(root, MODULES), (name, TASK), (root, PROMPTS)]
-        files += [(root, f"{folder}/config.json") for folder in folders]
+        for module in modules:
+            if module["path"] not in ("", model_folder):
+                files.append((root, f"{module['path']}/config.json"))
+
         texts: dict[str, str] = {}
-        for place, file in files:
-            path = cached_file(place, file, **options)
+        for folder, file in files:
+            path = cached_file(folder, file, **options)
             if path:
                 texts[file] = Path(path).read_text("utf-8")
         return texts
+
     return {}

@@ -110,7 +110,7 @@ def disable_heterogeneous() -> None:
 
 @contextmanager
 def heterogeneous() -> Iterator[None]:
-    """Enable the patches inside `with`. If they are enabled already, they stay enabled."""
+    """Enable the patches inside `with`, and disable them at the end unless they were enabled before."""
     if _originals:
         yield
         return
@@ -227,7 +227,9 @@ def with_own_config(init: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(init)
     def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        layer_idx = kwargs.get("layer_idx", args[0] if args else None)
+        layer_idx = kwargs.get("layer_idx")
+        if layer_idx is None and args:
+            layer_idx = args[0]
         if layer_idx is None or not config.is_heterogeneous:
             init(self, config, *args, **kwargs)
             return

@@ -1,4 +1,4 @@
-"""The config of a smaller model, and which sizes a config class accepts."""
+"""Make the config of a smaller model, and find the sizes that a config class accepts."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from .spec import GROUP, HIDDEN, LAYER, VOCAB, ArchSpec, Widths
 from .token_space import holds_token_ids, renumber_, resize_
 
 
-# The grouped matrix product that transformers runs experts with takes only rows of whole 16 bytes: 4 numbers in fp32,
-# 8 in half precision. Widths inside experts are multiples of 8 in any dtype, so that a cast never breaks a model.
+# The grouped matrix product of transformers' experts requires rows whose size is a multiple of 16 bytes: 4 numbers in
+# fp32, 8 in half precision. Widths inside experts are multiples of 8 in any dtype, so a cast never breaks a model.
 EXPERT_MULTIPLE = 8
 ROW_BYTES = 16
-# Config keys that change with the number of layers: they count layers from the first layer,
+
+# Config keys that count layers from the first layer.
 LAYER_COUNT_KEYS = ("max_window_layers", "first_k_dense_replace", "num_dense_layers")
-# or list the indices of some layers.
+# Config keys that list the indices of some layers.
 LAYER_INDEX_KEYS = ("mlp_only_layers", "moe_layers", "attn_layer_indices")
-# Lists that never have one entry per layer, even if they are as long.
+# Lists that never have one entry per layer, even if their length is the number of layers.
 OTHER_LIST_KEYS = re.compile("architectures|(mlp|ssm)_multipliers|mtp_layers_block_type|pos_att_type|time_step_limit")
 
 
 def shrunk_config(
-    config: PretrainedConfig, arch: ArchSpec, sizes: Widths, stay: Sequence[int] | None = None
+    config: PretrainedConfig, arch: ArchSpec, sizes: Widths, keep: Sequence[int] | None = None
 ) -> PretrainedConfig:
     """Return a copy of a config with new sizes.
 
@@ -40,13 +41,13 @@ def shrunk_config(
         config: The config of the model.
         arch: The description of the model.
         sizes: The new widths by space.
-        stay: The indices of the kept layers, or the ids of the kept tokens; by default the first ones.
+        keep: The indices of the kept layers, or the ids of the kept tokens; by default the first ones.
 
     Raises:
         StructPruneError: If the config class does not accept the sizes.
     """
-    new = deepcopy(config)
-    text = new.get_text_config()
+    new_config = deepcopy(config)
+    text = new_config.get_text_config()
     per_layer: dict[int, dict[str, Any]] = {}
     for layer, values in (text.to_dict().get("per_layer_config") or {}).items():
         per_layer[int(layer)] = dict(values)
@@ -54,29 +55,31 @@ def shrunk_config(
 
     if LAYER in sizes:
         space = arch.of(LAYER)[0]
-        layers = stay or range(space.width_in(sizes))
+        layers = keep or range(space.width_in(sizes))
         cut_depth_(text, layers, space.size)
-        per_layer = {place: per_layer[layer] for place, layer in enumerate(layers) if layer in per_layer}
+        per_layer = {index: per_layer[layer] for index, layer in enumerate(layers) if layer in per_layer}
+
     if VOCAB in sizes:
         space = arch.of(VOCAB)[0]
-        tokens = stay or range(space.width_in(sizes))
-        renumber_(new, tokens, space.size, only_shapes=stay is None)
-        resize_(new, tokens, space.size)
+        tokens = keep or range(space.width_in(sizes))
+        renumber_(new_config, tokens, space.size, only_shapes=keep is None)
+        resize_(new_config, tokens, space.size)
 
     for name in sizes:
         for key, value in arch.of(name)[0].pins:
             setattr(text, key, value)
         _set_sizes_(text, per_layer, arch, name, sizes)
+
     if sizes:
         for key in layers_ahead(text):
             setattr(text, key, 0)
     _set_per_layer_(text, per_layer, arch)
 
     try:
-        type(new).from_dict(new.to_dict())
+        type(new_config).from_dict(new_config.to_dict())
     except (StrictDataclassError, ValueError) as error:
         raise StructPruneError(f"{arch.model_type} does not accept the sizes {dict(sizes)}: {error}") from error
-    return new
+    return new_config
 
 
 def layers_ahead(config: PretrainedConfig) -> list[str]:
@@ -100,27 +103,35 @@ def _set_sizes_(
 
 
 def _set_per_layer_(text: PretrainedConfig, per_layer: dict[int, dict[str, Any]], arch: ArchSpec) -> None:
-    """Set the values of layers that differ from the rest in a text config."""
+    """Set the values of the narrower layers in a text config."""
     vars(text).pop("allow_global_per_layer_attribute_access", None)
-    differing = {layer: values for layer, values in per_layer.items() if values}
-    if not differing:
+    differences = {layer: values for layer, values in per_layer.items() if values}
+    if not differences:
         forget_modeling_file(text)
         return
 
-    text.per_layer_config = differing  # type: ignore[assignment]  # keys may be numbers or strings
-    # Config classes and rotary embeddings read the head count from the model's config, though only to derive the head
-    # dimension, which a pinned head_dim already gives.
-    heads = {key for space in arch.spaces if space.unit == GROUP for key, _ in space.config}
-    if any(key in heads for values in differing.values() for key in values):
+    text.per_layer_config = differences  # type: ignore[assignment]  # keys may be numbers or strings
+
+    head_keys: set[str] = set()
+    for space in arch.spaces:
+        if space.unit == GROUP:
+            head_keys.update(key for key, _ in space.config)
+
+    # Config classes and rotary embeddings read the head count from the model's config, but only to derive the head
+    # dimension. A pinned `head_dim` overrides this.
+    if any(not head_keys.isdisjoint(values) for values in differences.values()):
         text.allow_global_per_layer_attribute_access = True
 
 
 def legal_sizes(config: PretrainedConfig, arch: ArchSpec, name: str) -> Sequence[int]:
-    """Return the legal widths of the space `name`, ascending: a plain config has them, and the model runs with them.
+    """Return the legal widths of the space `name`, ascending.
 
-    The result is a range if there may be very many. Each number of KV groups or heads is tried against the validation
-    of the config class. Any number of channels, experts and layers is legal, except for the multiples that the grouped
-    matrix product of experts needs; see `EXPERT_MULTIPLE`.
+    A width is legal if a plain config can have it and the model runs with it. Each number of KV groups or heads is
+    tried against the validation of the config class. Any number of channels, experts and layers is legal, except for
+    the multiples that the grouped matrix product of experts needs; see `EXPERT_MULTIPLE`.
+
+    Returns:
+        A range if the number of widths may be very large, or else a list.
     """
     spaces = arch.of(name)
     space = max(spaces, key=lambda space: space.width)
@@ -129,21 +140,29 @@ def legal_sizes(config: PretrainedConfig, arch: ArchSpec, name: str) -> Sequence
 
     step = _step(config, arch, name)
     smallest = ceil(space.min_size / step) * step
-    if space.width % step:
-        return [*range(smallest, space.width, step), space.width]
-    return range(smallest, space.width + 1, step)
+    if space.width % step == 0:
+        return range(smallest, space.width + 1, step)
+
+    widths = list(range(smallest, space.width, step))
+    widths.append(space.width)
+    return widths
 
 
 def _step(config: PretrainedConfig, arch: ArchSpec, name: str) -> int:
-    """Return the number of which the widths of a space must be multiples."""
+    """Return the step between the legal widths of a space. They are multiples of the step."""
     spaces = arch.of(name)
     if name != HIDDEN:
         in_experts = any(space.experts is not None and space.inside for space in spaces)
-        return EXPERT_MULTIPLE if in_experts else 1
+        if in_experts:
+            return EXPERT_MULTIPLE
+        return 1
 
-    text = config.get_text_config()
     # A class that refuses one channel less needs a multiple of the number of heads.
-    step = 1 if _accepts(config, arch, {name: spaces[0].size - 1}) else text.num_attention_heads
+    text = config.get_text_config()
+    step = 1
+    if not _accepts(config, arch, {name: spaces[0].size - 1}):
+        step = text.num_attention_heads
+
     if any(space.experts is not None for space in arch.spaces):
         itemsize = getattr(text.dtype or config.dtype, "itemsize", 4)
         step = lcm(step, max(ROW_BYTES // itemsize, 1))
@@ -162,7 +181,7 @@ def _accepts(config: PretrainedConfig, arch: ArchSpec, sizes: Widths) -> bool:
 def cut_depth_(config: PretrainedConfig, keep: Sequence[int], size: int) -> None:
     """Cut the lists of a config with one entry per layer, and renumber the fields that name or count layers.
 
-    A list with one entry per layer is told by its length, because transformers does not mark it.
+    A list with one entry per layer is recognized by its length, because transformers does not mark it.
 
     Args:
         config: The text config of a model.
@@ -173,7 +192,7 @@ def cut_depth_(config: PretrainedConfig, keep: Sequence[int], size: int) -> None
         if key in LAYER_COUNT_KEYS and value is not None:
             setattr(config, key, sum(layer < value for layer in keep))
         elif key in LAYER_INDEX_KEYS and value is not None:
-            setattr(config, key, [place for place, layer in enumerate(keep) if layer in value])
+            setattr(config, key, [index for index, layer in enumerate(keep) if layer in value])
         elif OTHER_LIST_KEYS.fullmatch(key) or holds_token_ids(key):
             continue
         elif isinstance(value, (list, tuple)) and len(value) == size:

@@ -1,4 +1,4 @@
-"""Fill in the templates of a family: the spaces of one layer, and the residual stream of a model."""
+"""Fill in the templates of a family to get the spaces of each layer and the residual stream of a model."""
 
 from __future__ import annotations
 
@@ -21,18 +21,30 @@ TensorShapes = Mapping[str, tuple[int, ...]]
 
 
 class Heads(NamedTuple):
-    """The attention heads of a config."""
+    """The attention heads of a config.
 
-    heads: int  # query heads
-    groups: int  # KV groups
-    head_dim: int  # channels of each head
+    Attributes:
+        heads: The number of query heads.
+        groups: The number of KV groups.
+        head_dim: The number of channels of a head.
+    """
+
+    heads: int
+    groups: int
+    head_dim: int
 
 
 class Dims(NamedTuple):
-    """The dimensions of a projection's parameters."""
+    """The dimensions of a projection's parameters.
 
-    rows: int  # of the weight
-    columns: int  # of the weight
+    Attributes:
+        rows: The dimension of the rows in the weight.
+        columns: The dimension of the columns in the weight.
+        bias_rows: The dimension of the rows in the bias.
+    """
+
+    rows: int
+    columns: int
     bias_rows: int
 
 
@@ -62,22 +74,7 @@ def spaces_of(
         return
 
     units = rows_per_unit(config, template)
-    words = {word for parts in template.producers.values() for word in parts}
-    base = Space(
-        name=name,
-        layer=layer,
-        size=0,
-        producers=(),
-        consumers=(),
-        config=((template.size, 1), *((key, units["heads"]) for key in template.also)),
-        pins=tuple((key, units["kv"]) for key in template.pin),
-        unit_params=0,
-        scale=number(config, template.times) if template.times else 1,
-        min_size=_min_size(config, template),
-        unit=CHANNEL if words <= {"unit", "pair"} else GROUP,
-        experts=f"{prefix}{template.experts}" if template.experts else None,
-        uniform=template.uniform,
-    )
+    base = _base_space(name, template, layer, prefix, config, units)
     if template.router is not None:
         yield from _whole_experts(base, template, prefix, shapes)
     elif template.experts is not None:
@@ -86,11 +83,48 @@ def spaces_of(
         yield from _inside_layer(base, template, prefix, shapes, units)
 
 
-def _min_size(config: PretrainedConfig, template: Template) -> int:
-    """Return the smallest width that the config allows."""
-    if template.min_size is None:
-        return 1
-    return getattr(config, template.min_size, None) or 1
+def _base_space(
+    name: str, template: Template, layer: int, prefix: str, config: PretrainedConfig, units: Mapping[str, int]
+) -> Space:
+    """Return the space of one layer by a template, without its size and its axes."""
+    config_keys = [(template.size, 1)]
+    for key in template.also:
+        config_keys.append((key, units["heads"]))
+
+    producer_words: set[str] = set()
+    for parts in template.producers.values():
+        producer_words.update(parts)
+    unit = GROUP
+    if producer_words <= {"unit", "pair"}:
+        unit = CHANNEL
+
+    scale = 1
+    if template.times:
+        scale = number(config, template.times)
+
+    min_size = 1
+    if template.min_size is not None:
+        min_size = getattr(config, template.min_size, None) or 1
+
+    experts = None
+    if template.experts:
+        experts = f"{prefix}{template.experts}"
+
+    return Space(
+        name=name,
+        layer=layer,
+        size=0,
+        producers=(),
+        consumers=(),
+        config=tuple(config_keys),
+        pins=tuple((key, units["kv"]) for key in template.pin),
+        unit_params=0,
+        scale=scale,
+        min_size=min_size,
+        experts=experts,
+        unit=unit,
+        uniform=template.uniform,
+    )
 
 
 def meets(config: PretrainedConfig, template: Template) -> bool:
@@ -104,12 +138,13 @@ def heads_of(config: PretrainedConfig) -> Heads:
     groups = getattr(config, "num_key_value_heads", None) or heads
     if groups > heads:
         raise StructPruneError(f"num_key_value_heads={groups} is more than num_attention_heads={heads}.")
+
     head_dim = getattr(config, "head_dim", None) or number(config, "hidden_size") // heads
     return Heads(heads, groups, head_dim)
 
 
 def number(config: PretrainedConfig, key: str) -> int:
-    """Return a positive whole number of a config, or raise if the field holds something else."""
+    """Return a field of a config. Raise if it is not a positive integer."""
     value = getattr(config, key, None)
     if not isinstance(value, int) or value < 1:
         raise StructPruneError(
@@ -125,8 +160,8 @@ def rows_per_unit(config: PretrainedConfig, template: Template) -> dict[str, int
     `families/README.md` explains the words.
     """
     words = {"unit"}
-    for named in (template.producers, template.consumers, template.also_cut):
-        for parts in named.values():
+    for weights in (template.producers, template.consumers, template.also_cut):
+        for parts in weights.values():
             words.update(parts)
     if template.also:
         words.add("heads")
@@ -134,16 +169,21 @@ def rows_per_unit(config: PretrainedConfig, template: Template) -> dict[str, int
         words.add("kv")
 
     rows = {"unit": 1, "pair": 2}
+
     # The config of a model without attention need not have any heads.
-    if words & HEAD_WORDS:
+    if not HEAD_WORDS.isdisjoint(words):
         heads, groups, head_dim = heads_of(config)
         heads_per_group = heads // groups
         rows["heads"] = heads_per_group
         rows["kv"] = head_dim
         rows["q"] = head_dim * heads_per_group
         rows["q_gate"] = 2 * rows["q"]
-    for word in words - rows.keys():
-        rows[word] = sum(number(config, key) for key in word.split("+"))
+
+    # All other words are sums of config keys.
+    for word in words:
+        if word not in rows:
+            rows[word] = sum(number(config, key) for key in word.split("+"))
+
     return {word: rows[word] for word in words}
 
 
@@ -152,7 +192,10 @@ def _inside_layer(
 ) -> Iterator[Space]:
     """Yield the space of one layer, if the layer has its first producer."""
     names = (f"{prefix}{{}}.weight", f"{prefix}{{}}.bias")
-    dims = TRANSPOSED if template.transposed else LINEAR
+    dims = LINEAR
+    if template.transposed:
+        dims = TRANSPOSED
+
     space = _with_projections(base, template, names, dims, shapes, units)
     if space is None:
         return
@@ -161,6 +204,7 @@ def _inside_layer(
     for param, parts in template.also_cut.items():
         if f"{prefix}{param}" in shapes:
             producers += _axes(f"{prefix}{param}", 0, parts, space.size, shapes, units)
+
     yield _counted(replace(space, producers=tuple(producers)), shapes)
 
 
@@ -174,54 +218,65 @@ def _whole_experts(base: Space, template: Template, prefix: str, shapes: TensorS
         return
 
     size = shapes[f"{router}.weight"][0]
-    names = [name for owner in (router, base.experts) for name in shapes if name.startswith(f"{owner}.")]
+    names: list[str] = []
+    for module in (router, base.experts):
+        names += [name for name in shapes if name.startswith(f"{module}.")]
     names += [f"{prefix}{param}" for param in template.also_cut if f"{prefix}{param}" in shapes]
+
     axes: list[Axis] = []
     for name in names:
+        dim = 0
         shape = shapes[name]
-        has_one_row = len(shape) > 1 and shape[0] == 1 < size
-        axes += _axes(name, 1 if has_one_row else 0, ["unit"], size, shapes, {"unit": 1})
+        if len(shape) > 1 and shape[0] == 1 < size:
+            dim = 1
+        axes += _axes(name, dim, ["unit"], size, shapes, {"unit": 1})
+
     yield _counted(replace(base, size=size, unit=EXPERT, producers=tuple(axes)), shapes)
 
 
 def _inside_experts(base: Space, template: Template, shapes: TensorShapes, units: dict[str, int]) -> Iterator[Space]:
     """Yield one space per expert, in parameters that stack the matrices of the experts."""
     names = (f"{base.experts}.{{}}", f"{base.experts}.{{}}_bias")
-    dims = STACKED_TRANSPOSED if template.transposed else STACKED
+    dims = STACKED
+    if template.transposed:
+        dims = STACKED_TRANSPOSED
+
     space = _with_projections(base, template, names, dims, shapes, units)
     if space is None:
         return
 
     num_experts = shapes[space.producers[0].param][0]
     for expert in range(num_experts):
-        own_space = replace(
-            space,
-            name=f"{base.name}/{expert}",
-            producers=tuple(replace(axis, part=expert) for axis in space.producers),
-            consumers=tuple(replace(axis, part=expert) for axis in space.consumers),
-        )
-        yield _counted(own_space, shapes)
+        producers = tuple(replace(axis, part=expert) for axis in space.producers)
+        consumers = tuple(replace(axis, part=expert) for axis in space.consumers)
+        expert_space = replace(space, name=f"{base.name}/{expert}", producers=producers, consumers=consumers)
+        yield _counted(expert_space, shapes)
 
 
 def _with_projections(
     base: Space, template: Template, names: tuple[str, str], dims: Dims, shapes: TensorShapes, units: Mapping[str, int]
 ) -> Space | None:
-    """Return a space with its size and axes, or None if its first producer does not exist."""
-    weight_name, bias_name = names
-    first, first_parts = next(iter(template.producers.items()))
-    first_weight = weight_name.format(first)
-    if first_weight not in shapes:
-        return None
+    """Return a space with its size and axes, or None if its first producer does not exist.
 
-    size = shapes[first_weight][dims.rows] // sum(units[part] for part in first_parts)
+    `names` are the format strings of a projection's weight and bias.
+    """
+    weight_name, bias_name = names
+    projection, projection_parts = next(iter(template.producers.items()))
+    weight = weight_name.format(projection)
+    if weight not in shapes:
+        return None
+    size = shapes[weight][dims.rows] // sum(units[part] for part in projection_parts)
+
     producers: list[Axis] = []
     for name, parts in template.producers.items():
         producers += _axes(weight_name.format(name), dims.rows, parts, size, shapes, units)
         if bias_name.format(name) in shapes:
             producers += _axes(bias_name.format(name), dims.bias_rows, parts, size, shapes, units)
+
     consumers: list[Axis] = []
     for name, parts in template.consumers.items():
         consumers += _axes(weight_name.format(name), dims.columns, parts, size, shapes, units)
+
     return replace(base, size=size, producers=tuple(producers), consumers=tuple(consumers))
 
 
@@ -234,8 +289,11 @@ def _counted(space: Space, shapes: TensorShapes) -> Space:
     unit_params = 0
     for axis in space.axes:
         shape = shapes[axis.param]
-        entries = prod(shape if axis.part is None else shape[1:])
-        unit_params += entries // shape[axis.dim] * axis.per_unit
+        num_entries = prod(shape)
+        if axis.part is not None:
+            num_entries = prod(shape[1:])
+        unit_params += num_entries // shape[axis.dim] * axis.per_unit
+
     return replace(space, unit_params=unit_params)
 
 
@@ -245,6 +303,7 @@ def _axes(
     """Return one axis for each part of a packed parameter. Raise if its shape does not fit the number of units."""
     if param not in shapes:
         raise StructPruneError(f"{param} is missing; the description of this family expects it.")
+
     rows = [units[part] for part in parts]
     if shapes[param][dim] != size * sum(rows):
         raise StructPruneError(
@@ -257,6 +316,7 @@ def _axes(
     for per_unit in rows:
         axes.append(Axis(param, dim, per_unit, offset))
         offset += size * per_unit
+
     return axes
 
 
@@ -277,39 +337,57 @@ def residual_of(
     """
     size = number(config, template.size)
     embed = f"{prefix}{template.embed}.weight"
-    final = f"{prefix}{template.final}.weight"
-    norms = [f"{layer}{name}.weight" for layer in layers for name in template.norms]
-    writers = [
-        axis for layer in layers for name in template.producers for axis in _writers(layer + name, template, shapes)
-    ]
-    reads = [read for index, layer in enumerate(layers) for read in _reads(template, index, layer, shapes)]
+    final_norm = f"{prefix}{template.final}"
 
-    producers = [Axis(embed, 1), *writers]
-    producers += [Axis(name, 0) for name in norms if name in shapes]
-    producers.append(Axis(final, 0))
-    consumers = [axis for read in reads for axis in read.readers]
+    writers: list[Axis] = []
+    norms: list[Axis] = []
+    reads: list[Read] = []
+    for index, layer in enumerate(layers):
+        for name in template.producers:
+            writers.extend(_writers(layer + name, template, shapes))
+        for name in template.norms:
+            norm = f"{layer}{name}.weight"
+            if norm in shapes:
+                norms.append(Axis(norm, 0))
+        reads.extend(_reads(template, index, layer, shapes))
+
+    consumers: list[Axis] = []
+    for place in reads:
+        consumers.extend(place.readers)
     if f"{template.head}.weight" in shapes:
         consumers.append(Axis(f"{template.head}.weight", 1))
 
-    for axis in (*producers, *consumers):
+    producers = [Axis(embed, 1)] + writers + norms
+    producers.append(Axis(f"{final_norm}.weight", 0))
+    for axis in producers + consumers:
         _check_channels(axis, size, template, shapes, config)
 
     # Only parameters inside the layers count, because `sparsity` is a share of these.
-    inside = [axis for axis in (*producers, *consumers) if axis.param.startswith(tuple(layers))]
+    unit_params = 0
+    for axis in producers + consumers:
+        if axis.param.startswith(tuple(layers)):
+            unit_params += prod(shapes[axis.param]) // size
+
     space = Space(
-        HIDDEN,
-        MODEL,
-        size,
-        tuple(producers),
-        tuple(consumers),
+        name=HIDDEN,
+        layer=MODEL,
+        size=size,
+        producers=tuple(producers),
+        consumers=tuple(consumers),
         config=((template.size, 1),),
         pins=tuple((key, heads_of(config).head_dim) for key in template.pin),
-        unit_params=sum(prod(shapes[axis.param]) // size for axis in inside),
+        unit_params=unit_params,
         uniform=ONE_PER_MODEL,
     )
-    reads.append(Read(MODEL, final.removesuffix(".weight"), (), norm=True))
-    written = tuple(axis.param for axis in writers)
-    return ResidualStream(space, embed, written, tuple(reads), template.norm_offset, template.scaled_embedding)
+    reads.append(Read(MODEL, final_norm, (), norm=True))
+    return ResidualStream(
+        space=space,
+        embed=embed,
+        writers=tuple(axis.param for axis in writers),
+        reads=tuple(reads),
+        norm_offset=template.norm_offset,
+        scaled_embedding=template.scaled_embedding,
+    )
 
 
 def _check_channels(
@@ -319,7 +397,10 @@ def _check_channels(
     shape = shapes.get(axis.param)
     if shape is not None and shape[axis.dim] == size:
         return
-    problem = "is missing" if shape is None else f"has shape {shape}"
+
+    problem = f"has shape {shape}"
+    if shape is None:
+        problem = "is missing"
     raise StructPruneError(
         f"{axis.param} {problem}; the description of {config.model_type!r} says that its dimension {axis.dim} is the "
         f"{size} channels of {template.size}."
@@ -329,7 +410,9 @@ def _check_channels(
 def _reads(template: ResidualTemplate, layer: int, prefix: str, shapes: TensorShapes) -> Iterator[Read]:
     """Yield the places where a layer reads the residual stream."""
     for tap, modules in template.consumers.items():
-        readers = [axis for module in modules for axis in _matrix(prefix + module, -1, template, shapes)]
+        readers: list[Axis] = []
+        for module in modules:
+            readers.extend(_matrix(prefix + module, -1, template, shapes))
         if readers:
             yield Read(layer, prefix + tap, tuple(readers), norm=tap in template.norms)
 
@@ -344,11 +427,16 @@ def _writers(module: str, template: ResidualTemplate, shapes: TensorShapes) -> I
 
 
 def _matrix(module: str, dim: int, template: ResidualTemplate, shapes: TensorShapes) -> Iterator[Axis]:
-    """Yield the axis of a module's weight, or of a parameter that stacks the matrices of experts, if there is one."""
+    """Yield the axis of a module's weight, or of a parameter that stacks the matrices of experts, if it exists.
+
+    `dim` is -2 for the rows and -1 for the columns.
+    """
     if f"{module}.weight" in shapes:
         yield Axis(f"{module}.weight", 2 + dim)
+    elif module in shapes and template.transposed:
+        yield Axis(module, -dim)
     elif module in shapes:
-        yield Axis(module, -dim if template.transposed else 3 + dim)
+        yield Axis(module, 3 + dim)
 
 
 def vocabulary_of(model: PreTrainedModel, config: PretrainedConfig) -> Space | None:
@@ -356,35 +444,52 @@ def vocabulary_of(model: PreTrainedModel, config: PretrainedConfig) -> Space | N
     size = getattr(config, VOCAB_SIZE, None)
     if size is None:
         return None
+
     embedding = embedding_of(model)
     head = _head_of(model, getattr(embedding, "weight", None))
     tensors = model.state_dict(keep_vars=True)
 
-    weights = [getattr(part, "weight", None) for part in (embedding, head)]
-    rows = {id(weight) for weight in weights if isinstance(weight, Tensor)}
-    axes = [Axis(name, 0) for name, tensor in tensors.items() if id(tensor) in rows]
+    # The state dict may contain a tied weight under two names.
+    weights = [getattr(module, "weight", None) for module in (embedding, head)]
+    weight_ids = {id(weight) for weight in weights if isinstance(weight, Tensor)}
+    axes = [Axis(name, 0) for name, tensor in tensors.items() if id(tensor) in weight_ids]
     if not axes or any(tensors[axis.param].shape[0] != size for axis in axes):
         return None
 
     if head is not None:
         axes += _logit_biases(model, head, tensors, size)
-    axes += _tables_per_layer(model, config, rows)
+    axes += _tables_per_layer(model, config, weight_ids)
 
     # Tied weights count once.
-    owned: dict[int, int] = {}
+    unit_params: dict[int, int] = {}
     for axis in axes:
         tensor = tensors[axis.param]
         if isinstance(tensor, nn.Parameter):
-            owned[id(tensor)] = tensor.numel() // size
-    keys = ((VOCAB_SIZE, 1),)
-    return Space(VOCAB, MODEL, size, tuple(axes), (), keys, (), sum(owned.values()), unit=TOKEN, uniform=ONE_PER_MODEL)
+            unit_params[id(tensor)] = tensor.numel() // size
+
+    return Space(
+        name=VOCAB,
+        layer=MODEL,
+        size=size,
+        producers=tuple(axes),
+        consumers=(),
+        config=((VOCAB_SIZE, 1),),
+        pins=(),
+        unit_params=sum(unit_params.values()),
+        unit=TOKEN,
+        uniform=ONE_PER_MODEL,
+    )
 
 
 def _head_of(model: PreTrainedModel, embedding: Tensor | None) -> nn.Module | None:
-    """Return the head that predicts tokens. BLIP does not name its own, which shares the weight of the embedding."""
+    """Return the head that predicts tokens, or None.
+
+    BLIP does not name its head, so a linear layer with the weight of the embedding counts as the head too.
+    """
     head = model.get_output_embeddings()
     if head is not None:
         return head
+
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.weight is embedding:
             return module
@@ -392,7 +497,7 @@ def _head_of(model: PreTrainedModel, embedding: Tensor | None) -> nn.Module | No
 
 
 def _logit_biases(model: PreTrainedModel, head: nn.Module, tensors: Mapping[str, Tensor], size: int) -> Iterator[Axis]:
-    """Yield the axes of biases of the logits, one number per token, in the head or beside it."""
+    """Yield the axes of logit biases, one number per token, in the head or in its parent module."""
     path = next(name for name, module in model.named_modules() if module is head)
     for name, tensor in tensors.items():
         owner = name.rpartition(".")[0]
@@ -401,9 +506,14 @@ def _logit_biases(model: PreTrainedModel, head: nn.Module, tensors: Mapping[str,
             yield Axis(name, tensor.ndim - 1)
 
 
-def _tables_per_layer(model: PreTrainedModel, config: PretrainedConfig, rows: set[int]) -> Iterator[Axis]:
-    """Yield the axes of further embeddings with a row for each token, which some models have for every layer."""
+def _tables_per_layer(model: PreTrainedModel, config: PretrainedConfig, weight_ids: set[int]) -> Iterator[Axis]:
+    """Yield the axes of further embeddings with a row for each token, which some models have for every layer.
+
+    `weight_ids` are the ids of the weights of the embedding and the head.
+    """
     size = getattr(config, VOCAB_SIZE_PER_LAYER, None)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and module.num_embeddings == size and id(module.weight) not in rows:
+        if not isinstance(module, nn.Embedding) or id(module.weight) in weight_ids:
+            continue
+        if module.num_embeddings == size:
             yield Axis(f"{name}.weight", 0)

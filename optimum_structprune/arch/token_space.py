@@ -1,4 +1,4 @@
-"""The vocabulary as a space: the fields of a config that hold token ids or sizes of the vocabulary.
+"""Find and change the fields of a config that hold token ids or sizes of the vocabulary.
 
 transformers does not mark the fields that hold token ids, so they are recognized by their names. The rule is broad: a
 number whose name ends in `_id`, `_ids`, `_index` or the like is a token id unless `OTHER_NUMBERS` says otherwise. A
@@ -64,30 +64,31 @@ def renumber_(config: Config, keep: Sequence[int], size: int, only_shapes: bool 
     Args:
         config: The config of a model, or a generation config.
         keep: The ids of the kept tokens, ascending.
-        size: The number of rows of the original vocabulary. Ids beyond `size` and `keep` stay the same.
+        size: The number of rows of the original vocabulary. Ids outside of it do not change.
         only_shapes: Whether only the sizes of the result matter. Removed tokens then count as the last kept token.
 
     Raises:
         StructPruneError: If a field names a removed token.
     """
-    new_ids = {old: new for new, old in enumerate(keep)}
-    last = len(keep) - 1
+    new_ids = {token_id: index for index, token_id in enumerate(keep)}
 
     for fields, name in list(_token_fields(config, size)):
 
-        def new_id(old: int, name: str = name) -> int:
-            if old in new_ids or not 0 <= old < size:
-                return new_ids.get(old, old)
+        def new_id(token_id: int, name: str = name) -> int:
+            if token_id in new_ids:
+                return new_ids[token_id]
+            if not 0 <= token_id < size:
+                return token_id
             if only_shapes:
-                return last
+                return len(keep) - 1
             raise StructPruneError(
-                f"`{name}` of the {type(config).__name__} names the token {old}, which is not one of the "
+                f"`{name}` of the {type(config).__name__} names the token {token_id}, which is not one of the "
                 f"{len(keep):,} kept tokens of {size:,}. Keep the token, or remove it from the config."
             )
 
         value = fields[name]
         if name == "vocabulary_map" and not only_shapes:
-            value = {token: old for token, old in value.items() if old in new_ids or old >= size}
+            value = {token: number for token, number in value.items() if number in new_ids or number >= size}
         fields[name] = _with_new_ids(name, value, new_id)
 
 
@@ -110,7 +111,7 @@ def resize_(config: PretrainedConfig, keep: Sequence[int], size: int) -> None:
 
 
 def named_ids(model: PreTrainedModel) -> set[int]:
-    """Return the token ids in the configs of a model: its own, for generation, and of sentence-transformers."""
+    """Return the token ids in the configs of a model, also for generation and of sentence-transformers."""
     size = getattr(model.config.get_text_config(), VOCAB_SIZE, None)
     ids: set[int] = set()
 
@@ -121,10 +122,11 @@ def named_ids(model: PreTrainedModel) -> set[int]:
     for config in (model.config, getattr(model, "generation_config", None)):
         if config is None:
             continue
+
         for fields, name in _token_fields(config, size):
             value = fields[name]
             if name == "vocabulary_map":
-                value = {token: old for token, old in value.items() if LOOKED_UP.fullmatch(token)}
+                value = {token: number for token, number in value.items() if LOOKED_UP.fullmatch(token)}
             _with_new_ids(name, value, note)
 
     for fields in _sections(model.config, size):
@@ -135,33 +137,40 @@ def named_ids(model: PreTrainedModel) -> set[int]:
     for text in module_files(model.config).values():
         for field in MODULE_IDS.findall(text):
             ids.update(int(number) for number in re.findall(r"\d+", field))
+
     return ids
 
 
 def first_position(model: PreTrainedModel) -> int:
-    """Return the position of the first token: one after the id of the padding in RoBERTa and its kin, else 0.
+    """Return the position of the first token, 0 in most models.
 
-    Their table of positions has a row for the padding, and the tokens have the rows after it.
+    The position embedding of RoBERTa has a row for the padding token, and the tokens use the rows after that row. In
+    such a model the first position is the id of the padding token plus one.
     """
-    tokens = getattr(embedding_of(model), "weight", None)
+    token_weight = getattr(embedding_of(model), "weight", None)
     num_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
     for module in model.modules():
-        weight, padding = getattr(module, "weight", None), getattr(module, "padding_idx", None)
-        if weight is None or weight is tokens or padding is None:
+        weight = getattr(module, "weight", None)
+        padding_id = getattr(module, "padding_idx", None)
+        if weight is None or weight is token_weight or padding_id is None:
             continue
         if len(weight) == num_positions:
-            return padding + 1
+            return padding_id + 1
+
     return 0
 
 
 def counted_from(model: PreTrainedModel) -> int:
-    """Return the id of the padding where positions are counted from it, and 0 elsewhere."""
+    """Return the id of the padding token if positions are counted from it, or else 0."""
     return max(first_position(model) - 1, 0)
 
 
 def _sections(config: Config | dict[str, Any], size: int | None) -> Iterator[dict[str, Any]]:
     """Yield the fields of a config, and of the configs and mappings inside it that number the same vocabulary."""
-    fields = config if isinstance(config, dict) else vars(config)
+    fields = config
+    if not isinstance(fields, dict):
+        fields = vars(fields)
     yield fields
 
     for name, value in list(fields.items()):
@@ -172,11 +181,13 @@ def _sections(config: Config | dict[str, Any], size: int | None) -> Iterator[dic
 
 
 def _has_own_vocabulary(config: PretrainedConfig | dict[str, Any], size: int | None) -> bool:
-    """Return whether a config inside a config numbers another vocabulary, which is told by its size."""
+    """Return whether a config inside a config numbers another vocabulary, which has another size."""
     if isinstance(config, dict):
         sizes = {config.get(VOCAB_SIZE)}
     else:
-        sizes = {getattr(part, VOCAB_SIZE, None) for part in (config, getattr(config, "text_config", None))}
+        parts = (config, getattr(config, "text_config", None))
+        sizes = {getattr(part, VOCAB_SIZE, None) for part in parts}
+
     sizes.discard(None)
     return bool(sizes) and size not in sizes
 

@@ -1,7 +1,7 @@
 """Trials of removing tokens from a model whose type is not described, before text is read or a weight is touched.
 
-The trial takes the weights that belong to tokens from the shapes of a model with one token less. Then it runs that
-model without real weights in all ways in which a pruning runs it.
+The trial finds the weights that belong to tokens from the shapes of a model with one token less. Then it runs that
+model without real weights in every way that a pruning runs a model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..errors import StructPruneError, one_line
 from .inference import last_states, random_inputs, run_model
 from .meta import predicts_gaps, predicts_next, reads_text, skeleton
-from .modules import give_zeros_
+from .modules import set_zeros_
 from .shrink import shrunk_config
 from .spec import VOCAB, ArchSpec, Axis, Space
 
@@ -42,26 +42,30 @@ def tried_vocabulary(model: PreTrainedModel, arch: ArchSpec) -> Space:
         UnsuitedError: If the model with one token less cannot be built, or cannot run as a pruning runs it.
     """
     vocabulary = arch.of(VOCAB)[0]
+
+    # Every model class raises its own errors.
     try:
         config = shrunk_config(model.config, arch, {VOCAB: vocabulary.size - 1})
         smaller = skeleton(model, config, buffers=True).eval()
         space = _with_all_axes(model, smaller, vocabulary)
-        give_zeros_(smaller)
+
+        set_zeros_(smaller)
         with catch_warnings():
             simplefilter("ignore")
             _run(smaller)
-    except Exception as error:  # every model class raises its own errors
+    except Exception as error:
         raise UnsuitedError(
             f"the model type {model.config.model_type!r} is not described, and {type(model).__name__} does not work "
             f"with fewer tokens ({one_line(error)})"
         ) from error
+
     return space
 
 
 def _with_all_axes(model: PreTrainedModel, smaller: PreTrainedModel, vocabulary: Space) -> Space:
-    """Return the vocabulary with all axes in which the model with one token less is smaller.
+    """Return the vocabulary with all axes that are smaller in the model with one token less.
 
-    A second embedding, or a head of an unusual form, is found only so.
+    This also finds a second embedding, or a head of an unusual form.
     """
     size = vocabulary.size
     tensors = dict(model.state_dict(keep_vars=True))
@@ -73,46 +77,52 @@ def _with_all_axes(model: PreTrainedModel, smaller: PreTrainedModel, vocabulary:
         smaller_shape = smaller_shapes.get(name)
         if shape == smaller_shape:
             continue
+
         dims = [dim for dim, length in enumerate(shape) if _one_less(shape, dim) == smaller_shape and length == size]
         if len(dims) != 1:
             raise StructPruneError(f"{name} of shape {shape} becomes {smaller_shape} with {size - 1} of {size} tokens")
         if Axis(name, dims[0]) not in axes:
             axes.append(Axis(name, dims[0]))
 
-    owned: dict[int, int] = {}
+    # Tied weights count once.
+    unit_params: dict[int, int] = {}
     for axis in axes:
         tensor = tensors[axis.param]
-        # The second embedding of Gemma 3n lacks the last tokens, so the removal of the last one leaves it as it is.
+        # The second embedding of Gemma 3n lacks the last tokens, so it does not shrink with one token less.
         if tensor.shape[axis.dim] == size and tuple(tensor.shape) == smaller_shapes.get(axis.param):
             raise StructPruneError(f"the number of rows of {axis.param} is not in the config")
         if isinstance(tensor, nn.Parameter):
-            owned[id(tensor)] = tensor.numel() // size
-    return replace(vocabulary, producers=tuple(axes), unit_params=sum(owned.values()))
+            unit_params[id(tensor)] = tensor.numel() // size
+
+    return replace(vocabulary, producers=tuple(axes), unit_params=sum(unit_params.values()))
 
 
 def _one_less(shape: tuple[int, ...], dim: int) -> tuple[int, ...]:
     """Return a shape with one index less in dimension `dim`."""
-    return (*shape[:dim], shape[dim] - 1, *shape[dim + 1 :])
+    lengths = list(shape)
+    lengths[dim] -= 1
+    return tuple(lengths)
 
 
 class _WithoutProducts(TorchDispatchMode):
-    """Returns zeros in place of the products with weights of zero, which take most of the time of a pass.
+    """Return zeros for matrix products, which take most of the time of a pass. All weights are zero.
 
-    Weights that a model changes in a pass, as RWKV rescales them, stay zero: they share one number in memory, which
-    torch does not write to.
+    Weights that a model changes during a pass, such as the weights that RWKV rescales, remain zero. They share one
+    number in memory, and torch cannot write to such a tensor.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in MATRIX_PRODUCTS:
-            first, second = args[-2:]
-            if first.shape[1] != second.shape[0]:
-                raise RuntimeError(f"a matrix of shape {tuple(first.shape)} is multiplied by {tuple(second.shape)}")
-            return first.new_zeros(first.shape[0], second.shape[1])
+            matrix, factor = args[-2:]
+            if matrix.shape[1] != factor.shape[0]:
+                raise RuntimeError(f"a matrix of shape {tuple(matrix.shape)} is multiplied by {tuple(factor.shape)}")
+            return matrix.new_zeros(matrix.shape[0], factor.shape[1])
 
         # The names of operations that write to their first argument end in an underscore.
         if func.overloadpacket.__name__.endswith("_") and set(args[0].stride()) == {0}:
             return args[0]
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        return func(*args, **kwargs)
 
 
 @torch.no_grad()

@@ -1,1 +1,1 @@
-"""The command line: one module per command. It may import everything, and nothing imports it."""
+"""The command line. Each command has a module, which may import all other folders."""

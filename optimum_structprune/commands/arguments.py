@@ -1,11 +1,12 @@
-"""The arguments of the commands. Each field of a config is a flag, with the help of the field's metadata."""
+"""Declare and parse the arguments of the commands. Each field of a config is a flag, with the help of its metadata."""
 
 from __future__ import annotations
 
 import os
 import re
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from importlib import import_module
 from types import NoneType, UnionType
@@ -54,9 +55,9 @@ class Command:
         name: The word on the command line.
         function: The module and the function that run it, such as `prune.prune`.
         help: One sentence for the help.
-        flags: Its arguments besides the fields of its config.
-        config: The config whose fields are flags too.
-        without: Fields that are not flags.
+        flags: Its arguments without the fields of its config.
+        config: The config. Each of its fields is a flag too.
+        without: The fields that are not flags.
         models: The arguments that name models.
         reads_text: Whether it may import `datasets`.
         json_file: Whether `--json` may name a file.
@@ -73,9 +74,10 @@ class Command:
     json_file: bool = False
 
     def run(self, args: Namespace) -> Result:
-        """Import the module of the function, and call it."""
-        module, function = self.function.split(".")
-        result: Result = getattr(import_module(f"{__package__}.{module}"), function)(args)
+        """Import the module of the function, and call the function."""
+        module_name, name = self.function.split(".")
+        module = import_module(f"{__package__}.{module_name}")
+        result: Result = getattr(module, name)(args)
         return result
 
     def declare(self, parser: ArgumentParser) -> None:
@@ -83,23 +85,23 @@ class Command:
         group_of = _groups(parser) if self.config == "StructPruneConfig" else lambda name: parser
         if self.config is not None:
             self._declare_config(group_of)
+
         for name, flag in self.flags.items():
-            arguments: dict[str, Any] = {"help": flag} if isinstance(flag, str) else dict(flag)
-            if name == "output":
-                arguments["type"] = os.path.expanduser
-            place = group_of(name) if name.startswith("-") else parser
-            place.add_argument(name, **arguments)
+            group = group_of(name) if name.startswith("-") else parser
+            group.add_argument(name, **_arguments_of_flag(name, flag))
 
         self._declare_json(group_of)
-        text = "No progress bars and no notes; warnings stay."
+        text = "Print no progress bars and no notes, only warnings."
         group_of("--quiet").add_argument("--quiet", action="store_true", help=text)
         parser.set_defaults(command=self)
 
     def _declare_config(self, group_of: Callable[[str], Any]) -> None:
+        """Add `--config`, and a flag for each field of the config."""
         import optimum_structprune
 
         text = f"A YAML file with fields of {self.config}; flags override it."
         group_of("--config").add_argument("--config", metavar="FILE", help=text)
+
         config_classes = [getattr(optimum_structprune, str(self.config))]
         if self.config == "StructPruneConfig":
             config_classes.append(optimum_structprune.RunOptions)
@@ -107,92 +109,143 @@ class Command:
             declare_fields(group_of, config_class, self.without)
 
     def _declare_json(self, group_of: Callable[[str], Any]) -> None:
+        """Add `--json`. If it may name a file, add `--overwrite` too."""
         text = "Print the result as one JSON document instead of text."
         group = group_of("--json")
         if not self.json_file:
             group.add_argument("--json", action="store_true", help=text)
             return
+
         text += " With a FILE, write the document to it and print the text."
         group.add_argument("--json", nargs="?", const=True, metavar="FILE", help=text)
         group_of("--overwrite").add_argument("--overwrite", action="store_true", help="Replace a FILE that exists.")
 
 
+def _arguments_of_flag(name: str, flag: str | Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `add_argument` for a flag of a command."""
+    if isinstance(flag, str):
+        arguments: dict[str, Any] = {"help": flag}
+    else:
+        arguments = dict(flag)
+
+    if name == "output":
+        arguments["type"] = os.path.expanduser
+    return arguments
+
+
 def _groups(parser: ArgumentParser) -> Callable[[str], Any]:
     """Add the groups of the help to a parser, and return a function from a flag or field to its group."""
-    group_of = {}
+    groups = {}
     for title, names in GROUPS.items():
         group = parser.add_argument_group(title)
         for name in names.split():
-            group_of[name] = group
-    return lambda name: group_of.get(name, group)
+            groups[name] = group
+
+    last_group = group
+    return lambda name: groups.get(name, last_group)
 
 
 def declare_fields(group_of: Callable[[str], Any], config_class: type, without: Collection[str]) -> None:
-    """Add a flag for each field of a config class."""
+    """Add a flag for each field of a config class.
+
+    Args:
+        group_of: Returns the parser or the group of a field.
+        config_class: The config class.
+        without: The fields that are not flags.
+    """
     types = get_type_hints(config_class)
+
     for field in fields(config_class):
         if field.name in without:
             continue
+
         arguments = _arguments_of(field.name, types[field.name])
         arguments["help"] = _help_of(field, arguments.get("help", ""))
         group = group_of(field.name)
-        name = f"--{field.name.replace('_', '-')}"
         if field.name in ALIASES:
             group.add_argument(ALIASES[field.name], dest=field.name, default=SUPPRESS, **arguments)
             arguments["help"] = SUPPRESS
-        group.add_argument(name, dest=field.name, default=SUPPRESS, **arguments)
+        group.add_argument(_flag_of(field.name), dest=field.name, default=SUPPRESS, **arguments)
+
         if field.name == "domains":
-            text = "Your own text: files, each of which is a domain of its name. The short form of --domain."
+            text = "Files of your own text. Each file is a domain with its name. The short form of --domain."
             group.add_argument("--text", dest="domains", help=text, default=SUPPRESS, **text_files())
+
+
+def _flag_of(name: str) -> str:
+    """Return the flag with the name of a field."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _help_of(field: Field[Any], note: str) -> str:
     """Return the help of a field: its own, a note on the form of its values, and its default."""
-    sentences = [field.metadata["help"], note]
+    sentences = [field.metadata["help"]]
+    if note:
+        sentences.append(note)
     if field.default not in (MISSING, None, ()):
         sentences.append(f"(default: {field.default})")
-    text = " ".join(sentence for sentence in sentences if sentence)
-    return text.replace("%", "%%")  # argparse replaces `%(…)s`
+
+    # argparse replaces `%(…)s`.
+    return " ".join(sentences).replace("%", "%%")
 
 
 def _arguments_of(name: str, annotation: Any) -> dict[str, Any]:
     """Return the arguments of `add_argument` for the values of a field."""
-    is_union = get_origin(annotation) in (Union, UnionType)
-    members = get_args(annotation) if is_union else (annotation,)
-    members = tuple(member for member in members if member is not NoneType)
+    members = [annotation]
+    if get_origin(annotation) in (Union, UnionType):
+        members = [member for member in get_args(annotation) if member is not NoneType]
+
     kind = members[0]
     origin = get_origin(kind)
     if origin is dict:
         return {"action": "append", "help": "Repeatable.", "type": setting, "metavar": "NAME=VALUE"}
     if is_dataclass(kind):
-        *names, last = (field.name for field in fields(kind))
-        text = f"NAME is {', '.join(names)} or {last}. Repeatable."
+        names = [field.name for field in fields(kind)]
+        text = f"NAME is {', '.join(names[:-1])} or {names[-1]}. Repeatable."
         return {"action": "append", "help": text, "type": setting, "metavar": "NAME=VALUE"}
     if origin in (list, tuple):
-        item = get_args(kind)[0]
-        if is_dataclass(item):
-            text = f"Repeatable. {SOURCES}"
-            return {"action": "append", "help": text, "type": domain, "metavar": "NAME=SOURCE[@WEIGHT]"}
-        return {"action": "append", "help": "Repeatable.", **_arguments_of(name, item)}
+        return _arguments_of_list(name, get_args(kind)[0])
 
+    parse = str if str in members else yaml_value
+    return {"type": parse, "metavar": _metavar(name, members)}
+
+
+def _arguments_of_list(name: str, item: Any) -> dict[str, Any]:
+    """Return the arguments of `add_argument` for a field that is a list of items of one type."""
+    if is_dataclass(item):
+        text = f"Repeatable. {SOURCES}"
+        return {"action": "append", "help": text, "type": domain, "metavar": "NAME=SOURCE[@WEIGHT]"}
+
+    arguments: dict[str, Any] = {"action": "append", "help": "Repeatable."}
+    arguments.update(_arguments_of(name, item))
+    return arguments
+
+
+def _metavar(name: str, members: Sequence[Any]) -> str:
+    """Return the name of a field's value in the help.
+
+    Args:
+        name: The name of the field.
+        members: The types of the field, without None.
+    """
     words: list[str] = []
     for member in members:
         if get_origin(member) is Literal:
             words += map(str, get_args(member))
-    if words and int in members:
-        words.insert(0, "N")
+
     if words:
-        metavar = f"{{{','.join(words)}}}"
-    elif float in members:
-        metavar = "X"
-    elif kind is int:
-        metavar = "N"
-    else:
-        metavar = name.rpartition("_")[2].upper()
-    return {"type": str if str in members else yaml_value, "metavar": metavar}
+        if int in members:
+            words.insert(0, "N")
+        return f"{{{','.join(words)}}}"
+    if float in members:
+        return "X"
+    if members[0] is int:
+        return "N"
+    return name.rpartition("_")[2].upper()
 
 
 def _split_pair(text: str, form: str) -> tuple[str, str]:
+    """Return the name and the value of `NAME=VALUE`, or raise an error that describes the form."""
     name, _, value = text.partition("=")
     if not name or not value:
         raise ArgumentTypeError(f"expected {form}, got {text!r}")
@@ -206,7 +259,7 @@ def setting(text: str) -> tuple[str, Any]:
 
 
 def token_setting(text: str) -> tuple[str, Any]:
-    """Parse the number of `--recovery-tokens`, as a pair of `--recovery`."""
+    """Parse the number of `--recovery-tokens`, and return it as a pair of `--recovery`."""
     return "tokens", yaml_value(text)
 
 
@@ -234,21 +287,22 @@ def domain(text: str) -> dict[str, Any]:
         mapping = yaml_value(text)
         if isinstance(mapping, dict):
             return mapping
+
     if "=" not in text:
         name = text_file(text)["name"]
         raise ArgumentTypeError(f"expected NAME=SOURCE[@WEIGHT], such as {name}={text}, got {text!r}")
+
     name, source = _split_pair(text, "NAME=SOURCE[@WEIGHT]")
     head, at, tail = source.rpartition("@")
     if at:
-        try:
+        # The name of a source may contain an @ too.
+        with suppress(ValueError):
             return {"name": name, "source": head, "weight": float(tail)}
-        except ValueError:
-            pass  # the name of the source holds an @
     return {"name": name, "source": source}
 
 
 def text_file(path: str) -> dict[str, Any]:
-    """Return the fields of a domain for a file, a glob, a folder or built-in text, named after it."""
+    """Return the fields of a domain for a file, a glob, a folder or built-in text. The domain has its name."""
     file = os.path.basename(path.removeprefix("builtin:").rstrip("/"))
     name = re.sub(r"\W+", "-", file.partition(".")[0]).strip("-")
     return {"name": name or "text", "source": path}
@@ -265,10 +319,12 @@ def pruning_config(args: Namespace) -> StructPruneConfig:
     from ..config.pruning import AMOUNTS, RunOptions, StructPruneConfig
 
     values = _values_of_file(args)
-    for name in field_names(RunOptions):
-        values.pop(name, None)
+    ignored = list(field_names(RunOptions))
     if any(hasattr(args, name) for name in AMOUNTS):
-        values = {name: value for name, value in values.items() if name not in AMOUNTS}
+        ignored += AMOUNTS
+    for name in ignored:
+        values.pop(name, None)
+
     values = _with_flags(values, args, StructPruneConfig)
     if getattr(args, "recover", False):
         values.setdefault("recovery", {})
@@ -289,8 +345,9 @@ def tokens_config(args: Namespace, number: int) -> StructPruneConfig:
     """Return the config of the flags for a model that keeps a number of tokens."""
     from ..config.pruning import AMOUNTS
 
-    flags = {name: value for name, value in vars(args).items() if name not in (*AMOUNTS, "targets")}
-    return pruning_config(Namespace(**flags, widths={"vocab": number}))
+    flags = {name: value for name, value in vars(args).items() if name != "targets" and name not in AMOUNTS}
+    flags["widths"] = {"vocab": number}
+    return pruning_config(Namespace(**flags))
 
 
 def recovery_config(args: Namespace) -> RecoveryConfig:
@@ -306,41 +363,58 @@ def by_flag(error: StructPruneError, args: Namespace) -> str:
 
     if not isinstance(error, FieldError):
         return str(error).removeprefix(f"{args.command.config}: ")
+
     name = error.field
     reason = error.reason
     if error.owner in PARTS and error.owner != args.command.config:
         name = PARTS[error.owner]
         reason = f"`{error.field}` {reason}"
+
     if getattr(args, "config", None) is not None and not hasattr(args, name):
         return f"{args.config}: `{name}` {reason}."
-    flag = ALIASES.get(name, f"--{name.replace('_', '-')}")
-    return f"{flag} {reason}."
+    return f"{ALIASES.get(name, _flag_of(name))} {reason}."
 
 
 def _values_of_file(args: Namespace) -> dict[str, Any]:
+    """Return the fields of the config file, or none without a file."""
     from ..config.fields import read_yaml
 
-    return dict(read_yaml(args.config)) if args.config else {}
+    if not args.config:
+        return {}
+    return dict(read_yaml(args.config))
 
 
 def _with_flags(values: Mapping[str, Any], args: Namespace, config_class: type) -> dict[str, Any]:
-    """Return values with those of the flags in their place. A mapping replaces only the keys that it has."""
+    """Return the values of a config file with the values of flags in their place.
+
+    A mapping from flags replaces only the keys that it has.
+
+    Args:
+        values: The fields of the config file.
+        args: The parsed flags.
+        config_class: The config class.
+    """
     merged = dict(values)
+
     for field in fields(config_class):
         name = field.name
         if not hasattr(args, name):
             continue
+
         value = getattr(args, name)
         if isinstance(value, list) and value and isinstance(value[0], tuple):
-            value = _mapping_of(value, ALIASES.get(name, f"--{name.replace('_', '-')}"))
+            value = _mapping_of(value, ALIASES.get(name, _flag_of(name)))
         if isinstance(value, Mapping) and isinstance(merged.get(name), Mapping):
-            value = {**merged[name], **value}
+            items = dict(merged[name])
+            items.update(value)
+            value = items
         merged[name] = value
+
     return merged
 
 
 def _mapping_of(pairs: list[tuple[str, Any]], flag: str) -> dict[str, Any]:
-    """Return the mapping of the pairs of a repeated flag, or raise if a name is repeated."""
+    """Return the pairs of a repeated flag as a mapping, or raise `StructPruneError` if a name is repeated."""
     mapping: dict[str, Any] = {}
     for name, value in pairs:
         if name in mapping:

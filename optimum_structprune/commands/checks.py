@@ -28,24 +28,18 @@ from .output import check_file
 
 
 def check_flags(args: Namespace) -> None:
-    """Raise if a value is not legal, a model or a file is missing, or an output exists."""
+    """Raise `StructPruneError` if a value is not legal, a model or a file is missing, or an output exists."""
     flags = vars(args)
     configs: list[Any] = []
     if args.command.config is not None:
         configs = [config for config in CONFIGS[args.command.name](args) if config is not None]
-    if flags.get("base_model") and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.base_model):
-        raise StructPruneError(f"--base-model {args.base_model!r} is no id on the Hub; give OWNER/NAME.")
-    for name in args.command.models:
-        if isinstance(flags[name], str):
-            setattr(args, name, _checked_model(flags[name]))
-        elif flags[name]:
-            setattr(args, name, [_checked_model(model) for model in flags[name]])
-    for values in (args, *configs):
-        arch_file = getattr(values, "arch_file", None)
-        if arch_file:
-            read_families(arch_file)
 
+    if flags.get("base_model") and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.base_model):
+        raise StructPruneError(f"--base-model {args.base_model!r} is not an id on the Hub. Pass OWNER/NAME.")
+    _check_models(args)
+    _check_arch_files(args, configs)
     _check_texts(args, configs)
+
     if isinstance(flags.get("json"), str):
         check_file(args.json, f"--json {args.json}", args.overwrite)
     if "pad_uniform" in flags:
@@ -53,55 +47,89 @@ def check_flags(args: Namespace) -> None:
     if flags.get("gguf"):
         _check_gguf(args)
     if "output" in flags and "overwrite" in flags:
-        is_file = "pad_uniform" in flags and args.output.endswith(GGUF)
-        output = GGUFOutput(args.output, args.overwrite) if is_file else Output(args.output, args.overwrite)
-        output.check()
+        _check_output(args)
+
     if flags.get("push_to_hub") is not None:
-        from ..saving.push import check_push  # last, because it imports torch
+        from ..saving.push import check_push  # imported last, because it imports torch
 
         check_push(args.push_to_hub, args.private)
 
 
+def _check_models(args: Namespace) -> None:
+    """Check the models that the arguments name, and replace a folder of modules by the folder of its transformer."""
+    for name in args.command.models:
+        value = getattr(args, name)
+        if isinstance(value, str):
+            setattr(args, name, _checked_model(value))
+        elif value:
+            setattr(args, name, [_checked_model(model) for model in value])
+
+
+def _check_arch_files(args: Namespace, configs: Iterable[Any]) -> None:
+    """Raise `StructPruneError` if a description of architectures cannot be read."""
+    arch_files = [getattr(args, "arch_file", None)]
+    arch_files += [getattr(config, "arch_file", None) for config in configs]
+    for arch_file in arch_files:
+        if arch_file:
+            read_families(arch_file)
+
+
 def _check_texts(args: Namespace, configs: Iterable[Any]) -> None:
-    """Raise if there is no text at the source of a domain, or no file of questions."""
+    """Raise `StructPruneError` if there is no text at the source of a domain, or no file of questions."""
     texts = [getattr(args, "domain", ())]
     texts += [_texts(config) for config in configs]
+
     for domains in texts:
         for domain in resolve(as_domain(domain) for domain in domains):
             check_source(domain)
+
     questions = getattr(args, "answers", None)
     if questions not in (None, "builtin") and not Path(questions).is_file():
         raise StructPruneError(f"There is no file {questions}.")
 
 
+def _check_output(args: Namespace) -> None:
+    """Raise `StructPruneError` if the output cannot be written."""
+    is_file = hasattr(args, "pad_uniform") and args.output.endswith(GGUF)
+    if is_file:
+        GGUFOutput(args.output, args.overwrite).check()
+    else:
+        Output(args.output, args.overwrite).check()
+
+
 def _check_form(args: Namespace) -> None:
+    """Raise `StructPruneError` if the output of `export` does not fit `--dtype` or `--pad-uniform`."""
+    is_file = args.output.endswith(GGUF)
     if args.dtype in GGUF_TYPES:
-        if not args.output.endswith(GGUF):
-            raise StructPruneError(f"--dtype {args.dtype} is of files for llama.cpp; name a file OUT{GGUF}.")
+        if not is_file:
+            raise StructPruneError(f"--dtype {args.dtype} requires a file for llama.cpp. Pass an output OUT{GGUF}.")
         check_gguf_type(args.dtype)
-    if args.output.endswith(GGUF) == args.pad_uniform:
+
+    if is_file == args.pad_uniform:
         raise StructPruneError(
             f"Name a file OUT{GGUF} for llama.cpp, or a folder with --pad-uniform for runtimes that take one width."
         )
 
 
 def _check_gguf(args: Namespace) -> None:
+    """Raise `StructPruneError` if the file of `--gguf` cannot be written."""
     check_gguf_type(args.gguf)
     if args.offload is not None:
         raise StructPruneError(
             f"--gguf takes a whole model in memory, and --offload {args.offload} is for those that do not fit; leave "
             f"out either, or run `structprune export {args.output} OUT{GGUF}` where there is room."
         )
+
     GGUFOutput(gguf_file(args.output, args.gguf), args.overwrite).check()
 
 
 def gguf_file(output: str, kind: str) -> str:
-    """Return the GGUF file that `--gguf` writes beside an output folder."""
+    """Return the path of the GGUF file that `--gguf` writes next to an output folder."""
     return f"{os.path.normpath(output)}-{kind.upper()}{GGUF}"
 
 
 def _texts(config: Any) -> list[DomainConfig]:
-    """Return the domains that a config names, with its general text."""
+    """Return the domains of a config, and its general text."""
     domains = list(getattr(config, "domains", None) or ())
     general_text = getattr(config, "general_text", None)
     if general_text:
@@ -121,6 +149,7 @@ def prune_configs(args: Namespace) -> tuple[StructPruneConfig, RecoveryConfig | 
         config = replace(config, recovery=None)
     if args.resume and options.checkpoint_dir is None:
         options = replace(options, checkpoint_dir=str(progress_folder(args.output)))
+
     if args.offload is not None and recovery is not None:
         raise StructPruneError(
             f"--offload {args.offload} prunes a model that does not fit, and recovery trains it in memory; leave out "
@@ -130,7 +159,7 @@ def prune_configs(args: Namespace) -> tuple[StructPruneConfig, RecoveryConfig | 
 
 
 def progress_folder(output: str) -> Path:
-    """Return the hidden folder beside the output with the checkpoints of `--resume`."""
+    """Return the hidden folder with the checkpoints of `--resume`, which is next to the output."""
     path = Path(output).resolve()
     return path.with_name(f".{path.name}.progress")
 
@@ -144,45 +173,70 @@ CONFIGS: dict[str, Callable[[Namespace], Iterable[Any]]] = {
 
 
 def _checked_model(name: str) -> str:
-    """Return the folder or the id of a model, which may be a folder inside the named one.
+    """Return the folder or the id of a model.
+
+    For a folder of sentence-transformers it is the folder of the transformer, which may be inside the named one.
 
     Raises:
-        StructPruneError: If a name is neither the folder of a model nor a model of the Hub or its cache.
+        StructPruneError: If the name is neither the folder of a model nor a model of the Hub or its cache.
     """
     folder = Path(name)
-    if not folder.is_dir():
-        try:
-            hf_hub_download(name, "config.json")
-        except Exception as error:  # the network, the Hub and the check of the name raise errors of many classes
-            raise StructPruneError(
-                f"{name!r} cannot be loaded: there is no such folder, and as a model of the Hub it gives no config: "
-                f"{one_line(error)[:300]}"
-            ) from error
-        return name
+    if folder.is_dir():
+        return _checked_folder(folder, name)
 
+    try:
+        hf_hub_download(name, "config.json")
+    except Exception as error:  # the network, the Hub and the check of the name raise errors of many classes
+        raise StructPruneError(
+            f"{name!r} cannot be loaded: there is no such folder, and the Hub has no config of such a model: "
+            f"{one_line(error)[:300]}"
+        ) from error
+    return name
+
+
+def _checked_folder(folder: Path, name: str) -> str:
+    """Return the folder of the transformer in a folder.
+
+    Args:
+        folder: The folder.
+        name: The folder as the user has named it.
+
+    Raises:
+        StructPruneError: If there is no model, or an index of weights names files outside the folder.
+    """
     check_regular_files(folder)
     inside = transformer_folder(folder)
     if inside != folder:
         check_regular_files(inside)
-        folder, name = inside, str(inside)
+        folder = inside
+        name = str(inside)
+
     if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise StructPruneError(
-                f"{name} holds an adapter and no model. In Python, `peft.AutoPeftModelForCausalLM.from_pretrained("
-                f"{name!r}).merge_and_unload().save_pretrained(…)` gives a folder that this command takes."
-            )
-        folders = sorted(path.parent for path in folder.glob("*/config.json"))
-        hint = f", and {folders[0]} does" if folders else ""
-        raise StructPruneError(f"{name!r} cannot be loaded: the folder holds no config.json{hint}.")
+        raise StructPruneError(_no_model(folder, name))
     for index in folder.glob("*.index.json"):
         for file in _files_of_index(index):
             if os.path.basename(file) != file or file == os.pardir:
-                raise StructPruneError(f"{index} names {file!r}, which is no file of its folder and is not read.")
+                raise StructPruneError(f"{index} names {file!r}, which is not a file in its folder.")
     return name
 
 
+def _no_model(folder: Path, name: str) -> str:
+    """Return the error for a folder without a config, which names the nearest folder with a model."""
+    if (folder / "adapter_config.json").is_file():
+        return (
+            f"{name} holds an adapter and no model. In Python, `peft.AutoPeftModelForCausalLM.from_pretrained("
+            f"{name!r}).merge_and_unload().save_pretrained(…)` writes a folder for this command."
+        )
+
+    text = f"{name!r} cannot be loaded: the folder holds no config.json"
+    subfolders = sorted(path.parent for path in folder.glob("*/config.json"))
+    if subfolders:
+        text += f", and {subfolders[0]} does"
+    return f"{text}."
+
+
 def _files_of_index(index: Path) -> list[str]:
-    """Return the files that an index of weights names, or none if it is damaged, which the loading reports."""
+    """Return the files that an index of weights names, or none if it is damaged. Loading reports the damage."""
     try:
         return list(read_mapping(index, json.loads)["weight_map"].values())
     except (StructPruneError, LookupError, TypeError, AttributeError):

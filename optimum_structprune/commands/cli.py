@@ -26,25 +26,26 @@ DEBUG_VARIABLE = "STRUCTPRUNE_DEBUG"
 
 
 class CommandParser(ArgumentParser):
-    """The parser of one command. It declares its arguments at its first use, because reading the configs is slow."""
+    """The parser of one command. It declares its arguments at the first use, because importing the configs is slow."""
 
     declare: Callable[[ArgumentParser], None] | None = None
 
     def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
-        """See `ArgumentParser.parse_known_args`. An unknown flag is an error that suggests the nearest one."""
+        """See `ArgumentParser.parse_known_args`. For an unknown flag, the error suggests the nearest one."""
         if self.declare is not None:
             declare = self.declare
             self.declare = None
             declare(self)
-        parsed, others = super().parse_known_args(*args, **kwargs)
-        for word in others:
+
+        namespace, unknown_words = super().parse_known_args(*args, **kwargs)
+        for word in unknown_words:
             if word.startswith("--"):
                 flag = word.partition("=")[0]
                 self.error(f"there is no flag {flag}.{did_you_mean(flag, self._option_string_actions)}")
-        return parsed, others
+        return namespace, unknown_words
 
     def format_usage(self) -> str:
-        """Return the positional arguments only; the list of flags is too long for a usage error."""
+        """Return only the positional arguments, because the list of flags is too long for a usage error."""
         formatter = self._get_formatter()
         formatter.add_usage(None, self._get_positional_actions(), [])
         return f"{formatter.format_help().rstrip()} [flags]\n"
@@ -59,6 +60,7 @@ def add_commands(parser: ArgumentParser) -> None:
 
     parser.set_defaults(run=print_help)
     subparsers = parser.add_subparsers(title="commands", metavar="<command>", parser_class=CommandParser)
+
     for command in COMMANDS:
         subparser = subparsers.add_parser(
             command.name, help=command.help, description=command.help, allow_abbrev=False
@@ -71,6 +73,7 @@ def execute(args: Namespace) -> int:
     """Run a command, print its result or its error, and return its exit code."""
     if "command" not in args:
         return args.run(args)
+
     rank = 0
     try:
         rank = launched("RANK", 0)
@@ -88,21 +91,26 @@ def execute(args: Namespace) -> int:
         if os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
             traceback.print_exc()
         code, text = explained(error, args)
-        where = f" in process {rank}" if rank > 0 else ""
-        sys.stderr.write(f"structprune: error{where}: {visible(one_line(text))}\n")
+        start = "structprune: error"
+        if rank > 0:
+            start += f" in process {rank}"
+        sys.stderr.write(f"{start}: {visible(one_line(text))}\n")
         return code
 
 
 def explained(error: Exception, args: Namespace) -> tuple[int, str]:
     """Return the exit code and the text of an error: 2 for bad input or a failing machine, 1 for a bug."""
-    text = str(error)
     if isinstance(error, StructPruneError):
         return 2, by_flag(error, args)
-    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "can't allocate memory" in text:
-        return 2, f"There is not enough memory: {text or type(error).__name__}"
+
+    kind = type(error).__name__
+    text = str(error)
+    if isinstance(error, MemoryError) or "OutOfMemory" in kind or "can't allocate memory" in text:
+        return 2, f"There is not enough memory: {text or kind}"
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return 2, f"{error.filename}: {error.strerror}."
-    text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+    text = ": ".join(filter(None, [kind, text]))
     cause = error.__cause__
     if isinstance(cause, Exception) and str(cause) not in text:
         text += f" (because of {type(cause).__name__}: {cause})"
@@ -113,13 +121,16 @@ def explained(error: Exception, args: Namespace) -> tuple[int, str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the console script `structprune` and return its exit code."""
-    with suppress(ValueError):  # only the main thread can set a handler
-        signal(SIGTERM, default_int_handler)  # handled as Ctrl-C, so that no lock and no working folder remains
+    # SIGTERM acts like Ctrl-C, so that no lock and no working folder remains. Only the main thread can set a handler.
+    with suppress(ValueError):
+        signal(SIGTERM, default_int_handler)
+
     # A stream that the shell has closed is None.
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")
+
     parser = ArgumentParser("structprune", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     add_commands(parser)

@@ -1,4 +1,4 @@
-"""`structprune export`: a pruned model in another form."""
+"""`structprune export`: write a pruned model for another runtime."""
 
 from __future__ import annotations
 
@@ -15,33 +15,60 @@ from .output import Result, note
 
 
 def export(args: Namespace) -> Result:
-    """Write the model in the form that the flags name."""
-    kind = args.dtype if args.dtype in GGUF_TYPES else None
-    loading = Loading.of(args, dtype="auto" if kind else args.dtype)
+    """Write a GGUF file or a padded model, as the flags say."""
+    gguf_type = None
+    loading = Loading.of(args)
+    if args.dtype in GGUF_TYPES:
+        # The model is loaded in its own dtype, and converted when the file is written.
+        gguf_type = args.dtype
+        loading = replace(loading, dtype="auto")
+
     if args.output.endswith(GGUF):
-        written = to_gguf(loading, args.model, args.output, kind, args.overwrite)
-        return Result(f"{written}\nsaved to {args.output}", {**asdict(written), "output": args.output})
+        file = to_gguf(loading, args.model, args.output, gguf_type, args.overwrite)
+        values = asdict(file)
+        values["output"] = args.output
+        return Result(f"{file}\nsaved to {args.output}", values)
+
     Output(args.output, args.overwrite, [args.model, args.arch_file]).check(weights_bytes(args.model))
     model, tokenizer = loading.model_and_tokenizer(args.model)
     padding = export_uniform(model, args.output, tokenizer, args.overwrite, args.arch_file)
     return Result(f"{padding}\nsaved to {args.output}", {"parameters": asdict(padding), "output": args.output})
 
 
-def to_gguf(loading: Loading, name: str, output: str, kind: str | None, overwrite: bool) -> GGUFFile:
-    """Write a model as a file of one of llama.cpp's types, or of its own dtype."""
-    check_gguf(loading.config(name), kind)
+def to_gguf(loading: Loading, name: str, output: str, gguf_type: str | None, overwrite: bool) -> GGUFFile:
+    """Write a model as a GGUF file.
+
+    Args:
+        loading: Loads the model.
+        name: The id or the folder of the model.
+        output: The file.
+        gguf_type: llama.cpp's name of a data type; None stands for the dtype of the model.
+        overwrite: Whether to replace an existing file.
+    """
+    check_gguf(loading.config(name), gguf_type)
     GGUFOutput(output, overwrite).check(weights_bytes(name))
+
     model, tokenizer = loading.model_and_tokenizer(name)
-    return export_gguf(model, output, tokenizer, overwrite, kind)
+    return export_gguf(model, output, tokenizer, overwrite, gguf_type)
 
 
 def with_gguf(args: Namespace, result: Result, loading: Loading, parameters: int) -> Result:
-    """A result of a model of so many parameters, with the file of `--gguf` beside it; unchanged without that flag."""
+    """Write the GGUF file of `--gguf`, and return the result with the file; without the flag, do nothing.
+
+    Args:
+        args: The arguments of `structprune prune`.
+        result: The result of the pruning.
+        loading: Loads the pruned model.
+        parameters: The number of parameters of the original model.
+    """
     if args.gguf is None:
         return result
+
     note(args, f"{args.output} is saved; now it is written for llama.cpp")
-    file = gguf_file(args.output, args.gguf)
-    written = to_gguf(replace(loading, dtype="auto"), args.output, file, args.gguf, args.overwrite)
-    size = f"{written.size}; the original model has {2 * parameters / 1e6:,.1f} MB in 16 bits"
-    text = f"{result.text}\nSaved to {file} for llama.cpp: {size}"
-    return replace(result, text=text, values={**result.values, "gguf": {**asdict(written), "output": file}})
+    path = gguf_file(args.output, args.gguf)
+    file = to_gguf(replace(loading, dtype="auto"), args.output, path, args.gguf, args.overwrite)
+
+    values = asdict(file)
+    values["output"] = path
+    size = f"{file.size}; the original model has {2 * parameters / 1e6:,.1f} MB in 16 bits"
+    return result.extended(f"Saved to {path} for llama.cpp: {size}", {"gguf": values})

@@ -1,9 +1,9 @@
-"""The commands and their flags, as tables: `optimum-cli` imports this on every call, and nothing that is heavy."""
+"""The commands and their flags, as tables. `optimum-cli` imports this module, so it imports nothing heavy."""
 
 from __future__ import annotations
 
 from argparse import SUPPRESS
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..saving.gguf_types import GGUF_TYPES
@@ -11,51 +11,55 @@ from .arguments import SOURCES, Command, Flags, domain, positive_int, text_files
 
 
 def switch(text: str) -> dict[str, Any]:
-    """A flag without a value."""
+    """Return a flag without a value."""
     return {"action": "store_true", "help": text}
 
 
-def number(text: str, **more: Any) -> dict[str, Any]:
-    """A flag with a whole number, 1 or more."""
-    return {"help": text, "metavar": "N", "type": positive_int, **more}
+def number(text: str, **options: Any) -> dict[str, Any]:
+    """Return a flag with a whole number, 1 or more."""
+    return _flag(options, help=text, metavar="N", type=positive_int)
 
 
-def choice(text: str, among: Collection[str], **more: Any) -> dict[str, Any]:
-    """A flag whose value is one of some words."""
-    return {"help": text, "choices": among, **more}
+def choice(text: str, choices: Collection[str], **options: Any) -> dict[str, Any]:
+    """Return a flag whose value is one of some words."""
+    return _flag(options, help=text, choices=choices)
 
 
-def named(metavar: str, text: str, **more: Any) -> dict[str, Any]:
-    """A flag whose value has a name in the help."""
-    return {"help": text, "metavar": metavar, **more}
+def option(metavar: str, text: str, **options: Any) -> dict[str, Any]:
+    """Return a flag whose value has a name in the help."""
+    return _flag(options, help=text, metavar=metavar)
 
 
-# Flags of several commands; those of `Loading` first.
+def _flag(options: Mapping[str, Any], **arguments: Any) -> dict[str, Any]:
+    """Return arguments of `add_argument`, with options in their place."""
+    arguments.update(options)
+    return arguments
+
+
+# Flags of several commands. The flags of `Loading` come first.
 TRUST = {"--trust-remote-code": switch("Run code that comes with the model.")}
-ARCH = {"--arch": named("FILE", "A YAML file that describes architectures of your own.", dest="arch_file")}
+ARCH = {"--arch": option("FILE", "A YAML file that describes architectures of your own.", dest="arch_file")}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOADING: Flags = {
-    "--dtype": choice("The dtype; auto is that of the files.", DTYPES, default="auto"),
-    "--device": "The device, such as cpu or cuda; by default cuda where there is one.",
+    "--dtype": choice("The dtype; auto uses the dtype of the files.", DTYPES, default="auto"),
+    "--device": "The device, such as cpu or cuda; by default cuda if there is a GPU.",
     **TRUST,
 }
 ATTENTION = {
-    "--attn-implementation": named(
-        "NAME", "The attention kernels, as `from_pretrained` takes them, such as sdpa, eager or flash_attention_2."
-    )
+    "--attn-implementation": option("NAME", "The attention implementation, such as sdpa, eager or flash_attention_2.")
 }
 OFFLOADS = ("cpu", "disk")
 OFFLOAD = {
     "--offload": choice(
-        "Keep the layers in the CPU's memory or on the disk, and bring in one at a time: for models that are larger "
-        "than the memory of the device.",
+        "Keep the layers in the CPU's memory or on the disk, and load one at a time to the device. Use it for models "
+        "that are larger than the memory of the device.",
         OFFLOADS,
     )
 }
 OVERWRITE = {"--overwrite": switch("Replace the output.")}
 RESULT: Flags = {
     **OVERWRITE,
-    "--push-to-hub": named(
+    "--push-to-hub": option(
         "OWNER/NAME",
         "Upload the result to this repository of the Hub once it is complete on the disk, with the token of `hf auth "
         "login` or of HF_TOKEN.",
@@ -63,35 +67,38 @@ RESULT: Flags = {
     "--private": switch("The repository is private."),
 }
 QUALITY: Flags = {
-    "--domain": named(
+    "--domain": option(
         "NAME=SOURCE",
-        f"Text that is read in its own order. Repeatable. {SOURCES}",
+        f"Text for perplexity, read in the order of the source. Repeatable. {SOURCES}",
         type=domain,
         **{"action": "append", "default": []},
     ),
     "--text": {"help": "Files of your own text. The short form of --domain.", "dest": "domain", **text_files()},
     "--answers": {
-        "help": "Ask questions, the built-in ones or those of a FILE in lines of JSON, and judge the answers.",
+        "help": "Ask the built-in questions, or questions from a FILE in lines of JSON, and judge the answers.",
         **{"nargs": "?", "const": "builtin", "metavar": "builtin|FILE.jsonl"},
     },
-    "--pairs": named(
+    "--pairs": option(
         "FILE",
-        "For encoders: a text and its translation in each line of JSON, which look for each other. Repeatable.",
+        "For encoders: a file with a text and its translation in each line of JSON, to measure how many translations "
+        "are the nearest text. Repeatable.",
         **{"action": "append", "default": []},
     ),
-    "--max-new-tokens": number("Tokens per answer at most (120).", default=120),
+    "--max-new-tokens": number("Maximum number of tokens per answer (120).", default=120),
     "--seq-length": number("Tokens per sample (512).", default=512),
-    "--num-samples": number("Samples per domain at most; by default each domain is read to its end."),
-    "--limit": number("Questions at most; by default all of them."),
+    "--num-samples": number("Maximum number of samples per domain; by default each domain is read to its end."),
+    "--limit": number("Maximum number of questions; by default all of them."),
     "--batch-size": number("Sequences per forward pass; by default 1 on a CPU, and up to 16 on a GPU."),
 }
 SPEED: Flags = {
-    "--speed": switch("Measure how fast the models read prompts and write tokens, in turns."),
+    "--speed": switch("Measure the speed of reading prompts and generating tokens. The models take turns."),
     "--prompt": number("Tokens in each prompt (128). Repeatable.", action="append"),
-    "--new-tokens": number("Tokens to write after it (32).", default=32),
-    "--repeats": number("Timed runs of each model, in turns (9).", default=9),
+    "--new-tokens": number("Tokens to generate after the prompt (32).", default=32),
+    "--repeats": number("Timed runs of each model (9).", default=9),
     "--clock": choice(
-        "wall (default), or cpu: time of the processor, where other jobs run too.", ("wall", "cpu"), default="wall"
+        "wall: elapsed time (default); cpu: processor time, for machines that run other jobs too.",
+        ("wall", "cpu"),
+        default="wall",
     ),
 }
 
@@ -103,23 +110,28 @@ COMMANDS = (
         {
             "model": "Model id or folder.",
             "output": "Folder for the pruned model.",
-            "--recover": switch("Train afterwards, with the dense model as the teacher; see --recovery."),
-            "--recovery-tokens": named(
+            "--recover": switch(
+                "Train the pruned model afterwards, with the dense model as the teacher; see --recovery."
+            ),
+            "--recovery-tokens": option(
                 "N",
-                "The same, with this number of training tokens: short for --recovery tokens=N.",
+                "Like --recover, with this number of training tokens: short for --recovery tokens=N.",
                 type=token_setting,
                 **{"dest": "recovery", "action": "append", "default": SUPPRESS},
             ),
-            "--gguf": named(
+            "--gguf": option(
                 "TYPE",
-                "Also write the result for llama.cpp, to OUT-TYPE.gguf: q8_0, q4_0, f16 …, or q4_k_m where llama.cpp "
-                "is installed.",
+                "Also write the result for llama.cpp, to OUT-TYPE.gguf: q8_0, q4_0, f16 …, or q4_k_m if llama.cpp is "
+                "installed.",
                 type=str.lower,
             ),
-            "--base-model": named("OWNER/NAME", "The dense model's id on the Hub, for the model card."),
-            "--license": named("ID", "Its licence, for the model card; by default what the dense model's card says."),
+            "--base-model": option("OWNER/NAME", "The dense model's id on the Hub, for the model card."),
+            "--license": option(
+                "ID",
+                "The dense model's licence, for the model card; by default the licence in the dense model's card.",
+            ),
             "--resume": switch(
-                "Remember every finished layer in a folder beside the output, and go on from there if a run with the "
+                "Save every finished layer in a folder next to the output, and resume from there if a run with the "
                 "same settings was killed."
             ),
             **RESULT,
@@ -132,16 +144,18 @@ COMMANDS = (
     Command(
         "plan",
         "shapes.plan",
-        "A dry run: show the widths, parameters and memory that `prune` would give with the same settings. Needs no "
-        "weights, and writes no model.",
+        "A dry run: show the widths, parameters and memory of the model that `prune` would save with the same "
+        "settings. It needs no weights and writes no model.",
         {
             "model": "Model id or folder; config.json is enough.",
-            "--dtype": choice("The dtype in which memory is counted; auto is the model's.", DTYPES, default="auto"),
-            "--cost": switch("Show the memory and the time that the pruning takes as well."),
-            "--offload": choice("With --cost: where the layers are while they do not run.", OFFLOADS),
+            "--dtype": choice(
+                "The dtype for the estimate of memory; auto uses the dtype of the model.", DTYPES, default="auto"
+            ),
+            "--cost": switch("Also show the memory and the time that the pruning needs."),
+            "--offload": choice("With --cost: estimate a run with this --offload.", OFFLOADS),
             "--tokens": switch(
-                "Show how much of the text (--text) and of --languages keeps its tokens in a vocabulary of each of "
-                "eight sizes; needs the tokenizer too."
+                "Show the share of the text (--text) and of --languages that keeps its tokens in vocabularies of "
+                "eight sizes. It also needs the tokenizer."
             ),
             **TRUST,
         },
@@ -156,8 +170,8 @@ COMMANDS = (
         {
             "model": "Folder or id of the pruned model.",
             "output": "Folder for the recovered model.",
-            "--teacher": named("MODEL", "The model to agree with, usually the dense one."),
-            "--resume": switch("Go on from the last checkpoint of the same command."),
+            "--teacher": option("MODEL", "The model to learn from, usually the dense model."),
+            "--resume": switch("Resume from the last checkpoint of the same command."),
             **RESULT,
             **ARCH,
             **LOADING,
@@ -169,14 +183,14 @@ COMMANDS = (
     Command(
         "evaluate",
         "measure.evaluate",
-        "Measure models by perplexity, answers and speed, alone or against the dense one; without such flags, "
-        "show their sizes. Several models stand side by side.",
+        "Measure the perplexity, the answers and the speed of models, alone or against the dense model. Without such "
+        "flags, show their sizes.",
         {
-            "models": named("model", "Model ids or folders.", nargs="+"),
-            "--against": named("DENSE", "The dense model to compare with."),
+            "models": option("model", "Model ids or folders.", nargs="+"),
+            "--against": option("DENSE", "The dense model to compare with."),
             **QUALITY,
             **SPEED,
-            "--html": switch("Keep the numbers in the folder of the pruned model, and write its report.html anew."),
+            "--html": switch("Save the numbers in the folder of the pruned model, and update its report.html."),
             **ARCH,
             **LOADING,
             **ATTENTION,
@@ -194,16 +208,16 @@ COMMANDS = (
     Command(
         "export",
         "export.export",
-        "Write a model for llama.cpp (OUT.gguf), or a non-uniform one with one width for all layers (--pad-uniform).",
+        "Write a model for llama.cpp (OUT.gguf), or pad the layers of a model to one width (--pad-uniform).",
         {
             "model": "Folder or id of the pruned model.",
             "output": "File for llama.cpp, which ends in .gguf; with --pad-uniform, a folder.",
-            "--pad-uniform": switch("Fill narrower layers up with zeros, for runtimes that take one width only."),
+            "--pad-uniform": switch("Pad narrower layers with zeros, for runtimes that support only one width."),
             **OVERWRITE,
             **ARCH,
             **LOADING,
             "--dtype": choice(
-                "The dtype; auto is that of the files. A GGUF file also takes llama.cpp's types.",
+                "The dtype; auto uses the dtype of the files. A GGUF file also takes llama.cpp's types.",
                 (*DTYPES, *GGUF_TYPES),
                 default="auto",
             ),

@@ -1,4 +1,4 @@
-"""Loads the models that a command line names; every failure is one sentence."""
+"""Load the models of a command, and convert loading errors to one-line messages."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from ..system.placement import check_float64
 
 logger = logging.getLogger(__name__)
 
-# What `--device` takes beside the names of devices: ways to spread a model over all of them.
+# Values of `--device` that spread a model over all devices.
 SPREAD_DEVICES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
@@ -40,7 +40,7 @@ SPREAD_DEVICES = ("auto", "balanced", "balanced_low_0", "sequential")
 class Loading:
     """Loads models by the flags of a command.
 
-    The flags are checked at construction, which also registers the families of `arch_file`.
+    The constructor checks the flags and registers the families of `arch_file`.
     """
 
     dtype: str = "auto"
@@ -53,9 +53,13 @@ class Loading:
 
     @classmethod
     def of(cls, args: Namespace, **values: Any) -> Loading:
-        """Construct it from the flags of a command; `values` take precedence."""
-        flags = {field.name: getattr(args, field.name) for field in fields(cls) if hasattr(args, field.name)}
-        flags |= values
+        """Create a `Loading` from the flags of a command; `values` take precedence."""
+        flags: dict[str, Any] = {}
+        for item in fields(cls):
+            if hasattr(args, item.name):
+                flags[item.name] = getattr(args, item.name)
+
+        flags.update(values)
         return cls(**flags)
 
     def __post_init__(self) -> None:
@@ -67,7 +71,7 @@ class Loading:
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
-        """The dtype that `--dtype` names; None for `auto`."""
+        """Return the dtype that `--dtype` names, or None for `auto`."""
         if self.dtype == "auto":
             return None
         return getattr(torch, self.dtype)
@@ -87,49 +91,58 @@ class Loading:
             scratch: A folder for offloaded layers that no file holds in the form of the model.
 
         Raises:
-            StructPruneError: If the model cannot be loaded, or its weights are not all those of its files.
+            StructPruneError: If the model cannot be loaded, or its files do not have all weights.
         """
         config = self.config(name)
-        places: str | dict[str, str] | None = self.device
+        device_map: str | dict[str, str] | None = self.device
         if self.offload is not None:
             _check_safetensors(name)
-            places = layer_device_map(config, str(self.device), self.offload, self.arch_file, self.trust_remote_code)
-        torch.manual_seed(0)  # a pooler that the files lack is the same in each run
+            device_map = layer_device_map(
+                config, str(self.device), self.offload, self.arch_file, self.trust_remote_code
+            )
+
+        # A pooler that is missing from the files gets the same random weights in each run.
+        torch.manual_seed(0)
         try:
-            model, loaded = model_class(config, self.arch_file).from_pretrained(
+            model, loading_info = model_class(config, self.arch_file).from_pretrained(
                 name,
                 dtype=self.dtype,
-                device_map=places,
+                device_map=device_map,
                 offload_folder=scratch,
                 trust_remote_code=self.trust_remote_code,
                 output_loading_info=True,
                 attn_implementation=self.attn_implementation,
-                ignore_mismatched_sizes=True,  # `_check_weights` refuses them, with both shapes
+                ignore_mismatched_sizes=True,  # `_check_weights` raises an error that names both shapes
             )
         except torch.OutOfMemoryError as error:
             raise StructPruneError(f"The model cannot be put on --device {self.device}: {_line(error)}") from error
-        except Exception as error:  # a damaged file or an odd config raises errors of many kinds
+        except Exception as error:  # a damaged file or an unusual config raises errors of many classes
             raise _cannot_load(name, error) from error
-        _check_weights(name, loaded)
+
+        _check_weights(name, loading_info)
         check_reachable(model)
         return model.eval()
 
     def tokenizer(self, name: str) -> PreTrainedTokenizerBase:
-        """Return a model's tokenizer, which is read once.
+        """Return a model's tokenizer, which is loaded once.
 
         Raises:
             StructPruneError: If it cannot be loaded, or the model does not read text.
         """
+        if name not in self.tokenizers:
+            self.tokenizers[name] = self._load_tokenizer(name)
+        return self.tokenizers[name]
+
+    def _load_tokenizer(self, name: str) -> PreTrainedTokenizerBase:
+        """Load a model's tokenizer."""
         check_regular_files(name)
         try:
-            if name not in self.tokenizers:
-                read = AutoTokenizer.from_pretrained(name, trust_remote_code=self.trust_remote_code)
-                if not has_files(read):
-                    raise OSError("it has no files there; save the model's own beside it")
-                self.tokenizers[name] = read
-            return self.tokenizers[name]
-        except Exception as error:  # tokenizers raises a bare Exception
-            # Its errors are more exact where the config is at fault.
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=self.trust_remote_code)
+            if not has_files(tokenizer):
+                raise OSError("the folder has no tokenizer files; save the model's own tokenizer there")
+            return tokenizer
+        except Exception as error:  # the library tokenizers raises a bare Exception
+            # If the config is wrong, an error about the config is more exact.
             check_reads_text(self.without_weights(name))
             raise StructPruneError(f"The tokenizer of {name!r} cannot be loaded: {_line(error)}") from error
 
@@ -142,13 +155,14 @@ class Loading:
         check_regular_files(name)
         try:
             return AutoConfig.from_pretrained(name, trust_remote_code=self.trust_remote_code)
-        except Exception as error:  # an odd value raises errors of many kinds
+        except Exception as error:  # an unusual value raises errors of many classes
             raise _cannot_load(name, error) from error
 
     def check_attention(self, name: str) -> None:
-        """Raise an error if a model or this machine has no `--attn-implementation` of that name."""
+        """Raise `StructPruneError` if the model or this machine does not support `--attn-implementation`."""
         if self.attn_implementation is None:
             return
+
         model = meta_model(self.config(name), self.arch_file, self.torch_dtype, self.trust_remote_code)
         try:
             model.set_attn_implementation(self.attn_implementation)
@@ -158,7 +172,7 @@ class Loading:
             ) from error
 
     def without_weights(self, name: str) -> PreTrainedModel:
-        """Return a model on the meta device, made from its config alone."""
+        """Return a model on the meta device. Only its config is read."""
         self.check_attention(name)
         return meta_model(self.config(name), self.arch_file, self.torch_dtype, self.trust_remote_code)
 
@@ -170,28 +184,45 @@ class Loading:
         """
         self.check_attention(name)
         model_config = self.config(name)
-        is_one_device = self.device not in SPREAD_DEVICES
-        device = torch.device(str(self.device)) if is_one_device else None
-        offloaded = self.offload is not None
+        device = None
+        if self.device not in SPREAD_DEVICES:
+            device = torch.device(str(self.device))
+
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the run itself repeats the warnings
-            info = ModelInfo.without_weights(
-                model_config, config.arch_file, self.torch_dtype, self.trust_remote_code, device, offloaded
+            # The run itself repeats the warnings.
+            warnings.simplefilter("ignore")
+            model_info = ModelInfo.without_weights(
+                model_config,
+                config.arch_file,
+                self.torch_dtype,
+                self.trust_remote_code,
+                device,
+                self.offload is not None,
             )
-            request = resolve_request(config, info, self.tokenizer(name), options=options)
+            request = resolve_request(config, model_info, self.tokenizer(name), options=options)
+
         has_dtype = self.torch_dtype or model_config.dtype
-        if request.widths and is_one_device and has_dtype:
+        if request.widths and device is not None and has_dtype:
             check_memory(request, inplace=True)
         return request
 
 
 def usable_device(name: str | None) -> str:
-    """The device that `--device` names; without one, a GPU of the process's own if there is one, else the CPU."""
+    """Return the device that `--device` names.
+
+    Without the flag it is a GPU if there is one, and otherwise the CPU. Each of several processes has its own GPU.
+
+    Args:
+        name: The value of the flag; None without the flag.
+
+    Raises:
+        StructPruneError: If the device cannot be used.
+    """
     if name is None:
-        cuda = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
-        return cuda if torch.cuda.is_available() else "cpu"
+        return _default_device()
     if name in SPREAD_DEVICES:
         return name
+
     try:
         if torch.device(name).type == "meta":
             raise ValueError("it holds no weights")
@@ -200,10 +231,23 @@ def usable_device(name: str | None) -> str:
     except StructPruneError:
         raise
     except Exception as error:  # torch raises an AssertionError, a RuntimeError or a NotImplementedError
-        have = "cpu" + ("".join(f", cuda:{index}" for index in range(torch.cuda.device_count())))
+        devices = ["cpu"]
+        devices += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise StructPruneError(f"--device {name} cannot be used: {reason}; this machine has {have}.") from error
+
+        raise StructPruneError(
+            f"--device {name} cannot be used: {reason}; this machine has {', '.join(devices)}."
+        ) from error
     return name
+
+
+def _default_device() -> str:
+    """Return the GPU of this process, or the CPU without a GPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    if "LOCAL_RANK" in os.environ:
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+    return "cuda"
 
 
 def weights_bytes(name: str) -> int:
@@ -212,56 +256,73 @@ def weights_bytes(name: str) -> int:
 
 
 def _check_safetensors(name: str) -> None:
-    """Raise an error if a folder has weights in another format alone, which are not read a layer at a time."""
+    """Raise `StructPruneError` if a folder has no safetensors files, because other files are not read by layers."""
     if not Path(name).is_dir() or _weight_files(name):
         return
+
     older = next(Path(name).glob("*.bin"), None)
     if older is not None:
         raise StructPruneError(
-            f"{older} is no safetensors file, and only these are read a layer at a time; convert it where it "
-            f"fits: AutoModelForCausalLM.from_pretrained({name!r}).save_pretrained(FOLDER)."
+            f"{older} is not a safetensors file, and only these are read a layer at a time. Convert it on a machine "
+            f"with enough memory: AutoModelForCausalLM.from_pretrained({name!r}).save_pretrained(FOLDER)."
         )
 
 
-def _check_weights(name: str, loaded: Mapping[str, Collection[Any]]) -> None:
-    """Raise an error if weights are missing from the files of a model, or have other shapes."""
-    poolers = {key for key in loaded["missing_keys"] if key.startswith("pooler.")}
-    if poolers:  # sentence-transformers reads no pooler, so many of its models lack one
+def _check_weights(name: str, loading_info: Mapping[str, Collection[Any]]) -> None:
+    """Raise `StructPruneError` if weights are missing from the files of a model, or have other shapes.
+
+    Args:
+        name: The id or the folder of the model.
+        loading_info: The loading info of `from_pretrained`.
+    """
+    poolers = {key for key in loading_info["missing_keys"] if key.startswith("pooler.")}
+    if poolers:  # sentence-transformers does not use the pooler, so many of its models lack one
         logger.warning("%r has no pooler; one that is random and that nobody reads is saved.", name)
-    missing = sorted({*loaded["missing_keys"]} - poolers)
-    if missing:
+
+    missing_keys = sorted(key for key in loading_info["missing_keys"] if key not in poolers)
+    if missing_keys:
         raise StructPruneError(
-            f"{name!r} lacks weights that its config asks for, which would be random: {some_of(missing)}. The config "
-            "and the weights have to be of the same model."
+            f"{name!r} lacks weights that its config asks for, which would be random: {some_of(missing_keys)}. The "
+            "config and the weights have to be of the same model."
         )
-    mismatched = sorted(loaded["mismatched_keys"])
-    if mismatched:
-        key, file_shape, config_shape = mismatched[0]
-        rest = f", and {len(mismatched) - 1} more" if len(mismatched) > 1 else ""
+
+    mismatched_keys = sorted(loading_info["mismatched_keys"])
+    if mismatched_keys:
+        key, file_shape, config_shape = mismatched_keys[0]
+        end = ""
+        if len(mismatched_keys) > 1:
+            end = f", and {len(mismatched_keys) - 1} more"
+
         raise StructPruneError(
             f"{name!r} has weights of other shapes than its config says: {key} is {tuple(file_shape)} in the file and "
-            f"{tuple(config_shape)} by the config{rest}."
+            f"{tuple(config_shape)} by the config{end}."
         )
-    unexpected = sorted(loaded["unexpected_keys"])
-    if unexpected:
-        logger.warning("%r has weights that the model does not use, which are dropped: %s.", name, some_of(unexpected))
+
+    unused_keys = sorted(loading_info["unexpected_keys"])
+    if unused_keys:
+        logger.warning(
+            "%r has weights that the model does not use, which are dropped: %s.", name, some_of(unused_keys)
+        )
 
 
 def _cannot_load(name: str, error: Exception) -> StructPruneError:
-    """Return the error of a model that cannot be loaded: it names a damaged file, or repeats that of transformers."""
-    damaged = next(_damaged_files(name), None)
-    if damaged is not None:
-        return StructPruneError(f"{damaged} is damaged or cut, so {name!r} cannot be loaded: {_line(error)}")
+    """Return the error for a model that cannot be loaded, which names a damaged file if there is one."""
+    damaged_file = next(_damaged_files(name), None)
+    if damaged_file is not None:
+        return StructPruneError(f"{damaged_file} is damaged or cut, so {name!r} cannot be loaded: {_line(error)}")
     if name.endswith(".gguf"):
-        return StructPruneError(f"{name} is a GGUF file, which is not pruned; name the model that it was made of.")
+        return StructPruneError(f"{name} is a GGUF file, which is not pruned. Pass the model that it was made from.")
     if "trust_remote_code" in str(error):
-        return StructPruneError(f"{name!r} runs code of its own; read it, and give --trust-remote-code.")
-    kind = "" if isinstance(error, (OSError, ValueError, ImportError)) else f"{type(error).__name__}: "
-    return StructPruneError(f"{name!r} cannot be loaded: {kind}{_line(error)}")
+        return StructPruneError(f"{name!r} runs code of its own. Read it, and pass --trust-remote-code.")
+
+    reason = _line(error)
+    if not isinstance(error, (OSError, ValueError, ImportError)):
+        reason = f"{type(error).__name__}: {reason}"
+    return StructPruneError(f"{name!r} cannot be loaded: {reason}")
 
 
 def _weight_files(name: str) -> list[Path]:
-    """Return the safetensors files of a folder; none of an id."""
+    """Return the safetensors files of a folder, or none for an id."""
     if not Path(name).is_dir():
         return []
     return sorted(Path(name).glob("*.safetensors"))
@@ -274,6 +335,7 @@ def _damaged_files(name: str) -> Iterator[Path]:
             "".join(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             yield path
+
     for path in _weight_files(name):
         try:
             with safe_open(path, framework="pt"):
@@ -283,5 +345,5 @@ def _damaged_files(name: str) -> Iterator[Path]:
 
 
 def _line(error: Exception) -> str:
-    """Return the first 300 characters of an error's message, in one line."""
+    """Return the message of an error in one line of at most 300 characters, or the error's class without a message."""
     return one_line(error)[:300] or type(error).__name__

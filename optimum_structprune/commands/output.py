@@ -10,7 +10,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,25 @@ class Result:
 
     def __str__(self) -> str:
         """Return the text with the suggested command as its last line."""
-        return f"{self.text}\nNext: {self.next_command}" if self.next_command else self.text
+        if not self.next_command:
+            return self.text
+        return f"{self.text}\nNext: {self.next_command}"
+
+    def extended(self, line: str, values: Mapping[str, Any]) -> Result:
+        """Return the result with one more line of text and more values."""
+        all_values = dict(self.values)
+        all_values.update(values)
+        return replace(self, text=f"{self.text}\n{line}", values=all_values)
 
 
 def check_file(file: str, label: str, overwrite: bool = False) -> None:
-    """Raise if a file has no folder, or exists and must not be replaced."""
+    """Raise `StructPruneError` if a file has no folder, or exists and must not be replaced.
+
+    Args:
+        file: The file.
+        label: The flag with its value, for the error.
+        overwrite: Whether an existing file is replaced.
+    """
     path = Path(file)
     if not path.absolute().parent.is_dir():
         raise StructPruneError(f"{label} cannot be written: there is no folder {path.parent}.")
@@ -66,9 +80,13 @@ def visible(text: str) -> str:
 
 def show(result: Result, args: Namespace) -> None:
     """Print a result, as text or as JSON, and write the file of `--json` if one is named."""
-    document = to_json({"structprune": __version__, **result.values})
+    values: dict[str, Any] = {"structprune": __version__}
+    values.update(result.values)
+    document = to_json(values)
+
     if isinstance(args.json, str):
         Path(args.json).write_text(document + "\n", encoding="utf-8")
+
     try:
         encoding = sys.stdout.encoding or "utf-8"
         text = document if args.json is True else visible(str(result))
@@ -80,54 +98,73 @@ def show(result: Result, args: Namespace) -> None:
 
 
 def note(args: Namespace, text: str) -> None:
-    """Write a note on the progress to the standard error, unless `--quiet` is given."""
+    """Write a note on the progress to the standard error, unless `--quiet` is set."""
     if not args.quiet:
         sys.stderr.write(f"{visible(text)}\n")
 
 
 @contextmanager
 def working(args: Namespace, silent: bool = False) -> Iterator[None]:
-    """Keep the standard output free for the result: what libraries print goes to the standard error, or nowhere with
-    `--quiet`. Bars appear only on a terminal; elsewhere each stage prints a line when it begins.
+    """Reserve the standard output for the result inside `with`.
+
+    Output of libraries is redirected to the standard error, or dropped with `--quiet`. Progress bars appear only on a
+    terminal; elsewhere each stage prints a line when it begins.
+
+    Args:
+        args: The arguments of the command.
+        silent: Whether to act as with `--quiet`.
     """
     args.quiet = args.quiet or silent
     with ExitStack() as stack:
-        prints = stack.enter_context(open(os.devnull, "w")) if args.quiet else sys.stderr
-        stack.enter_context(redirect_stdout(prints))
-        levels = dict(MUTED_LOGGERS)
+        stream = sys.stderr
+        if args.quiet:
+            stream = stack.enter_context(open(os.devnull, "w"))
+        stack.enter_context(redirect_stdout(stream))
+
+        _set_levels(MUTED_LOGGERS, stack)
         if args.quiet or not sys.stderr.isatty():
             _hide_bars(args.command.reads_text, stack)
-            # The bar of transformers' Trainer has no switch; it is left out where this logger shows errors only.
-            levels["transformers.training_args"] = logging.ERROR
+            # The progress bar of transformers' Trainer depends on the level of this logger.
+            _set_levels({"transformers.training_args": logging.ERROR}, stack)
             if not args.quiet:
-                levels[stages.name] = logging.INFO
-                lines = logging.StreamHandler(sys.stderr)
-                stages.addHandler(lines)
-                stack.callback(stages.removeHandler, lines)
-        for name, level in levels.items():
-            logger = logging.getLogger(name)
-            stack.callback(logger.setLevel, logger.level)
-            logger.setLevel(level)
+                _print_stages(stack)
+
         stack.enter_context(warnings.catch_warnings())
-        # Libraries address these to programmers; the result of an evaluation repeats the others.
+        # Libraries address future warnings to programmers, and the result of an evaluation repeats the others.
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=SeenTextWarning)
         warnings.showwarning = _show_warning
         yield
 
 
+def _set_levels(levels: Mapping[str, int], stack: ExitStack) -> None:
+    """Set the levels of loggers until a stack ends."""
+    for name, level in levels.items():
+        logger = logging.getLogger(name)
+        stack.callback(logger.setLevel, logger.level)
+        logger.setLevel(level)
+
+
+def _print_stages(stack: ExitStack) -> None:
+    """Print a line to the standard error when a stage begins, until a stack ends."""
+    _set_levels({stages.name: logging.INFO}, stack)
+    handler = logging.StreamHandler(sys.stderr)
+    stages.addHandler(handler)
+    stack.callback(stages.removeHandler, handler)
+
+
 def _show_warning(message: Warning | str, *place: Any, **options: Any) -> None:
-    """Write a warning as one line, without the file and the line of code that it comes from."""
+    """Write a warning as one line, without its place in the code."""
     sys.stderr.write(f"warning: {visible(one_line(message))}\n")
 
 
 def _hide_bars(reads_text: bool, stack: ExitStack) -> None:
-    """Switch the bars of libraries off until a stack ends."""
+    """Turn off the progress bars of libraries until a stack ends."""
     import huggingface_hub.utils as hub
     from transformers.utils import logging as models
 
-    # Each with whether it shows bars. They are restored in turn from the end, since the switch of transformers moves
-    # that of huggingface_hub too.
+    # Whether a library shows bars, and the functions that turn them on and off. The stack restores the last library
+    # first, because the functions of transformers also change huggingface_hub.
     switches: list[tuple[bool, Callable[..., Any], Callable[..., Any]]] = [
         (not hub.are_progress_bars_disabled(), hub.enable_progress_bars, hub.disable_progress_bars),
         (models.is_progress_bar_enabled(), models.enable_progress_bar, models.disable_progress_bar),
@@ -136,7 +173,8 @@ def _hide_bars(reads_text: bool, stack: ExitStack) -> None:
         import datasets.utils as data
 
         switches.append((data.is_progress_bar_enabled(), data.enable_progress_bars, data.disable_progress_bars))
-    for shows, enable, disable in switches:
-        if shows:
+
+    for is_enabled, enable, disable in switches:
+        if is_enabled:
             stack.callback(enable)
             disable()

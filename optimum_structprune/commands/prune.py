@@ -1,4 +1,4 @@
-"""`structprune prune`: a smaller model."""
+"""`structprune prune`: prune a model and save it."""
 
 from __future__ import annotations
 
@@ -28,31 +28,27 @@ from .saved import result_lines
 
 
 def prune(args: Namespace) -> Result:
-    """Prune, save, and show what came of it."""
+    """Prune a model, save it, and return its report."""
     config, recovery, options = prune_configs(args)
     loading = Loading.of(args, arch_file=config.arch_file)
+    input_paths = [args.model]
+    input_paths += used_paths(config, recovery, options)
+    output = Output(args.output, args.overwrite, input_paths)
+
     # Processes that were started together share the work.
-    output = Output(args.output, args.overwrite, [args.model, *used_paths(config, recovery, options)])
     with across_processes(), output.locked():
         _check_folders(args, output, loading, config, options, recovery)
         pruned = _prune_and_save(args, output, loading, config, options)
-        smaller = pruned.model
-        tokenizer = pruned.tokenizer
         report = pruned.report
-        assert tokenizer is not None
-        if recovery is not None:
-            note(args, f"The pruned model is saved to {args.output}. Training begins.")
-            of_recover = {"model": args.output, "teacher": args.model, "arch_file": config.arch_file}
-            training = Namespace(**{**vars(args), **of_recover, "overwrite": True, "resume": False})
-            with unshared():
-                result = recover_and_save(training, recovery_for(recovery, training, config), smaller, tokenizer)
-            result = replace(result, values={**report.to_dict(), "recovery": result.values, "output": args.output})
+        if recovery is None:
+            result = _result(args, pruned, config)
         else:
-            lines = [*report_lines(report), *result_lines(args.output, smaller.config, config.arch_file)]
-            suggestion = next_command(judge(report), args.model, args.output)
-            result = Result("\n".join(lines), {**report.to_dict(), "output": args.output}, suggestion)
-        del smaller, pruned  # the next step reads the folder, which may have been trained
-        return pushed(args, with_gguf(args, result, loading, report.dense.parameters))
+            result = _recovered_result(args, pruned, recovery, config)
+
+        # Writing a GGUF file loads the model from the folder, which may have been trained.
+        del pruned
+        result = with_gguf(args, result, loading, report.dense.parameters)
+        return pushed(args, result)
 
 
 def _check_folders(
@@ -63,17 +59,21 @@ def _check_folders(
     options: RunOptions,
     recovery: RecoveryConfig | None,
 ) -> None:
-    """Refuse what the run would refuse, before a model is loaded."""
+    """Raise `StructPruneError` if the run could not be finished. Call this before the weights are loaded."""
     request = loading.ask(args.model, config, options)
-    model, small = request.model_info.plain_model, request.smaller
-    output.check(small.num_parameters() * model.dtype.itemsize)
+    model = request.model_info.plain_model
+    smaller = request.smaller
+    output.check(smaller.num_parameters() * model.dtype.itemsize)
+
     tokenizer = loading.tokenizer(args.model)
     if args.gguf is not None:
-        check_gguf(small.config, args.gguf, tokenizer)
+        check_gguf(smaller.config, args.gguf, tokenizer)
     check_apart(args.output, config, recovery, options)
     if recovery is not None:
         check_recovery(recovery, config, model)
-    calibration_domains(config, model, tokenizer, writes=False)  # last, as it reads the text
+
+    # The last check, because it reads the text.
+    calibration_domains(config, model, tokenizer, writes=False)
 
 
 def _prune_and_save(
@@ -82,20 +82,60 @@ def _prune_and_save(
     """Prune the model, save it, and return the result."""
     with output.sibling(OFFLOAD) as scratch:
         model, tokenizer = loading.model_and_tokenizer(args.model, scratch)
-        # None where a pass takes much longer than elsewhere.
-        tokens = 0 if args.offload else config.num_samples * config.seq_length
-        check = ShortCheck(tokenizer, tokens)
+        # Offloaded models answer no questions, because a forward pass takes too long.
+        num_tokens = 0 if args.offload else config.num_samples * config.seq_length
+        check = ShortCheck(tokenizer, num_tokens)
         check.ask("dense", model)
+
         result = prune_in_one_call(model, config, tokenizer, inplace=True, options=options)
         assert result.tokenizer is not None
         check.tokenizer = result.tokenizer
         check.ask("pruned", result.model)
+
         result.report.answers = check.result()
         result.report.model.base_model = args.base_model or ""
         result.report.model.license = args.license or ""
         result.save(args.output, result.tokenizer, overwrite=args.overwrite)
         write_page_or_warn(args.output)
+
         if args.resume and process_index() == 0:
-            with suppress(OSError):  # nothing was remembered; with the scratch folder it goes in one step
+            # The progress is removed with the scratch folder. There is none if no layer was finished.
+            with suppress(OSError):
                 progress_folder(args.output).rename(scratch / "progress")
+
     return result
+
+
+def _result(args: Namespace, pruned: PruneResult, config: StructPruneConfig) -> Result:
+    """Return the result of a pruning without a training."""
+    report = pruned.report
+    lines = report_lines(report)
+    lines += result_lines(args.output, pruned.model.config, config.arch_file)
+
+    values = report.to_dict()
+    values["output"] = args.output
+    suggestion = next_command(judge(report), args.model, args.output)
+    return Result("\n".join(lines), values, suggestion)
+
+
+def _recovered_result(
+    args: Namespace, pruned: PruneResult, recovery: RecoveryConfig, config: StructPruneConfig
+) -> Result:
+    """Train the pruned model, save it in its place, and return the result."""
+    note(args, f"The pruned model is saved to {args.output}. Training begins.")
+    training_args = Namespace(**vars(args))
+    training_args.model = args.output
+    training_args.teacher = args.model
+    training_args.arch_file = config.arch_file
+    training_args.overwrite = True
+    training_args.resume = False
+
+    assert pruned.tokenizer is not None
+    with unshared():
+        training = recovery_for(recovery, training_args, config)
+        result = recover_and_save(training_args, training, pruned.model, pruned.tokenizer)
+
+    values = pruned.report.to_dict()
+    values["recovery"] = result.values
+    values["output"] = args.output
+    return replace(result, values=values)

@@ -1,6 +1,6 @@
-"""Registers `optimum-cli structprune`; the build also installs this file as a module of `optimum.commands.register`.
+"""Register `optimum-cli structprune`. The build also installs this file as a module of `optimum.commands.register`.
 
-An error or a slow import here would hit every user of `optimum-cli`.
+An error or a slow import here would affect every user of `optimum-cli`.
 """
 
 import sys
@@ -8,7 +8,7 @@ from argparse import ArgumentParser
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-# Absolute, because the installed copy lives in another package.
+# The import is absolute because the installed copy is in another package.
 from optimum_structprune.commands.cli import DESCRIPTION, add_commands, execute
 
 

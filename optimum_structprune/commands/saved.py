@@ -1,4 +1,4 @@
-"""The lines of a command that saved a result: how it is loaded, and where its report is."""
+"""Print where a command has saved a result, and how to load it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,19 @@ from ..saving.names import PAGE_NAME
 
 
 def result_lines(output: str, config: PretrainedConfig, arch_file: str | None) -> list[str]:
-    """Return how a saved result is loaded, and where its report is."""
+    """Return the call that loads a saved result, and the path of its report.
+
+    Args:
+        output: The folder of the result.
+        config: The config of the model.
+        arch_file: The file that describes the architecture.
+    """
     loader = loader_of(output, config, arch_file)
-    lines = [f"Saved to {output}; load it with {loader}({output!r})"]
+    line = f"Saved to {output}; load it with {loader}({output!r})"
     if config.get_text_config().is_heterogeneous:
-        lines[0] += " after import optimum_structprune, or with trust_remote_code=True"
+        line += " after import optimum_structprune, or with trust_remote_code=True"
+
+    lines = [line]
     page = Path(output, PAGE_NAME)
     if page.is_file():
         lines.append(f"Report: {page}")

@@ -1,4 +1,4 @@
-"""`structprune inspect` and `structprune plan`: the spaces of a model and its sizes after a pruning, by its config."""
+"""`structprune inspect` and `structprune plan`: describe a model, and its size after a pruning, from its config."""
 
 from __future__ import annotations
 
@@ -21,18 +21,25 @@ from .loading import Loading
 from .output import Result
 
 
-MOST_LISTED = 1_000_000  # legal widths of a space that are listed one by one
+# Spaces with more legal widths than this are described by ranges.
+MAX_LISTED_WIDTHS = 1_000_000
+# Ranges with fewer widths than this are listed, unless the steps between the widths are equal.
+MIN_RANGE = 12
 
 
 def inspect(args: Namespace) -> Result:
     """Describe a model, which is built on the meta device."""
     model = Loading.of(args).without_weights(args.model)
     arch = describe(model, args.arch_file)
-    total = model.num_parameters()
-    layers = arch.num_layers or None  # unknown where nothing describes them
-    shown_layers = f"{layers} layers, " if layers else ""
+    num_parameters = model.num_parameters()
+    num_layers = arch.num_layers or None  # unknown without a description of the layers
+
+    head = [arch.model_type]
+    if num_layers is not None:
+        head.append(f"{num_layers} layers")
+    head.append(f"{num_parameters:,} parameters")
     lines = [
-        f"{args.model}: {arch.model_type}, {shown_layers}{total:,} parameters",
+        f"{args.model}: {', '.join(head)}",
         f"{'space':<12}{'units':>8}{'parameters':>16}{'share':>8}  legal widths",
     ]
 
@@ -40,24 +47,40 @@ def inspect(args: Namespace) -> Result:
     for name in arch.offered:
         space = _space(model.config, arch, name)
         spaces[name] = space
-        units = space["units"]
-        shown = "-".join(map(str, dict.fromkeys([units[0], units[-1]])))
+        units = "-".join(map(str, dict.fromkeys([space["units"][0], space["units"][-1]])))
         parameters = space["parameters"]
-        legal = _ranges(legal_sizes(model.config, arch, name))
-        lines.append(f"{name:<12}{shown:>8}{parameters:>16,}{parameters / total:>8.1%}  {legal}")
+        widths = _ranges(legal_sizes(model.config, arch, name))
+        lines.append(f"{name:<12}{units:>8}{parameters:>16,}{parameters / num_parameters:>8.1%}  {widths}")
 
-    for reason in dict.fromkeys(reason for _, reason in arch.missing):
-        names = ", ".join(name for name, other_reason in arch.missing if other_reason == reason)
-        lines.append(f"{names:<11} cannot be pruned: {reason}")
+    lines += _missing_lines(arch)
+    values = {
+        "model": args.model,
+        "model_type": arch.model_type,
+        "layers": num_layers,
+        "parameters": num_parameters,
+        "spaces": spaces,
+        "missing": dict(arch.missing),
+    }
+    return Result("\n".join(lines), values)
 
-    values = {"model": args.model, "model_type": arch.model_type, "layers": layers, "parameters": total}
-    return Result("\n".join(lines), {**values, "spaces": spaces, "missing": dict(arch.missing)})
+
+def _missing_lines(arch: ArchSpec) -> list[str]:
+    """Return the spaces that cannot be pruned, by reason."""
+    names_by_reason: dict[str, list[str]] = {}
+    for name, reason in arch.missing:
+        names_by_reason.setdefault(reason, []).append(name)
+
+    lines = []
+    for reason, names in names_by_reason.items():
+        lines.append(f"{', '.join(names):<11} cannot be pruned: {reason}")
+    return lines
 
 
 def _space(config: PretrainedConfig, arch: ArchSpec, name: str) -> dict[str, Any]:
-    """Return the numbers of units, the parameters and the legal widths of a space, as JSON takes them."""
+    """Return the numbers of units, the parameters and the legal widths of a space as plain values for JSON."""
     legal = legal_sizes(config, arch, name)
-    is_long = name == VOCAB or len(legal) > MOST_LISTED
+    is_long = name == VOCAB or len(legal) > MAX_LISTED_WIDTHS
+
     return {
         "units": sorted({space.width for space in arch.of(name)}),
         "parameters": sum(space.size * space.unit_params for space in arch.of(name)),
@@ -67,12 +90,16 @@ def _space(config: PretrainedConfig, arch: ArchSpec, name: str) -> dict[str, Any
 
 def _ranges(sizes: Sequence[int]) -> str:
     """Return `1, 2, 6` for `[1, 2, 6]`, `1-3` for `[1, 2, 3]`, and `9-27 in steps of 9` for `[9, 18, 27]`."""
-    step = sizes[1] - sizes[0] if len(sizes) > 2 else 0
-    is_even = sizes[-1] - sizes[0] == step * (len(sizes) - 1)
-    if not step or (len(sizes) < 12 and not is_even):
+    if len(sizes) < 3:
         return ", ".join(map(str, sizes))
-    steps = f" in steps of {step}" if step > 1 else ""
-    return f"{sizes[0]}-{sizes[-1]}{steps}"
+
+    step = sizes[1] - sizes[0]
+    is_even = sizes[-1] - sizes[0] == step * (len(sizes) - 1)
+    if not step or (len(sizes) < MIN_RANGE and not is_even):
+        return ", ".join(map(str, sizes))
+    if step > 1:
+        return f"{sizes[0]}-{sizes[-1]} in steps of {step}"
+    return f"{sizes[0]}-{sizes[-1]}"
 
 
 def plan(args: Namespace) -> Result:
@@ -86,7 +113,8 @@ def plan(args: Namespace) -> Result:
     if args.offload is not None and not args.cost:
         raise StructPruneError("`--offload` changes the memory that `--cost` counts. Add `--cost`.")
 
-    loading = Loading.of(args, arch_file=config.arch_file, offload=None)  # no layer is moved here
+    # No weights are loaded, so no layer is offloaded.
+    loading = Loading.of(args, arch_file=config.arch_file, offload=None)
     outcome = dry_run(
         loading.config(args.model),
         config,
@@ -97,18 +125,22 @@ def plan(args: Namespace) -> Result:
         run_options(args),
         _tokenizer(loading, args.model, config),
     )
-    removed = f"Removes {outcome.sparsity:.1%} of the layer parameters."
-    if config.sparsity is not None:
+
+    if config.sparsity is None:
+        summary = f"Removes {outcome.sparsity:.1%} of the layer parameters."
+    else:
         share = 1 - outcome.parameters.after / outcome.parameters.before
-        removed = target_line(config.sparsity, outcome.sparsity, share)
-    return Result(f"{args.model}: {outcome.model_type}. {removed}\n{outcome}", outcome.to_dict())
+        summary = target_line(config.sparsity, outcome.sparsity, share)
+    return Result(f"{args.model}: {outcome.model_type}. {summary}\n{outcome}", outcome.to_dict())
 
 
 def _tokenizer(loading: Loading, name: str, config: StructPruneConfig) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer of a model if tokens may be removed: it says which numbers of tokens are possible."""
+    """Return the tokenizer of a model if tokens may be removed. The possible numbers of tokens depend on it."""
     if config.keep_tokens is not None:
         return loading.tokenizer(name)
+
     if config.removes_tokens is not False:
-        with suppress(StructPruneError):  # a config alone has no tokenizer
+        # A folder with only a config has no tokenizer.
+        with suppress(StructPruneError):
             return loading.tokenizer(name)
     return None

@@ -100,6 +100,7 @@ class Config:
             value = getattr(self, name)
             if not isinstance(value, int):
                 continue
+
             if value < 1:
                 self.refuse(name, f"must be at least 1, got {value}")
             if value > MAX_COUNT:
@@ -110,6 +111,7 @@ class Config:
         lower = "greater than 0"
         if allow_zero:
             lower = "at least 0"
+
         upper = "less than 1"
         if allow_one:
             upper = "at most 1"
@@ -162,8 +164,10 @@ def check_types(config: Any) -> None:
     """Raise `FieldError` if a field of a dataclass has a value of another type than its annotation."""
     owner = type(config).__name__
     hints = get_type_hints(type(config))
+
     for name in field_names(type(config)):
         value = getattr(config, name)
+
         if not _is_instance(value, hints[name]):
             raise FieldError(owner, name, f"must be {_type_name(hints[name])}, got {short_repr(value)}")
         if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
@@ -181,6 +185,7 @@ def _is_instance(value: Any, annotation: Any) -> bool:
 
     origin = get_origin(annotation)
     arguments = get_args(annotation)
+
     if origin in (Union, UnionType):
         return any(_is_instance(value, member) for member in arguments)
     if origin is Literal:
@@ -203,10 +208,12 @@ def _type_name(annotation: Any) -> str:
     """Return an annotation in words, such as "a list of str"."""
     origin = get_origin(annotation)
     arguments = get_args(annotation)
+
     if origin in (Union, UnionType):
         # Tuples and None are left out: a tuple is a list in Python code, and None is an unset field.
         members = [member for member in arguments if member is not NoneType and get_origin(member) is not tuple]
         return " or ".join(map(_type_name, members))
+
     if origin is Literal:
         return " or ".join(map(repr, arguments))
     if origin in (list, tuple):
@@ -230,6 +237,7 @@ def by_layer(values: Mapping[Any, Item], name: str) -> dict[int, Item]:
         if not is_index or int(key) in items:
             keys = short_repr(list(values))
             raise StructPruneError(f"{name} must have layer indices as keys, each once, got {keys}.")
+
         items[int(key)] = value
     return items
 
@@ -237,6 +245,7 @@ def by_layer(values: Mapping[Any, Item], name: str) -> dict[int, Item]:
 def build(cls: type, values: Mapping[str, Any]) -> Any:
     """Return a dataclass of another library from the values of its fields."""
     check_names(cls, values)
+
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
@@ -255,6 +264,7 @@ class UniqueKeyLoader(yaml.SafeLoader):
             if identity in lines:
                 raise ValueError(f"the key {key.value!r} is in line {lines[identity]} and again in line {line}")
             lines[identity] = line
+
         return super().construct_mapping(node, deep)
 
 

@@ -93,8 +93,8 @@ class StructPruneConfig(Config):
             experts is `reap`.
         refit: The method that updates the kept weights: `none`, `least_squares`, or a registered refit.
         rounds: The number of rounds of calibration, scoring and removal. Each round removes the same fraction.
-        allocation: The distribution of the removal over the layers. `uniform` gives all layers the same width.
-            `sensitivity` measures the loss of each layer and gives each layer a width of its own.
+        allocation: The distribution of the removal over the layers. `uniform` uses the same width for all layers.
+            `sensitivity` measures the loss of each layer and chooses a width for each layer.
         round_to: Channel widths that `sparsity` or `budget` determines are multiples of this number. Explicit
             widths need not be. `auto` is the largest power of two up to 256 that reaches any target within 1 % of the
             layers' parameters: 256 from about 10,000 channels on, and less in smaller models.
@@ -255,6 +255,7 @@ class StructPruneConfig(Config):
             if code not in LANGUAGES:
                 names = [f"{language_code} ({name})" for language_code, name in LANGUAGES.items()]
                 self.refuse("languages", f"has no language {code!r}.{did_you_mean(code, names).rstrip('.')}")
+
             codes.append(code)
         return tuple(dict.fromkeys(codes))
 
@@ -267,6 +268,7 @@ class StructPruneConfig(Config):
             if self.languages is not None:
                 example = f"targets=['vocab'], {example}"
                 flags = f"--target vocab {flags}"
+
             raise StructPruneError(
                 f"Exactly one of `sparsity`, `widths` and `budget` must say how much to remove, got "
                 f"{', '.join(amounts) or 'none'}. For example, {example} ({flags}) keeps four fifths of a model."

@@ -29,17 +29,18 @@ def block_influence(model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Ba
     inputs: dict[int, Tensor] = {}
     batch = batches[0]
 
-    def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def on_call(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs[index] = hidden_states_of(args, kwargs)
 
-    def after(index: int, output: Any) -> None:
-        leaving = batch.counted(first_of(output).double())
+    def on_return(index: int, output: Any) -> None:
+        layer_output = batch.counted(first_of(output).double())
+        layer_input = batch.counted(inputs.pop(index).double())
         # A layer of a model on several devices may return its output on another device.
-        entering = batch.counted(inputs.pop(index).double()).to(leaving.device)
-        distances[index].append((1 - cosine_similarity(entering.to(leaving.device), leaving, dim=-1)).sum())
+        similarity = cosine_similarity(layer_input.to(layer_output.device), layer_output, dim=-1)
+        distances[index].append((1 - similarity).sum())
 
     count = 0
-    with intercept(layer_list(model, arch), before, after):
+    with intercept(layer_list(model, arch), on_call, on_return):
         for batch in batches:
             run_model(model.base_model, batch.ids)  # type: ignore[arg-type]
             count += batch.ids.numel() * batch.counts

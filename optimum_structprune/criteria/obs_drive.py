@@ -14,9 +14,9 @@ from .registry import register_criterion
 def producer_norms(model: nn.Module, arch: ArchSpec, space: Space) -> Tensor | None:
     """Return Σ_W √Σ_i W_ji² γ_i² of each channel j of a space, summed over its producers W, shape `(units,)`.
 
-    γ is the weight of the norm before a producer. It is 1 where the model has no such norm, or where its residual
-    stream is not described. The result is the spread of the channel's input for independent components of the norm's
-    output, so it needs no text.
+    γ is the weight of the norm before a producer. It is 1 if the model has no such norm, or if its residual stream is
+    not described. The result is the standard deviation of the channel's input for independent components of the
+    norm's output, so it needs no text.
 
     The result is None if the units are not single channels, or if no producer is a matrix.
     """
@@ -28,7 +28,10 @@ def producer_norms(model: nn.Module, arch: ArchSpec, space: Space) -> Tensor | N
         if _matrix(model, axis).ndim == 2:
             squares = _norm_before(model, arch, space, axis).square()
             norms.append(norms_by_unit(model, space, axis, squares))
-    return torch.stack(norms).sum(0) if norms else None
+
+    if not norms:
+        return None
+    return torch.stack(norms).sum(0)
 
 
 @torch.no_grad()
@@ -63,10 +66,10 @@ def _matrix(model: nn.Module, axis: Axis) -> Tensor:
 def _norm_before(model: nn.Module, arch: ArchSpec, space: Space, axis: Axis) -> Tensor:
     """Return the weight of the norm before a producer, or ones, shape `(n,)`, fp32."""
     if arch.residual is not None:
-        for read in arch.residual.reads:
-            is_before = any(reader.param == axis.param for reader in read.readers)
-            if read.norm and read.layer == space.layer and is_before:
-                weight = getattr(model.get_submodule(read.tap), "weight", None)
+        for place in arch.residual.reads:
+            has_reader = any(reader.param == axis.param for reader in place.readers)
+            if place.norm and place.layer == space.layer and has_reader:
+                weight = getattr(model.get_submodule(place.tap), "weight", None)
                 if weight is not None:
                     return weight.detach().float() + arch.residual.norm_offset
 

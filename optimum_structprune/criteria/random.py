@@ -13,5 +13,5 @@ from .registry import register_criterion
 def random(weight: Tensor, moments: Moments, columns_per_unit: int, *, seed: int) -> Tensor:
     """Return uniform random scores, drawn on the CPU so that they do not depend on the device."""
     generator = torch.Generator().manual_seed(seed)
-    units = weight.shape[1] // columns_per_unit
-    return torch.rand(units, generator=generator).to(weight)
+    num_units = weight.shape[1] // columns_per_unit
+    return torch.rand(num_units, generator=generator).to(weight)

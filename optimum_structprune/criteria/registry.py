@@ -1,4 +1,4 @@
-"""The registry of criteria, and what several criteria share."""
+"""Register criteria, and look up the criterion of each kind of unit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..registry import Registry, did_you_mean
 
 
 CRITERIA: Registry[Criterion] = Registry("criterion", "optimum_structprune.criteria")
-# The criteria of whole layers and whole experts where the config names a criterion for something else.
+# The criteria of whole layers and whole experts, if the config names a criterion for other units.
 DEFAULT_CRITERIA = {LAYER: "block_influence", EXPERT: "reap"}
 # The damping of the refit is a constant of the config and not one of its fields.
 DAMPING = "damping"
@@ -50,12 +50,13 @@ def _check_parameters(criterion: Criterion) -> None:
             "Declare them for criteria that judge units."
         )
 
-    legal = {DAMPING, *(field.name for field in fields(StructPruneConfig))}
+    field_names = {field.name for field in fields(StructPruneConfig)}
+    field_names.add(DAMPING)
     for parameter in criterion.parameters:
-        if parameter not in legal:
+        if parameter not in field_names:
             raise StructPruneError(
                 f"The criterion {criterion.name!r} declares the parameter {parameter!r}, which is not a field of "
-                f"StructPruneConfig.{did_you_mean(parameter, legal)}"
+                f"StructPruneConfig.{did_you_mean(parameter, field_names)}"
             )
 
 
@@ -72,7 +73,12 @@ def parameters_of(criterion: Criterion, config: StructPruneConfig, layer: int) -
 
 
 def criterion_of(name: str, judged: str) -> Criterion:
-    """Return the criterion `name` if it scores what is `judged`, whole layers or experts, else the default one."""
+    """Return the criterion `name` if it scores units of the kind `judged`, or else the default criterion.
+
+    Args:
+        name: The name in the config.
+        judged: The kind of unit, `LAYER` or `EXPERT`.
+    """
     criterion = CRITERIA.get(name)
     if criterion.judges == judged:
         return criterion

@@ -1,1 +1,1 @@
-"""Calibration text: from sources to samples of equal length, and the record of what was read."""
+"""Read calibration text from its sources into samples of equal length, and record the documents."""

@@ -63,29 +63,31 @@ def self_documents(
 ) -> Iterator[str]:
     """Yield documents that a model generates.
 
-    The documents are cached on the disk. They depend on the model, the seed and `tokens` only.
+    The documents are cached on the disk. They depend only on the model, the seed and `tokens`.
 
     Args:
         model: A causal language model.
         tokenizer: The tokenizer of the model.
         name: The kind of text: a kind of `seed_prompts.yaml`, `ANY`, or `OTHER` for unseen text.
         seed: The seed.
-        tokens: The number of tokens that are needed, which decides the sizes of batches.
+        tokens: The number of required tokens, which determines the sizes of batches.
         openings: The openings of unseen text. By default openings of all kinds are used.
 
     Raises:
-        StructPruneError: If the kind is unknown, the model is not causal, or its documents are of no use.
+        StructPruneError: If the kind is unknown, if the model is not causal, or if almost all documents are dropped.
     """
     kinds = read_yaml(SEED_PROMPTS)
-    if name not in (*kinds, ANY, OTHER):
-        raise StructPruneError(f"A model cannot generate {name!r}.{did_you_mean(name, [*kinds, ANY])}")
+    if name not in kinds and name not in (ANY, OTHER):
+        raise StructPruneError(f"A model cannot generate {name!r}.{did_you_mean(name, list(kinds) + [ANY])}")
     if not predicts_next(model):
         raise StructPruneError(
             f"{SELF}{name} requires a causal language model, and {type(model).__name__} is not one."
         )
 
-    # Unseen text must differ from the text that is generated for calibration.
+    # Unseen text must differ from generated calibration text, and it needs rare words.
+    min_p = MIN_P
     if name == OTHER:
+        min_p = OTHER_MIN_P
         seed = Random(f"{name} {seed}").getrandbits(32)
 
     chats = bool(tokenizer.chat_template) and name in kinds
@@ -98,7 +100,7 @@ def self_documents(
         chats=chats,
         keeps_prompt=not chats or kinds[name].get("keep", False),
         seed=seed,
-        min_p=OTHER_MIN_P if name == OTHER else MIN_P,
+        min_p=min_p,
     )
     yield from _documents(generator, name, tokens)
 
@@ -113,8 +115,10 @@ def _prompts_of(
     """Return the prompts of a kind of text."""
     if name == ANY:
         return vocabulary_words(tokenizer)
+    if name != OTHER and chats:
+        return _filled_prompts(kinds[name], "ask")
     if name != OTHER:
-        return _filled_prompts(kinds[name], "ask" if chats else "begin")
+        return _filled_prompts(kinds[name], "begin")
     if openings:
         return list(openings)
 
@@ -152,7 +156,10 @@ def vocabulary_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def _documents(generator: _TextGenerator, name: str, tokens: int) -> Iterator[str]:
-    """Yield useful documents, generating batches until there are enough tokens, and then one batch after another."""
+    """Yield documents that pass the filters, in batches.
+
+    The first batches are sized to contain `tokens` tokens. Further batches follow without an end.
+    """
     cache = generator.cache(name)
     batches_by_name = broadcast_object(cache.read())
     num_generated = 0
@@ -173,7 +180,9 @@ def _documents(generator: _TextGenerator, name: str, tokens: int) -> Iterator[st
             documents = batches_by_name.pop(str(batch))
             num_generated = batch[-1] + 1
             num_tokens += sum(len(generator.tokenizer(text)["input_ids"]) for text in documents)
-            num_dropped = 0 if documents else num_dropped + len(batch)
+            num_dropped += len(batch)
+            if documents:
+                num_dropped = 0
 
             if num_dropped >= MAX_USELESS_DOCUMENTS:
                 raise StructPruneError(
@@ -185,13 +194,13 @@ def _documents(generator: _TextGenerator, name: str, tokens: int) -> Iterator[st
 
 @dataclass(frozen=True)
 class _TextGenerator:
-    """Generate one kind of text from a list of prompts.
+    """A model that generates one kind of text from a list of prompts.
 
     Attributes:
         model: The model.
         tokenizer: The tokenizer of the model.
         prompts: Questions if `chats`, else openings or words. Document i uses prompt `i % len(prompts)`.
-        chats: Whether the prompts go through the chat template.
+        chats: Whether the chat template is applied to the prompts.
         keeps_prompt: Whether a document begins with its prompt.
         seed: The seed.
         min_p: The lowest sampled probability, relative to the highest one.
@@ -206,13 +215,14 @@ class _TextGenerator:
     min_p: float
 
     def cache(self, name: str) -> KeptText:
-        """Return the file of the documents of this generator."""
+        """Return the file of the documents of this generator. Every setting that changes them is part of its key."""
         filters = [MAX_TOKENS, MIN_TOKENS, self.min_p, RUN_TOKENS, MIN_DISTINCT_RUNS, MAX_PERPLEXITY_RATIO]
-        reader = [len(self.tokenizer), self.tokenizer.chat_template, end_tokens(self.model, self.tokenizer)]
-        return KeptText(name, fingerprint(self.model), *filters, *reader, self.prompts[:MAX_BATCH], self.seed)
+        tokenizer = [len(self.tokenizer), self.tokenizer.chat_template, end_tokens(self.model, self.tokenizer)]
+        settings = [fingerprint(self.model)] + filters + tokenizer + [self.prompts[:MAX_BATCH], self.seed]
+        return KeptText(name, *settings)
 
     def generate(self, batch: range) -> list[str]:
-        """Generate the documents with these numbers, and return those that pass the filters."""
+        """Generate the documents with these numbers, and return the documents that pass the filters."""
         prompts = [self.prompts[number % len(self.prompts)] for number in batch]
         if self.chats:
             prompts = [self._chat_prompt(prompt) for prompt in prompts]
@@ -233,7 +243,9 @@ class _TextGenerator:
                 continue
 
             text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
-            documents.append(prompt + text if self.keeps_prompt else text)
+            if self.keeps_prompt:
+                text = prompt + text
+            documents.append(text)
 
         return documents
 
@@ -252,22 +264,24 @@ class _TextGenerator:
             else:
                 rows.append(tokenize_with_prefix(prompt, self.tokenizer))
 
-        longest = max(len(row) for row in rows)
-        check_positions(self.model, 1, "Generated text", longest)
-        max_new_tokens = int(min(MAX_TOKENS, positions_of(self.model) - longest))
+        prompt_length = max(len(row) for row in rows)
+        check_positions(self.model, 1, "Generated text", prompt_length)
+        max_new_tokens = int(min(MAX_TOKENS, positions_of(self.model) - prompt_length))
         bar = progress(range(max_new_tokens), desc=f"Generating {len(rows)} documents", unit="token")
         # The losses of each step in nats, shape `(rows, 1)`.
         losses: list[Tensor] = []
 
         def sample(_: Tensor, scores: Tensor) -> Tensor:
-            token = drawn(scores, self.min_p)
+            token = sample_min_p(scores, self.min_p)
             losses.append(scores.logsumexp(1, keepdim=True) - scores.gather(1, token))
             next(bar, None)
             # Greedy search then selects the sampled token.
             return torch.full_like(scores, -inf).scatter(1, token, 0.0)
 
-        device = self.model.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        devices = []
+        if self.model.device.type == "cuda":
+            devices.append(self.model.device)
+        with torch.random.fork_rng(devices):
             torch.manual_seed(self.seed * 1_000_003 + first_number)
             settings = {"max_new_tokens": max_new_tokens, "use_cache": True}
             texts = continuations(self.model, self.tokenizer, rows, settings, [sample])
@@ -276,7 +290,7 @@ class _TextGenerator:
         return [(text, float(losses_by_row[row, : len(text)].mean())) for row, text in enumerate(texts)]
 
 
-def drawn(scores: Tensor, min_p: float = MIN_P) -> Tensor:
+def sample_min_p(scores: Tensor, min_p: float = MIN_P) -> Tensor:
     """Sample a token for each row of logits, by inverse transform sampling, which is cheaper than `multinomial`.
 
     Args:
@@ -302,14 +316,16 @@ def drawn(scores: Tensor, min_p: float = MIN_P) -> Tensor:
     return token[index].unsqueeze(1)
 
 
-def _batches(first: int, count: int) -> list[range]:
-    """Divide `count` documents, numbered from `first`, into batches. The last batch may be larger than the rest."""
+def _batches(start: int, count: int) -> list[range]:
+    """Divide `count` documents, numbered from `start`, into batches. The last batch may be larger than `MAX_BATCH`."""
     batches: list[range] = []
 
     while count > 0 or not batches:
-        size = MAX_BATCH if count > 1.5 * MAX_BATCH else max(count, MIN_BATCH)
-        batches.append(range(first, first + size))
-        first += size
+        size = max(count, MIN_BATCH)
+        if count > 1.5 * MAX_BATCH:
+            size = MAX_BATCH
+        batches.append(range(start, start + size))
+        start += size
         count -= size
 
     return batches

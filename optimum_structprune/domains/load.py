@@ -1,4 +1,4 @@
-"""The domains of a config, and their token samples of equal length, some of them held out."""
+"""Load the domains of a config, and divide their token samples into calibration and held-out samples."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from .sources import documents, resolve
 
 
 WRITTEN = SELF + ANY
-BEGINNING = 64  # tokens of each document that is held out beyond need
+# Documents that are held out in addition to the required tokens are cut to this number of tokens.
+BEGINNING = 64
 logger = logging.getLogger(__name__)
 
 
@@ -35,18 +36,33 @@ def calibration_domains(
     writes: bool = True,
     earlier: Manifest | None = None,
 ) -> tuple[StructPruneConfig, list[Domain]]:
-    """Load the domains of a config and general text that the model writes; the new config names this text."""
-    written = with_written_text(config) if can_write(model, tokenizer) else config
-    seen = earlier or Manifest.seen_by(model)
-    load = partial(load_domains, tokenizer=tokenizer, model=model, seen=seen, writes=writes)
+    """Load the domains of a config, and general text that the model writes.
+
+    Args:
+        config: The config.
+        model: The dense model.
+        tokenizer: The tokenizer of the dense model.
+        writes: Whether to generate text; see `load_domains`.
+        earlier: The text of earlier runs. By default it is read from the model.
+
+    Returns:
+        The config, which names the general text, and the domains.
+    """
+    manifest = earlier or Manifest.seen_by(model)
+    load = partial(load_domains, tokenizer=tokenizer, model=model, earlier=manifest, writes=writes)
+    if not can_write(model, tokenizer):
+        return config, load(config)
+
+    general_config = with_written_text(config)
     try:
-        return written, load(written)
+        return general_config, load(general_config)
     except StructPruneError as error:
-        if written is config:
+        if general_config is config:
             raise
-        # Some models write nothing that is of use. A mistake in the domains themselves is found again.
+
+        # Some models write no usable text. A mistake in the domains themselves is raised here again.
         domains = load(config)
-        logger.warning("No text of every kind is written: %s", error)
+        logger.warning("The model cannot write general text, so only the configured domains are used: %s", error)
         return config, domains
 
 
@@ -55,210 +71,331 @@ def load_domains(
     tokenizer: PreTrainedTokenizerBase | None,
     model: PreTrainedModel | None = None,
     heldout_samples: int | None = None,
-    seen: Manifest | None = None,
+    earlier: Manifest | None = None,
     writer: PreTrainedTokenizerBase | None = None,
     writes: bool = True,
 ) -> list[Domain]:
-    """Reads, tokenises and packs the domains of a config; `heldout_samples` of each are held out.
+    """Read, tokenize and pack the domains of a config.
 
-    Documents of the text `seen` by an earlier run keep their use. The model writes domains of its own text, with the
-    tokenizer `writer` if that is another one; such domains are left out unless it `writes`.
+    Args:
+        config: The config.
+        tokenizer: The tokenizer.
+        model: The model, which writes the domains of its own text.
+        heldout_samples: The number of held-out samples of each domain. By default the config determines it.
+        earlier: The text of earlier runs. Its documents keep their use.
+        writer: The tokenizer for text that the model writes, by default `tokenizer`.
+        writes: Whether the model writes. If not, domains of its own text are left out.
+
+    Raises:
+        StructPruneError: If the tokenizer is None, or if a domain cannot be read or has too little text.
     """
     if tokenizer is None:
-        raise StructPruneError("The domains are text, and reading them takes a tokenizer; pass the model's own.")
-    frame, domains = SampleFormat.of(tokenizer, config.seq_length), resolve(texts_of(config))
-    uses = {} if seen is None else seen.uses()
-    if config.allocation == "uniform":  # what choices were made on may be trained on, but tells nothing new
-        uses = {name: USED if use == PROBE else use for name, use in uses.items()}
-    vocab_size = None if model is None else model.config.get_text_config().vocab_size
-    packer = _Packer(config, domains, frame, heldout_samples, uses, vocab_size)
+        raise StructPruneError("The domains are text, and reading them takes a tokenizer. Pass the model's own.")
+
+    sample_format = SampleFormat.of(tokenizer, config.seq_length)
+    domains = resolve(texts_of(config))
+    vocab_size = None
+    if model is not None:
+        vocab_size = model.config.get_text_config().vocab_size
+    packer = _Packer(config, domains, sample_format, heldout_samples, _earlier_uses(config, earlier), vocab_size)
+
     write = None
     if model is not None and writes and any(map(written_by_model, domains)):
         from .generated import self_documents
 
         write = partial(self_documents, model, writer or tokenizer)
-    loaded: dict[int, Domain] = {}
-    for written in (False, True)[: 1 + writes]:  # a model takes long to write, so what can fail before comes first
-        pools = {}
-        for index, domain in enumerate(domains):
-            if written_by_model(domain) == written:
-                write_all = partial(write, tokens=packer.tokens(index)) if write else None
-                texts = documents(domain, config.seed, tokenizer, write_all)
-                pools[index] = DocumentPool(tokenised(texts, tokenizer, 1 if written else 32))
-        loaded |= packer.load(pools)
+
+    pools = {}
+    written_pools = {}
+    for index, domain in enumerate(domains):
+        if not written_by_model(domain):
+            texts = documents(domain, config.seed, tokenizer)
+            pools[index] = DocumentPool(tokenised(texts, tokenizer))
+        elif writes:
+            write_domain = None
+            if write is not None:
+                write_domain = partial(write, tokens=packer.tokens(index))
+            texts = documents(domain, config.seed, tokenizer, write_domain)
+            written_pools[index] = DocumentPool(tokenised(texts, tokenizer, batch_size=1))
+
+    # Generation takes long, so all other domains are loaded first, because this may fail.
+    loaded = packer.load(pools)
+    loaded.update(packer.load(written_pools))
     return [loaded[index] for index in sorted(loaded)]
 
 
+def _earlier_uses(config: StructPruneConfig, earlier: Manifest | None) -> dict[str, str]:
+    """Return the use of each document in the text of earlier runs, by its hash."""
+    if earlier is None:
+        return {}
+
+    uses = earlier.uses()
+    if config.allocation == "uniform":
+        # Probe documents may be used for calibration, but not for evaluation.
+        for document, use in uses.items():
+            if use == PROBE:
+                uses[document] = USED
+    return uses
+
+
 def given_domains(inputs: Mapping[str, Tensor], holdout: float, probe: bool = False) -> list[Domain]:
-    """Makes domains of inputs that are ready for the model, each `(samples, ...)`, in equal shares."""
+    """Return domains of inputs that a program passes, with equal weights.
+
+    Args:
+        inputs: The samples of each domain as the model reads them, shape `(samples, ...)`.
+        holdout: The share of held-out samples.
+        probe: Whether to reserve the same number of samples for choices.
+
+    Raises:
+        StructPruneError: If a domain has too few samples.
+    """
     domains = []
     for name, samples in inputs.items():
-        aside = num_heldout(len(samples), holdout)
-        used = 2 * aside if probe else aside
-        if len(samples) <= used:
+        heldout_end = num_heldout(len(samples), holdout)
+        probe_end = heldout_end
+        if probe:
+            probe_end += heldout_end
+
+        if len(samples) <= probe_end:
             raise StructPruneError(
-                f"inputs[{name!r}] has {len(samples)} samples, of which {used} are held out; {used + 1} is the least."
+                f"`inputs[{name!r}]` has {len(samples)} samples, and {probe_end} of them are held out. "
+                f"Pass at least {probe_end + 1} samples."
             )
-        probed = samples[aside:used] if probe else None
-        domains.append(Domain(name, 1 / len(inputs), samples[used:], samples[:aside], probe=probed))
+
+        domain = Domain(name, 1 / len(inputs), samples[probe_end:], samples[:heldout_end])
+        if probe:
+            domain = replace(domain, probe=samples[heldout_end:probe_end])
+        domains.append(domain)
     return domains
 
 
 def num_heldout(num_samples: int, holdout: float) -> int:
-    """Counts the samples to hold out beside `num_samples`: their share `holdout`, and 2 at least."""
+    """Return the number of samples to hold out for `num_samples`: the share `holdout`, at least 2."""
     return max(2, round(holdout * num_samples))
 
 
 @dataclass(frozen=True)
 class _Packer:
-    """Divides the text of each domain into held-out and calibration samples."""
+    """Divide the text of each domain into held-out and calibration samples.
+
+    Attributes:
+        config: The config.
+        domains: The configs of the domains.
+        sample_format: The format of the samples.
+        num_heldout: The number of held-out samples of each domain. None uses the share in the config.
+        uses: The uses of documents by their hashes. New uses are added.
+        vocab_size: The number of tokens of the model, if there is a model.
+    """
 
     config: StructPruneConfig
     domains: Sequence[DomainConfig]
-    frame: SampleFormat
+    sample_format: SampleFormat
     num_heldout: int | None
     uses: dict[str, str]
     vocab_size: int | None
 
     def load(self, pools: Mapping[int, DocumentPool]) -> dict[int, Domain]:
-        """Divide the text of domains, so that none uses held-out text of another one."""
-        before = dict(self.uses)
+        """Return the domains of the pools. No domain uses held-out text of another domain."""
+        earlier_uses = dict(self.uses)
         texts = self._divided(pools, self.config.num_samples, self.uses)
         for index in pools:
             if not self._suffices(texts[index], self.config.num_samples, index):
-                raise StructPruneError(self._too_little(index, pools, before))
+                raise StructPruneError(self._too_little(index, pools, earlier_uses))
+
         return {index: self._packed(index, texts[index]) for index in pools}
 
     def _divided(
         self, pools: Mapping[int, DocumentPool], num_samples: int, uses: dict[str, str]
     ) -> dict[int, list[list[Tokens]]]:
+        """Return the texts of each domain for each use, in the order of `_needs`."""
         needs = {index: self._needs(num_samples, index) for index in pools}
         texts: dict[int, list[list[Tokens]]] = {index: [] for index in pools}
-        # Beyond need, the beginnings of many documents are held out: the margin of error is one over documents.
-        steps = (HELDOUT, None), (USED, None), (PROBE, None), (HELDOUT, BEGINNING)
-        for step, (use, longest) in enumerate(steps):
+
+        # The margin of error shrinks with the number of documents, so the beginnings of more documents are held out.
+        steps = ((HELDOUT, None), (USED, None), (PROBE, None), (HELDOUT, BEGINNING))
+        for step, (use, max_length) in enumerate(steps):
             for index, pool in pools.items():
-                texts[index].append(pool.take(self.frame, needs[index][step], use, uses, longest))
+                texts[index].append(pool.take(self.sample_format, needs[index][step], use, uses, max_length))
+
         return texts
 
     def _packed(self, index: int, texts: Sequence[Sequence[Tokens]]) -> Domain:
-        domain, needs = self.domains[index], self._needs(self.config.num_samples, index)
-        parts = [self.frame.pack(text, need // self.frame.body) for text, need in zip(texts, needs, strict=True)]
-        check_vocabulary(int(torch.cat([samples for samples, _ in parts]).max()), self.vocab_size)
-        (heldout, aside), (samples, documents), (probe, probed), (more, also_aside) = parts
-        return Domain(
+        """Pack the texts of a domain, one list for each use, into samples."""
+        domain = self.domains[index]
+        needs = self._needs(self.config.num_samples, index)
+        samples = []
+        hashes = []
+        for text, need in zip(texts, needs, strict=True):
+            text_samples, text_hashes = self.sample_format.pack(text, need // self.sample_format.body)
+            samples.append(text_samples)
+            hashes.append(text_hashes)
+        check_vocabulary(int(torch.cat(samples).max()), self.vocab_size)
+
+        heldout, calibration, probe, beginnings = samples
+        heldout_hashes, calibration_hashes, probe_hashes, beginning_hashes = hashes
+        packed = Domain(
             name=domain.name,
             weight=domain.weight / sum(domain.weight for domain in self.domains),
-            samples=samples,
-            heldout=torch.cat([heldout, more]),
+            samples=calibration,
+            heldout=torch.cat([heldout, beginnings]),
             origin=domain,
-            documents=documents,
-            heldout_documents=aside + also_aside,
-            probe=None if self.config.allocation == "uniform" else probe,
-            probe_documents=probed,
+            documents=calibration_hashes,
+            heldout_documents=heldout_hashes + beginning_hashes,
+            probe_documents=probe_hashes,
         )
+        if self.config.allocation != "uniform":
+            packed = replace(packed, probe=probe)
+        return packed
 
     def tokens(self, index: int) -> int:
-        """Counts the tokens of a domain that a run cannot do without."""
+        """Return the number of tokens that a run requires of a domain."""
         return sum(self._needs(self.config.num_samples, index)[:3])
 
     def _needs(self, num_samples: int, index: int) -> tuple[int, ...]:
-        """Counts the tokens of a domain, each taken in this order, so that it is the same text in all runs: held out,
-        calibrated on, probed, and more held out, as far as there is text.
+        """Return the numbers of tokens of a domain: for holdout, calibration and probe, and for additional holdout.
+
+        The text is divided in this order, so that it is the same in all runs. The additional text is optional.
         """
         count = split_samples(num_samples, [domain.weight for domain in self.domains])[index]
-        aside = self.num_heldout or num_heldout(count, self.config.holdout)
-        enough = min(ceil(MEASURED_TOKENS / self.frame.body), count // 2)
-        many = min(ceil(MANY_DOCUMENTS * BEGINNING / self.frame.body), count)
-        probe = 0 if self.config.allocation == "uniform" else aside
-        more = 0 if written_by_model(self.domains[index]) else max(many, enough - aside)
-        return tuple(self.frame.body * number for number in (aside, count, probe, more))
+        heldout = self.num_heldout or num_heldout(count, self.config.holdout)
+        probe = 0
+        if self.config.allocation != "uniform":
+            probe = heldout
+
+        beginnings = 0
+        if not written_by_model(self.domains[index]):
+            for_tokens = min(ceil(MEASURED_TOKENS / self.sample_format.body), count // 2)
+            for_documents = min(ceil(MANY_DOCUMENTS * BEGINNING / self.sample_format.body), count)
+            beginnings = max(for_documents, for_tokens - heldout)
+
+        return tuple(self.sample_format.body * number for number in (heldout, count, probe, beginnings))
 
     def _suffices(self, texts: Sequence[Sequence[Tokens]], num_samples: int, index: int) -> bool:
-        needs = self._needs(num_samples, index)[:3]
-        if self.num_heldout is not None:  # an earlier run may have used the rest
-            needs = (self.frame.body, *needs[1:])
-        return all(self.frame.length(text) >= need for text, need in zip(texts, needs, strict=False))
+        """Return whether the texts of a domain have the required lengths."""
+        needs = list(self._needs(num_samples, index)[:3])
+        # An earlier run may have used the remaining held-out text.
+        if self.num_heldout is not None:
+            needs[0] = self.sample_format.body
 
-    def _too_little(self, index: int, pools: Mapping[int, DocumentPool], before: Mapping[str, str]) -> str:
-        domain, config, texts = self.domains[index], self.config, pools[index].read
+        return all(self.sample_format.length(text) >= need for text, need in zip(texts, needs, strict=False))
+
+    def _too_little(self, index: int, pools: Mapping[int, DocumentPool], earlier_uses: Mapping[str, str]) -> str:
+        """Return the error message for a domain with too little text."""
+        domain = self.domains[index]
+        texts = pools[index].documents
         if not texts:
-            spent = "; a generator gives its text only once" if isinstance(domain.source, Reiterable) else ""
-            return f"The domain {domain.name!r} is empty{spent}."
+            cause = ""
+            if isinstance(domain.source, Reiterable):
+                cause = "; a generator yields its text only once"
+            return f"The domain {domain.name!r} is empty{cause}."
 
-        def suffices(few: int) -> bool:
-            again = {number: DocumentPool(pool.read) for number, pool in pools.items()}
-            return self._suffices(self._divided(again, few, dict(before))[index], few, index)
+        def fails(num_samples: int) -> bool:
+            new_pools = {number: DocumentPool(pool.documents) for number, pool in pools.items()}
+            divided = self._divided(new_pools, num_samples, dict(earlier_uses))
+            return not self._suffices(divided[index], num_samples, index)
 
-        advice = "Give it more documents, or choose a smaller seq_length."
-        numbers = range(len(self.domains), config.num_samples)
-        # The text suffices for the first so many of these numbers of samples.
-        if enough := bisect_left(numbers, True, key=lambda few: not suffices(few)):
-            few = numbers[enough - 1]
-            advice = f"num_samples={few} would do, in a recovery tokens={few * config.seq_length}."
-        tokens, need = sum(len(text.ids) for text in texts), self.tokens(index)
-        kinds = len({text.hash for text in texts})
-        differ = f", of which {kinds} differ" if kinds < len(texts) else ""
+        # Find the largest possible number of samples.
+        numbers = range(len(self.domains), self.config.num_samples)
+        num_possible = bisect_left(numbers, True, key=fails)
+        advice = "Add documents, or choose a smaller `seq_length`."
+        if num_possible:
+            largest = numbers[num_possible - 1]
+            advice = f"Set `num_samples={largest}`, or in a recovery `tokens={largest * self.config.seq_length}`."
+
+        num_tokens = sum(len(text.ids) for text in texts)
+        num_different = len({text.hash for text in texts})
+        duplicates = ""
+        if num_different < len(texts):
+            duplicates = f" ({num_different} without duplicates)"
         return (
-            f"The domain {domain.name!r} has {tokens} tokens in {len(texts)} documents{differ}, but calibration and "
-            f"held-out samples take {need}, and a document serves only one of the two. {advice}"
+            f"The domain {domain.name!r} has {num_tokens} tokens in {len(texts)} documents{duplicates}, but "
+            f"calibration and held-out samples take {self.tokens(index)}, and a document serves only one of the two. "
+            f"{advice}"
         )
 
 
 def can_write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> bool:
-    """Tells if a model can write text: it is causal, and its weights are in memory and not quantized."""
-    in_memory = tokenizer is not None and not is_offloaded(model) and not is_quantized(model)
-    return in_memory and predicts_next(model)
+    """Return whether a model can write text: it is causal, and its weights are in memory and not quantized."""
+    if tokenizer is None or is_offloaded(model) or is_quantized(model):
+        return False
+    return predicts_next(model)
 
 
 def builtin_domains() -> list[DomainConfig]:
-    """Gives the domains where none are named, in equal shares; they need no download."""
+    """Return the default domains, with equal weights. They do not need a download."""
     return [DomainConfig(name=name, source=f"{BUILTIN}{name}") for name in ("prose", "code", "math")]
 
 
 def texts_of(config: StructPruneConfig) -> list[DomainConfig]:
-    """Gives the domains of a config, or the built-in ones, and the general text where it has a share."""
-    domains = builtin_domains() if config.domains is None else config.domains
+    """Return the domains of a config, by default the built-in domains, and general text if it has a share."""
+    domains = config.domains
+    default_share = 0.0
+    if config.general_text is not None:
+        default_share = 0.2
+    if domains is None:
+        domains = builtin_domains()
+        default_share = 0.5
+
     share = config.general_share
     if share is None:
-        share = 0.5 if config.domains is None else 0.2 if config.general_text is not None else 0.0
+        share = default_share
     if share == 0:
         return domains
+
     weight = share / (1 - share) * sum(domain.weight for domain in domains)
-    source = config.general_text or builtin_beside(domains, bool(config.removes_tokens))
-    return [*domains, DomainConfig(name=GENERAL, source=source, weight=weight)]
+    source = config.general_text or builtin_source_except(domains, bool(config.removes_tokens))
+    return domains + [DomainConfig(name=GENERAL, source=source, weight=weight)]
 
 
 def with_written_text(config: StructPruneConfig) -> StructPruneConfig:
-    """Adds general text where a config says nothing of it: the model's own, or built-in where tokens go."""
+    """Add general text to a config that does not set it: built-in text if tokens are removed, else the model's own."""
     domains = config.domains or []
-    placed = 0 < len(domains) < config.num_samples and not any(map(is_general, domains))
-    if not placed or config.general_text is not None or config.general_share == 0:
+    has_room = 0 < len(domains) < config.num_samples and not any(map(is_general, domains))
+    if not has_room or config.general_text is not None or config.general_share == 0:
         return config
-    return replace(config, general_text=builtin_beside(domains, True) if config.removes_tokens else WRITTEN)
+
+    source = WRITTEN
+    if config.removes_tokens:
+        source = builtin_source_except(domains, trims=True)
+    return replace(config, general_text=source)
 
 
-def builtin_beside(domains: list[DomainConfig], trims: bool = False) -> str:
-    """Names built-in text of all kinds but those of the domains, and without languages where it `trims`."""
-    sources = [domain.source for domain in domains if isinstance(domain.source, str)]
-    named = [source.removeprefix(BUILTIN) for source in sources if source.startswith(BUILTIN)]
-    return BUILTIN + "-".join([GENERAL, *(kind for name in named for kind in name.split("+")), *["languages"] * trims])
+def builtin_source_except(domains: list[DomainConfig], trims: bool = False) -> str:
+    """Return the source of all kinds of built-in text except the kinds in the domains.
+
+    With `trims`, text in other languages is left out too, because its tokens may be removed.
+    """
+    kinds = [GENERAL]
+    for domain in domains:
+        if isinstance(domain.source, str) and domain.source.startswith(BUILTIN):
+            kinds += domain.source.removeprefix(BUILTIN).split("+")
+    if trims:
+        kinds.append("languages")
+    return BUILTIN + "-".join(kinds)
 
 
 def split_samples(num_samples: int, weights: Sequence[float]) -> list[int]:
     """Divide samples in proportion to weights: whole numbers by largest remainder, and at least 1 each."""
-    if num_samples < (least := len(weights)):
+    num_domains = len(weights)
+    if num_samples < num_domains:
         raise StructPruneError(
-            f"num_samples={num_samples} does not give each of the {least} domains a sample; {least} is the least."
+            f"`num_samples={num_samples}` is too small for {num_domains} domains. Set it to at least {num_domains}."
         )
+
     total = sum(weights)
     quotas = [num_samples * weight / total for weight in weights]
     counts = [int(quota) for quota in quotas]
-    by_remainder = sorted(range(len(weights)), key=lambda i: counts[i] - quotas[i])
-    for i in by_remainder[: num_samples - sum(counts)]:
-        counts[i] += 1
+
+    def excess(index: int) -> float:
+        return counts[index] - quotas[index]
+
+    by_remainder = sorted(range(num_domains), key=excess)
+    for index in by_remainder[: num_samples - sum(counts)]:
+        counts[index] += 1
+
+    # Every domain needs a sample, which is taken from the domain that is farthest above its quota.
     while 0 in counts:
-        donors = (i for i, count in enumerate(counts) if count > 1)
-        counts[max(donors, key=lambda i: counts[i] - quotas[i])] -= 1
+        donors = [index for index, count in enumerate(counts) if count > 1]
+        counts[max(donors, key=excess)] -= 1
         counts[counts.index(0)] = 1
     return counts

@@ -1,4 +1,4 @@
-"""The tokenizer of a model and the text that it has seen, to repeat a run and to warn of a second use."""
+"""The tokenizer of a model and its record of read text, to repeat a run and to warn of a second use."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .packing import HELDOUT, PROBE, USED, Domain
 
 
 MANIFEST_NAME = "calibration_manifest.json"
-# What an entry's documents were for, in words.
+# The uses of the documents of an entry.
 CALIBRATED, TRAINED, EARLIER = "calibrated on", "trained on", "used by an earlier run"
 COUNTED, JUDGED = "counted to choose tokens", "judged by"
 
@@ -38,15 +38,15 @@ class Entry:
 
     Attributes:
         name: The name of the domain.
-        origin: The config of the domain; empty where a program gave inputs.
+        origin: The config of the domain; empty for inputs that a program passed.
         weight: The share of the domain in the calibration text.
-        calibration_tokens: The number of tokens that were calibrated on, or trained on.
-        heldout_tokens: The number of tokens that were held out.
+        calibration_tokens: The number of calibration or training tokens.
+        heldout_tokens: The number of held-out tokens.
         samples_sha256: The hash of the samples.
         heldout_sha256: The hash of the held-out samples.
         documents: The hashes of the documents in the samples.
         heldout_documents: The hashes of the held-out documents.
-        probe_sha256: The hash of the samples that decided on widths; empty where there were none.
+        probe_sha256: The hash of the samples that decided on widths; empty without such samples.
         probe_documents: The hashes of the documents in these samples.
         place_sha256: The hash of the path of a local source; empty for other sources.
         use: The use of the text, such as "calibrated on" or "trained on".
@@ -71,11 +71,21 @@ class Entry:
 
     @classmethod
     def of(cls, domain: Domain, use: str = CALIBRATED) -> Entry:
-        """Makes the entry of a domain that was loaded."""
+        """Return the entry of a loaded domain."""
+        origin: dict[str, Any] = {}
+        place_hash = ""
+        if domain.origin is not None:
+            origin = without_folders(domain.origin.to_dict())
+            place_hash = _place(domain.origin.source)
+
+        probe_hash = ""
+        if domain.probe is not None:
+            probe_hash = tensor_hash(domain.probe)
+
         return cls(
             name=domain.name,
-            origin={} if domain.origin is None else without_folders(domain.origin.to_dict()),
-            place_sha256="" if domain.origin is None else _place(domain.origin.source),
+            origin=origin,
+            place_sha256=place_hash,
             weight=domain.weight,
             calibration_tokens=_count(domain.samples),
             heldout_tokens=_count(domain.heldout),
@@ -83,35 +93,69 @@ class Entry:
             heldout_sha256=tensor_hash(domain.heldout),
             documents=list(domain.documents),
             heldout_documents=list(domain.heldout_documents),
-            probe_sha256="" if domain.probe is None else tensor_hash(domain.probe),
+            probe_sha256=probe_hash,
             probe_documents=list(domain.probe_documents),
             use=use,
         )
 
     def uses(self, source: str | DomainConfig) -> bool:
-        """Tells if the domain has this name or source, or comes from the source of this other domain."""
+        """Return whether the domain has this name or source, or the same source as this domain config."""
         if isinstance(source, str):
             return source == self.name or self._is_from(source)
+
+        # An object in memory has no name to compare.
         if not isinstance(source.source, str):
-            return False  # an object in memory has no name by which it could be known
+            return False
+
         # A different split of the same data holds other documents.
-        same = all(getattr(source, key) == self.origin.get(key) for key in ("dataset_config", "split", "revision"))
-        return bool(self.origin) and self._is_from(source.source) and same
+        is_same_split = all(
+            getattr(source, key) == self.origin.get(key) for key in ("dataset_config", "split", "revision")
+        )
+        return bool(self.origin) and self._is_from(source.source) and is_same_split
+
+    def overlap(self, source: str | DomainConfig, hashes: set[str]) -> str | None:
+        """Return a sentence if a text shares documents, or else the name or the source, with this domain.
+
+        Args:
+            source: The name, the source or the config of the text.
+            hashes: The hashes of the documents of the text.
+        """
+        kind = "calibration"
+        if self.use == TRAINED:
+            kind = "training"
+        place = f"the {kind} domain {self.name!r} ({self.origin.get('source', 'given inputs')})"
+
+        documents_by_use = {
+            f"were {self.use}": self.documents,
+            "decided widths or weights": self.probe_documents,
+            "were held out to measure perplexity": self.heldout_documents,
+        }
+        for use, documents in documents_by_use.items():
+            num_shared = len(hashes.intersection(documents))
+            if num_shared:
+                return f"{num_shared} of {len(hashes)} documents {use}, in {place}"
+
+        if self.uses(source):
+            return f"the text has the name or the source of {place}"
+        return None
 
     def _is_from(self, source: str) -> bool:
+        """Return whether the domain was read from a source. Local sources are compared by their real path."""
         place = _place(source)
-        return place == self.place_sha256 if place or self.place_sha256 else source == self.origin.get("source")
+        if place or self.place_sha256:
+            return place == self.place_sha256
+        return source == self.origin.get("source")
 
 
 @dataclass
 class Manifest(Record):
-    """The text that a model has seen.
+    """The text that a model has read.
 
     Attributes:
         seed: The seed of the order of the documents, and of text that the model wrote.
-        seq_length: The number of tokens in a sample, the longest where they differ; 0 of what is no text.
+        seq_length: The number of tokens in a sample, the longest if they differ; 0 for inputs other than text.
         tokenizer: The name of the tokenizer.
-        versions: The versions of the libraries that decide what text comes out.
+        versions: The versions of the libraries that the text depends on.
         domains: One entry for each domain.
     """
 
@@ -128,178 +172,233 @@ class Manifest(Record):
     def of(
         cls, config: StructPruneConfig, domains: Sequence[Domain], tokenizer: PreTrainedTokenizerBase | None
     ) -> Manifest:
-        """Makes the manifest of domains that were loaded."""
-        libraries = ("torch", "transformers", "datasets", "tokenizers")
-        lengths = [domain.samples.shape[1] if domain.samples.dim() == 2 else 0 for domain in domains]
+        """Return the manifest of loaded domains."""
+        versions = {"optimum-structprune": __version__}
+        for library in ("torch", "transformers", "datasets", "tokenizers"):
+            versions[library] = version(library)
+
+        lengths = []
+        for domain in domains:
+            length = 0
+            if domain.samples.dim() == 2:
+                length = domain.samples.shape[1]
+            lengths.append(length)
+
         return cls(
             seed=config.seed,
             seq_length=max(lengths, default=config.seq_length),
             tokenizer=without_folders(getattr(tokenizer, "name_or_path", "")),
-            versions={"optimum-structprune": __version__, **{name: version(name) for name in libraries}},
+            versions=versions,
             domains=[Entry.of(domain) for domain in domains],
         )
 
     @classmethod
     def seen_by(cls, model: Module) -> Manifest | None:
-        """Gives the manifest of a model in memory, or else that of its folder."""
-        if (carried := TextRecord.of(model).manifest) is not None:
-            return carried
-        path = Path(name := getattr(model, "name_or_path", None) or "", MANIFEST_NAME)
-        return cls.load(path) if name and path.is_file() else None
+        """Return the manifest of a model in memory, or else the manifest in the folder of the model."""
+        manifest = TextRecord.of(model).manifest
+        if manifest is not None:
+            return manifest
+
+        folder = getattr(model, "name_or_path", None)
+        if not folder:
+            return None
+        path = Path(folder, MANIFEST_NAME)
+        if not path.is_file():
+            return None
+        return cls.load(path)
 
     def with_entries(self, entries: Sequence[Entry]) -> Manifest:
-        """Adds what a training has used."""
-        return replace(self, domains=[*self.domains, *entries])
+        """Return the manifest with more entries, such as the entries of a training."""
+        return replace(self, domains=self.domains + list(entries))
 
     def after(self, earlier: Manifest | None) -> Manifest:
-        """Adds the text of an earlier run, whose result was the dense model of this one."""
-        return self.with_entries([replace(entry, use=EARLIER) for entry in (earlier.domains if earlier else ())])
+        """Return the manifest with the text of an earlier run, whose result was the dense model of this run."""
+        if earlier is None:
+            return self.with_entries([])
+        return self.with_entries([replace(entry, use=EARLIER) for entry in earlier.domains])
 
     def of_use(self, use: str) -> list[Entry]:
-        """Gives the domains that were used for one thing."""
+        """Return the entries with a use."""
         return [entry for entry in self.domains if entry.use == use]
 
     def uses(self) -> dict[str, str]:
-        """Gives the use of each document by its hash. Held-out text of any domain stays so."""
+        """Return the use of each document by its hash. Held-out text of any domain counts as held out."""
         uses: dict[str, str] = {}
-        for use, name in ((PROBE, "probe_documents"), (USED, "documents"), (HELDOUT, "heldout_documents")):
-            uses |= {document: use for entry in self.domains for document in getattr(entry, name)}
+        for use, attribute in ((PROBE, "probe_documents"), (USED, "documents"), (HELDOUT, "heldout_documents")):
+            for entry in self.domains:
+                uses.update(dict.fromkeys(getattr(entry, attribute), use))
         return uses
 
     @classmethod
     def load(cls, folder_or_file: str | Path) -> Manifest:
-        """Read what `save` wrote, or the manifest in the folder of a pruned model; anything else is refused."""
+        """Read a manifest from its file, or from the folder of a pruned model.
+
+        Raises:
+            StructPruneError: The file is not a calibration manifest.
+        """
         path = Path(folder_or_file)
-        path = path / MANIFEST_NAME if path.is_dir() else path
+        if path.is_dir():
+            path = path / MANIFEST_NAME
+
         data = read_json(path)
         try:
-            return cls(**{**data, "domains": [Entry(**entry) for entry in data["domains"]]})
+            values = dict(data)
+            values["domains"] = [Entry(**entry) for entry in data["domains"]]
+            return cls(**values)
         except (KeyError, TypeError, StructPruneError) as error:
-            raise StructPruneError(f"{path} is no calibration manifest: {one_line(error)}") from error
+            raise StructPruneError(f"{path} is not a calibration manifest: {one_line(error)}") from error
 
     def overlaps(self, domain_name_or_source: str | DomainConfig, document_hashes: Collection[str] = ()) -> list[str]:
-        """Gives a sentence for each domain that a text shares something with.
+        """Return a sentence for each domain that shares its documents, name or source with a text.
 
         Args:
-            domain_name_or_source: The name of a domain, its source, or a whole domain, which also tells splits apart.
-            document_hashes: The `document_hash` of each document in that text.
+            domain_name_or_source: The name or the source of a domain, or a config that names a split too.
+            document_hashes: The `document_hash` of each document in the text.
         """
-        sentences, hashes = [], set(document_hashes)
+        hashes = set(document_hashes)
+        sentences = []
         for entry in self.domains:
-            kind = "training" if entry.use == TRAINED else "calibration"
-            where = f"the {kind} domain {entry.name!r} ({entry.origin.get('source', 'given inputs')})"
-            uses = {
-                f"were {entry.use}": entry.documents,
-                "decided widths or weights": entry.probe_documents,
-                "were held out to measure perplexity": entry.heldout_documents,
-            }
-            counts = {use: len(hashes.intersection(documents)) for use, documents in uses.items()}
-            if use := next((use for use, shared in counts.items() if shared), None):
-                sentences.append(f"{counts[use]} of {len(hashes)} documents {use}, in {where}")
-            elif entry.uses(domain_name_or_source):
-                sentences.append(f"the text has the name or the source of {where}")
-        return [*dict.fromkeys(sentences)]  # a domain may have several entries
+            sentence = entry.overlap(domain_name_or_source, hashes)
+            if sentence is not None:
+                sentences.append(sentence)
+
+        # A domain may have several entries.
+        return list(dict.fromkeys(sentences))
 
 
 @dataclass(frozen=True)
 class TextRecord:
-    """The tokenizer and the seen text of a model in memory, which carries it as `text_record`."""
+    """The tokenizer and the manifest of a model in memory, its attribute `text_record`."""
 
     tokenizer: PreTrainedTokenizerBase | None = None
     manifest: Manifest | None = None
 
     @classmethod
     def of(cls, model: Module) -> TextRecord:
-        """Gives the record that a model carries."""
+        """Return the record of a model, empty by default."""
         return getattr(model, "text_record", None) or cls()
 
     def __deepcopy__(self, memo: Any) -> TextRecord:
-        return self  # a copied model reads the same text, and a tokenizer takes seconds to copy
+        # A copied model reads the same text, and a tokenizer takes seconds to copy.
+        return self
 
 
 def remember_text(model: Any, tokenizer: Any = None, manifest: Manifest | None = None) -> None:
-    """Let a model carry its tokenizer and its manifest. None leaves the former."""
-    known = TextRecord.of(model)
-    model.text_record = TextRecord(tokenizer or known.tokenizer, manifest or known.manifest)
+    """Set the tokenizer and the manifest in the record of a model. None does not change the value."""
+    record = TextRecord.of(model)
+    model.text_record = TextRecord(tokenizer or record.tokenizer, manifest or record.manifest)
 
 
 def _count(samples: Tensor) -> int:
-    # Of what is no text, as images are, the samples count.
-    return samples.numel() if samples.dim() == 2 else len(samples)
+    """Count the tokens of text samples. Other inputs, such as images, count as samples."""
+    if samples.dim() == 2:
+        return samples.numel()
+    return len(samples)
 
 
 def _place(source: Any) -> str:
-    # The hash of a local path means the same file from every working folder, and does not show it.
-    path = os.path.expanduser(source) if isinstance(source, str) else ""
-    return sha256(os.path.realpath(path).encode()).hexdigest() if path and os.path.exists(path) else ""
+    """Return the hash of a local path, empty for other sources.
+
+    It is the same from every working folder, and does not disclose the path.
+    """
+    if not isinstance(source, str):
+        return ""
+    path = os.path.expanduser(source)
+    if not path or not os.path.exists(path):
+        return ""
+    return sha256(os.path.realpath(path).encode()).hexdigest()
 
 
 def tokenizer_of(model: Any, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
-    """Gives the tokenizer of a model in memory, or else that of its folder for the same number of tokens."""
-    name = getattr(model, "name_or_path", None)
-    if (carried := TextRecord.of(model).tokenizer) is not None or not name:
-        return carried
-    with suppress(Exception):  # whatever there is in the place of a tokenizer
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        saved = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        sizes = {each.get_text_config().vocab_size for each in (config, model.config)}
-        if len(sizes) == 1 and has_files(saved):
+    """Return the tokenizer of a model in memory, or else the tokenizer in its folder if that has as many tokens."""
+    folder = getattr(model, "name_or_path", None)
+    tokenizer = TextRecord.of(model).tokenizer
+    if tokenizer is not None or not folder:
+        return tokenizer
+
+    # The folder may contain anything in place of a tokenizer.
+    with suppress(Exception):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        saved = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        saved_size = config.get_text_config().vocab_size
+        if saved_size == model.config.get_text_config().vocab_size and has_files(saved):
             return saved
     return None
 
 
 def has_files(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Tells if a tokenizer was read from files: transformers makes one up for some types."""
-    files = {"tokenizer.json", "tokenizer_config.json", *tokenizer.vocab_files_names.values()}
+    """Return whether a tokenizer was read from files. For some types, transformers makes one without files."""
+    files = {"tokenizer.json", "tokenizer_config.json"}
+    files.update(tokenizer.vocab_files_names.values())
     return any(has_file(tokenizer.name_or_path, file, local_files_only=True) for file in files)
 
 
-def ids_in(other: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase, size: int) -> list[int]:
-    """Maps the ids of `tokenizer` below `size` to ids of another tokenizer.
+def ids_in(target: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase, size: int) -> list[int]:
+    """Map the ids of `tokenizer` below `size` to ids of a `target` tokenizer.
 
-    It is -1 for a token that the other one lacks. An id that neither has a token for is the same in both.
+    A token that the target lacks maps to -1 if the target uses its id for another token. All other ids without a
+    counterpart map to themselves.
     """
-    names, ids = {number: name for name, number in tokenizer.get_vocab().items()}, other.get_vocab()
-    taken = {*ids.values()}
-    return [
-        ids.get(names[number], -1 if number in taken else number) if number in names else number
-        for number in range(size)
-    ]
+    tokens = {number: token for token, number in tokenizer.get_vocab().items()}
+    target_ids = target.get_vocab()
+    target_numbers = set(target_ids.values())
+
+    ids = []
+    for number in range(size):
+        token = tokens.get(number)
+        if token is not None and token in target_ids:
+            ids.append(target_ids[token])
+        elif token is not None and number in target_numbers:
+            ids.append(-1)
+        else:
+            ids.append(number)
+    return ids
 
 
 def check_kinds(model: Any, tokenizer: Any) -> None:
-    """Refuse what is no model of transformers or no tokenizer, such as the name of one."""
-    is_model = isinstance(model, Module) and getattr(model, "config", None) is not None
-    is_tokenizer = tokenizer is None or isinstance(tokenizer, PreTrainedTokenizerBase)
-    for name, value, accepted, kind, advice in (
-        ("model", model, is_model, "a model of transformers", "load it with from_pretrained first"),
-        ("tokenizer", tokenizer, is_tokenizer, "a tokenizer", "load it with AutoTokenizer.from_pretrained"),
-    ):
-        if not accepted:
-            raise StructPruneError(f"{name} takes {kind}, got {type(value).__name__}; {advice}.")
+    """Raise if a model or a tokenizer is of another kind, such as its name."""
+    if not isinstance(model, Module) or getattr(model, "config", None) is None:
+        raise StructPruneError(
+            f"`model` must be a transformers model, got {type(model).__name__}. Load it with `from_pretrained` first."
+        )
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise StructPruneError(
+            f"`tokenizer` must be a transformers tokenizer, got {type(tokenizer).__name__}. Load it with "
+            "`AutoTokenizer.from_pretrained`."
+        )
 
 
 def check_tokens(model: Any, tokenizer: Any) -> None:
-    """Refuse a tokenizer whose ids are other tokens than the model's own, or have no row in the model."""
-    carried = TextRecord.of(model).tokenizer
-    if carried is tokenizer or not isinstance(tokenizer, PreTrainedTokenizerBase):
+    """Raise if an id of a tokenizer is another token in the tokenizer of the model, or has no row in the model."""
+    recorded_tokenizer = TextRecord.of(model).tokenizer
+    if recorded_tokenizer is tokenizer or not isinstance(tokenizer, PreTrainedTokenizerBase):
         return
-    rows, from_folder = model.config.get_text_config().vocab_size, tokenizer.name_or_path == model.name_or_path
-    if carried is None and from_folder and max(tokenizer.get_vocab().values()) < rows:
+
+    num_rows = model.config.get_text_config().vocab_size
+    ids = set(tokenizer.get_vocab().values())
+    is_from_folder = tokenizer.name_or_path == model.name_or_path
+    if recorded_tokenizer is None and is_from_folder and max(ids) < num_rows:
         return
-    if (known := tokenizer_of(model)) is None:
+
+    model_tokenizer = tokenizer_of(model)
+    if model_tokenizer is None:
         return
-    beyond = {number for number in tokenizer.get_vocab().values() if number >= rows} - {*known.get_vocab().values()}
-    others = [number for number, same in enumerate(ids_in(known, tokenizer, rows)) if number != same]
-    if wrong := [*others, *sorted(beyond)]:
+
+    model_ids = ids_in(model_tokenizer, tokenizer, num_rows)
+    different_ids = [number for number, model_id in enumerate(model_ids) if model_id != number]
+    known_ids = set(model_tokenizer.get_vocab().values())
+    rowless_ids = sorted(number for number in ids if number >= num_rows and number not in known_ids)
+    if not different_ids and not rowless_ids:
+        return
+
+    advice = "The model has no rows for these tokens. `model.resize_token_embeddings(len(tokenizer))` adds them."
+    if different_ids:
         advice = (
-            "Pass the model's own (after a pruning, pruner.tokenizer); if it was trained with this one, save both to "
-            "one folder and load them."
+            "Pass the model's own tokenizer (after a pruning, `pruner.tokenizer`). If the model was trained with this "
+            "tokenizer, save both to one folder and load them."
         )
-        if not others:
-            advice = "The model has no rows for these; model.resize_token_embeddings(len(tokenizer)) adds them."
-        raise StructPruneError(
-            f"The tokenizer, of {len(tokenizer):,} tokens, is not that of this {type(model).__name__}, which has "
-            f"{len(known):,} tokens and {rows:,} rows: {some_of(tokenizer.convert_ids_to_tokens(wrong))} are others "
-            f"there. {advice}"
-        )
+    tokens = some_of(tokenizer.convert_ids_to_tokens(different_ids + rowless_ids))
+    raise StructPruneError(
+        f"The tokenizer, of {len(tokenizer):,} tokens, does not belong to this {type(model).__name__}, which has "
+        f"{len(model_tokenizer):,} tokens and {num_rows:,} rows. Different tokens: {tokens}. {advice}"
+    )

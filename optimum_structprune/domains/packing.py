@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import chain, islice, pairwise
+from itertools import chain, islice
 from math import log, nan
 
 import torch
@@ -23,7 +23,7 @@ HELDOUT = "held out"
 USED = "used"
 PROBE = "probe"
 # After this number of documents with another role in a row, a stream counts as exhausted, because it may be endless.
-MAX_PASSED_DOCUMENTS = 10_000
+MAX_SKIPPED_DOCUMENTS = 10_000
 
 
 @dataclass(frozen=True)
@@ -57,16 +57,20 @@ class SampleFormat:
 
     @property
     def body(self) -> int:
-        """The number of tokens of text in a sample, without the prefix."""
-        return self.seq_length if self.prefix is None else self.seq_length - 1
+        """Return the number of tokens of text in a sample, without the prefix."""
+        if self.prefix is None:
+            return self.seq_length
+        return self.seq_length - 1
 
     @property
     def separator_length(self) -> int:
-        """The number of tokens between two documents."""
-        return 0 if self.eos is None else 1
+        """Return the number of tokens between two documents."""
+        if self.eos is None:
+            return 0
+        return 1
 
     def take(self, tokenized_texts: Iterator[Tokens], num_tokens: int) -> list[Tokens]:
-        """Take documents until they have at least `num_tokens` tokens, or until none are left."""
+        """Take documents until they have at least `num_tokens` tokens, or until the stream is exhausted."""
         documents: list[Tokens] = []
         length = 0
 
@@ -83,7 +87,7 @@ class SampleFormat:
         return documents
 
     def length(self, documents: Sequence[Tokens]) -> int:
-        """Return the number of tokens in documents, including those between two documents."""
+        """Return the number of tokens in documents, including the separators between them."""
         separators = max(len(documents) - 1, 0) * self.separator_length
         return separators + sum(len(document.ids) for document in documents)
 
@@ -116,14 +120,14 @@ class SampleFormat:
 
 
 class DocumentPool:
-    """Assign the documents of one domain to roles.
+    """The documents of one domain. Each document has one role.
 
     Attributes:
-        read: All documents that have been read.
+        documents: The documents that have been read from the stream.
     """
 
     def __init__(self, stream: Iterable[Tokens]):
-        self.read: list[Tokens] = []
+        self.documents: list[Tokens] = []
         self._set_aside: set[str] = set()
         self._remaining = self._recorded(stream)
 
@@ -139,35 +143,38 @@ class DocumentPool:
             roles: The roles of documents by their hashes. The taken documents are added.
             max_length: Documents are cut to this number of tokens.
         """
-        passed: list[Tokens] = []
-        available = self._available(role, roles, passed)
-        documents = frame.take((Tokens(text.ids[:max_length], text.hash) for text in available), num_tokens)
-        self._remaining = chain(passed, self._remaining)
+        skipped: list[Tokens] = []
+        available = self._available(role, roles, skipped)
+        shortened = (Tokens(document.ids[:max_length], document.hash) for document in available)
+        documents = frame.take(shortened, num_tokens)
+
+        # Another role may use the skipped documents.
+        self._remaining = chain(skipped, self._remaining)
         return documents
 
-    def _available(self, role: str, roles: dict[str, str], passed: list[Tokens]) -> Iterator[Tokens]:
-        """Yield documents that have a role or no role yet, and add the others to `passed`."""
-        num_passed_in_a_row = 0
+    def _available(self, role: str, roles: dict[str, str], skipped: list[Tokens]) -> Iterator[Tokens]:
+        """Yield documents that have a role or no role yet, and add all other documents to `skipped`."""
+        num_skipped_in_a_row = 0
 
         for document in self._remaining:
             has_role = roles.setdefault(document.hash, role) == role
 
             if has_role and document.hash not in self._set_aside:
-                num_passed_in_a_row = 0
+                num_skipped_in_a_row = 0
                 if role != USED:
                     self._set_aside.add(document.hash)
                 yield document
                 continue
 
-            passed.append(document)
-            num_passed_in_a_row += 1
-            if num_passed_in_a_row == MAX_PASSED_DOCUMENTS:
+            skipped.append(document)
+            num_skipped_in_a_row += 1
+            if num_skipped_in_a_row == MAX_SKIPPED_DOCUMENTS:
                 return
 
     def _recorded(self, stream: Iterable[Tokens]) -> Iterator[Tokens]:
         """Yield the documents of a stream, and record them."""
         for document in stream:
-            self.read.append(document)
+            self.documents.append(document)
             yield document
 
 
@@ -185,9 +192,11 @@ def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 def tokenize_with_prefix(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens of a text after the prefix."""
+    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     prefix = prefix_token(tokenizer)
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids if prefix is None else [prefix, *ids]
+    if prefix is not None:
+        ids.insert(0, prefix)
+    return ids
 
 
 def prompt_ids(messages: Sequence[Mapping[str, str]], opening: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -241,8 +250,10 @@ class Domain:
 
     @property
     def probe_or_heldout(self) -> Tensor:
-        """The samples for choices, shape `(samples, seq_length)`."""
-        return self.heldout if self.probe is None else self.probe
+        """Return the samples for choices, shape `(samples, seq_length)`, by default the held-out samples."""
+        if self.probe is None:
+            return self.heldout
+        return self.probe
 
 
 def document_numbers(samples: Tensor, eos: int | None) -> Tensor:
@@ -263,20 +274,20 @@ def document_hash(text: str) -> str:
     return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def check_vocabulary(largest: int, vocab_size: int | None) -> None:
-    """Raise `StructPruneError` if a token id is beyond the vocabulary of a model."""
-    if vocab_size is not None and largest >= vocab_size:
+def check_vocabulary(max_id: int, vocab_size: int | None) -> None:
+    """Raise `StructPruneError` if a token id is not in the vocabulary of a model."""
+    if vocab_size is not None and max_id >= vocab_size:
         raise StructPruneError(
-            f"The tokenizer does not belong to this model: token id {largest}, vocabulary {vocab_size}. If the model "
+            f"The tokenizer does not belong to this model: token id {max_id}, vocabulary {vocab_size}. If the model "
             "lacks rows for new tokens, model.resize_token_embeddings(len(tokenizer)) adds them."
         )
 
 
 class Passages:
-    """Hold the text of samples.
+    """The text of token samples, which other tokenizers can encode.
 
     The first token of a sample is only context, so it is left out. A character that the edge of a sample divides is
-    left out too.
+    also left out.
 
     Args:
         samples: Token ids, each of shape `(seq_length,)`.
@@ -291,7 +302,7 @@ class Passages:
     def __init__(self, samples: Sequence[Tensor], tokenizer: PreTrainedTokenizerBase):
         self.seq_length = len(samples[0])
         self.texts = [_document_texts(ids[1:].tolist(), tokenizer) for ids in samples]
-        self.bytes = sum(len(text.encode()) for texts in self.texts for text in texts)
+        self.bytes = sum(len("".join(texts).encode()) for texts in self.texts)
 
     def bits_per_byte(self, losses: Tensor) -> float:
         """Return the bits per byte, from the total loss of each sample in nats, shape `(samples,)`."""
@@ -303,8 +314,8 @@ class Passages:
         """Return the samples as ids of another tokenizer, each of shape `(tokens,)`.
 
         Raises:
-            StructPruneError: If the tokenizer has no token to begin a text, does not belong to the model, or a sample
-                has more tokens than the model has positions.
+            StructPruneError: If the tokenizer has no token to begin a text or does not belong to the model, or if a
+                sample has more tokens than the model has positions.
         """
         prefix = prefix_token(tokenizer)
         if prefix is None:
@@ -312,14 +323,17 @@ class Passages:
                 f"{type(tokenizer).__name__} has neither a BOS nor an EOS token to begin a text. Set its `eos_token`."
             )
 
-        rows = [torch.tensor([prefix, *ids]) for ids in self._joined_ids(tokenizer)]
+        rows = [torch.tensor([prefix] + ids) for ids in self._joined_ids(tokenizer)]
         check_vocabulary(max(int(row.max()) for row in rows), model.config.get_text_config().vocab_size)
         self._check_length(max(len(row) for row in rows), positions_of(model))
         return rows
 
     def _joined_ids(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
         """Yield the ids of each sample, with an EOS token between two documents."""
-        separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        separator = []
+        if tokenizer.eos_token_id is not None:
+            separator.append(tokenizer.eos_token_id)
+
         texts = list(chain.from_iterable(self.texts))
         encoded = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
 
@@ -342,12 +356,14 @@ class Passages:
 
 def _document_texts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return the texts of the documents in a sample, which EOS tokens separate."""
-    ends = [place for place, token in enumerate(ids) if token == tokenizer.eos_token_id]
+    ends = [position for position, token in enumerate(ids) if token == tokenizer.eos_token_id]
+    ends.append(len(ids))
     texts = []
+    start = 0
 
-    for previous_end, end in pairwise([-1, *ends, len(ids)]):
-        part = ids[previous_end + 1 : end]
-        texts.append(str(tokenizer.decode(part, clean_up_tokenization_spaces=False)))
+    for end in ends:
+        texts.append(str(tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)))
+        start = end + 1
 
     # The edges of a sample may divide a character.
     texts[0] = texts[0].lstrip("\ufffd")

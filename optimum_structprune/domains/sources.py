@@ -26,53 +26,63 @@ from .templates import Row, rendered, string
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset  # importing it takes a second, which only data sets need
+    from datasets import Dataset  # importing it takes a second, and only data sets need it
     from transformers import PreTrainedTokenizerBase
 
 FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+# The sizes of the buffers that shuffle streams.
 HUB_BUFFER_ROWS = 10_000
 LOCAL_BUFFER_TEXTS = 100_000
-WINDOW_ROWS = 1_000  # rows of a file that share their columns; a column that a row lacks is empty there
+# The number of rows of a file that share their columns. A column that a row lacks is empty in that row.
+WINDOW_ROWS = 1_000
+# The maximum number of characters of a CSV field. The default of `csv` is 131,072.
+MAX_CSV_FIELD = 2**31 - 1
+
+# The folder of built-in texts, and the line between two documents in its files.
 TEXTS = Path(__file__).with_name("texts")
-BETWEEN = "\n%\n"  # the line between two documents in a file of built-in texts
-PART_CHARACTERS = 800  # size of the parts in which kinds of built-in text take turns
-SECTION_CHARACTERS = 4_000  # size of the sections that long texts are cut into
-LONG_TEXT = 100_000  # characters; a row with more is cut into sections, since tokenizing it whole takes seconds
-MAX_CSV_FIELD = 2**31 - 1  # characters; the default of `csv` is 131,072
+SEPARATOR = "\n%\n"
+# The number of characters in a part of built-in text, if several kinds alternate.
+PART_CHARACTERS = 800
+# The number of characters in a section of a long text.
+SECTION_CHARACTERS = 4_000
+# A text with more characters is cut into sections, because tokenizing it whole takes seconds.
+LONG_TEXT = 100_000
+
 T = TypeVar("T")
 Render = Callable[[Row], str]
-Write = Callable[[str, int], Iterator[str]] | None  # generates text of a kind with a seed
+# A function that generates text of a kind with a seed.
+Write = Callable[[str, int], Iterator[str]] | None
 
 
 def documents(
     domain: DomainConfig, seed: int | None, tokenizer: PreTrainedTokenizerBase | None = None, write: Write = None
 ) -> Iterator[str]:
-    """Return the documents of a domain that are not blank, in an order that depends on the seed.
+    """Return the documents of a domain in an order that depends on the seed. Blank documents are skipped.
 
-    A wrong source raises here. The text is read with the first document.
+    This function checks the source. The text is read with the first document.
 
     Args:
         domain: The domain, without presets.
-        seed: The seed of the order; None keeps the order of the source.
+        seed: The seed of the order. None keeps the order of the source.
         tokenizer: The tokenizer whose chat template a domain with `template="chat"` uses.
         write: A function that generates text of a kind with a seed, for sources such as `self:code`.
 
     Raises:
-        StructPruneError: If the source cannot be read, or holds no text.
+        StructPruneError: If the source cannot be read.
     """
     texts = _texts(domain, seed, lambda row: rendered(row, domain, tokenizer), write)
     return _readable(texts)
 
 
 def _readable(texts: Iterator[str]) -> Iterator[str]:
-    """Yield texts that are not blank, without halves of surrogate pairs, which no tokenizer reads."""
+    """Yield texts that are not blank. Lone surrogates are replaced, because no tokenizer accepts them."""
     for text in _cut_long(texts):
         if text.strip():
             yield text.encode(errors="replace").decode()
 
 
 def check_source(domain: DomainConfig) -> None:
-    """Raise if a source has no text that could be read. Nothing is read yet."""
+    """Raise if a source does not exist or is empty. No text is read."""
     source = domain.source
     if not isinstance(source, str) or source.startswith((IN_MEMORY, SELF)):
         return
@@ -81,13 +91,14 @@ def check_source(domain: DomainConfig) -> None:
         return
     if _is_saved_dataset(domain):
         return
+
     files = _files(domain)
     if files and not any(os.path.getsize(file) for file in files):
-        raise StructPruneError(f"The domain {domain.name!r} is empty: there is no text in {source}.")
+        raise StructPruneError(f"The domain {domain.name!r} is empty: {source} does not contain any text.")
 
 
 def endless(domain: DomainConfig) -> bool:
-    """Return whether a domain may have no end: the model generates it, or it is streamed from the Hub."""
+    """Return whether a domain may be infinite: the model generates it, or it is streamed from the Hub."""
     source = domain.source
     if not isinstance(source, str) or source.startswith(BUILTIN):
         return False
@@ -95,20 +106,26 @@ def endless(domain: DomainConfig) -> bool:
 
 
 def _texts(domain: DomainConfig, seed: int | None, render: Render, write: Write) -> Iterator[str]:
+    """Return the texts of a domain; see `documents`."""
     source = domain.source
     if not isinstance(source, str):
         return _from_memory(domain, seed, render)
     if source.startswith(IN_MEMORY):
         raise StructPruneError(
             f"The domain {domain.name!r} was read from a {source.removeprefix(IN_MEMORY)} in memory, which a saved "
-            f"config does not hold; set its source again."
+            f"config does not contain. Set its source again."
         )
+
     if source.startswith(BUILTIN):
         return builtin_documents(source.removeprefix(BUILTIN), seed or 0)
     if source.startswith(SELF):
         if write is None:
-            raise StructPruneError(f"The domain {domain.name!r} is the model's own text, and none writes here.")
+            raise StructPruneError(
+                f"The domain {domain.name!r} is text that the model generates, and this command does not generate "
+                "text. Use another source."
+            )
         return write(source.removeprefix(SELF), seed or 0)
+
     if _is_saved_dataset(domain):
         return map(render, _guarded(domain, source, _saved_rows, domain, seed))
 
@@ -116,13 +133,17 @@ def _texts(domain: DomainConfig, seed: int | None, render: Render, write: Write)
     if files:
         texts = _from_files(domain, _reordered(files, seed), render)
         return _shuffled(_cut_long(texts), seed)
-    name = f"{source!r} is no local file or folder, and as a dataset of the Hub it"
+
+    name = f"{source!r} is not a local file or folder, and as a dataset of the Hub it"
     return map(render, _guarded(domain, name, _hub_rows, domain, seed))
 
 
 def _from_memory(domain: DomainConfig, seed: int | None, render: Render) -> Iterator[str]:
+    """Return the texts of a source that is an object in memory."""
     source = domain.source
-    datasets = sys.modules.get("datasets")  # without this module, no source is an object of it
+
+    # A program that passes a data set has imported the module.
+    datasets = sys.modules.get("datasets")
     if datasets is not None and isinstance(source, datasets.Dataset):
         return map(render, _rows(source, seed))
     if datasets is not None and isinstance(source, datasets.IterableDataset):
@@ -131,7 +152,8 @@ def _from_memory(domain: DomainConfig, seed: int | None, render: Render) -> Iter
 
 
 def _rows(dataset: Dataset, seed: int | None) -> Iterator[Row]:
-    return (dataset[i] for i in _reordered(range(len(dataset)), seed))
+    """Yield the rows of a data set in a seeded order."""
+    return (dataset[index] for index in _reordered(range(len(dataset)), seed))
 
 
 def _is_saved_dataset(domain: DomainConfig) -> bool:
@@ -141,16 +163,18 @@ def _is_saved_dataset(domain: DomainConfig) -> bool:
 
 
 def _saved_rows(domain: DomainConfig, seed: int | None) -> Iterator[Row]:
+    """Yield the rows of a data set that `save_to_disk` wrote."""
     from datasets import DatasetDict, load_from_disk
 
-    loaded = load_from_disk(os.path.expanduser(domain.source))
-    if not isinstance(loaded, DatasetDict):
-        return _rows(loaded, seed)
-    if domain.split not in loaded:
+    dataset = load_from_disk(os.path.expanduser(domain.source))
+    if not isinstance(dataset, DatasetDict):
+        return _rows(dataset, seed)
+
+    if domain.split not in dataset:
         raise StructPruneError(
-            f"The domain {domain.name!r}: {domain.source} has no split {domain.split!r}; it has {', '.join(loaded)}."
+            f"The domain {domain.name!r}: {domain.source} has no split {domain.split!r}; it has {', '.join(dataset)}."
         )
-    return _rows(loaded[domain.split], seed)
+    return _rows(dataset[domain.split], seed)
 
 
 def _files(domain: DomainConfig) -> list[Path]:
@@ -162,47 +186,65 @@ def _files(domain: DomainConfig) -> list[Path]:
                 f"The domain {domain.name!r}: files like {path} are not read.{did_you_mean(path.suffix, FORMATS)}"
             )
         return [path]
+
     if os.path.isdir(path):
         # Hidden files and folders are copies and caches of tools, such as `.ipynb_checkpoints`.
         candidates = [file for file in path.rglob("*") if "/." not in f"/{file.relative_to(path)}"]
-        name = f"the folder {path}"
-    elif os.path.lexists(path):
-        raise StructPruneError(
-            f"The domain {domain.name!r}: {path} leads to no regular file; write its text to one, such as text.jsonl."
-        )
-    elif "://" in domain.source:
-        raise StructPruneError(f"The domain {domain.name!r}: {domain.source} is an address; download it first.")
-    elif has_magic(domain.source):
-        candidates = [Path(file) for file in glob(str(path), recursive=True)]
-        name = f"the pattern {domain.source!r}"
-    elif domain.source.startswith((".", "/", "~")) or path.suffix.lower() in FORMATS:
-        raise StructPruneError(f"The domain {domain.name!r}: there is no file or folder {path}.{_nearest_name(path)}")
-    else:
-        return []
+        return _readable_files(domain, candidates, f"the folder {path}")
 
+    if os.path.lexists(path):
+        raise StructPruneError(
+            f"The domain {domain.name!r}: {path} is not a regular file. Write its text to one, such as text.jsonl."
+        )
+    if "://" in domain.source:
+        raise StructPruneError(f"The domain {domain.name!r}: {domain.source} is an address. Download it first.")
+
+    if has_magic(domain.source):
+        candidates = [Path(file) for file in glob(str(path), recursive=True)]
+        return _readable_files(domain, candidates, f"the pattern {domain.source!r}")
+
+    if domain.source.startswith((".", "/", "~")) or path.suffix.lower() in FORMATS:
+        raise StructPruneError(
+            f"The domain {domain.name!r}: the file or folder {path} does not exist.{_nearest_name(path)}"
+        )
+    return []
+
+
+def _readable_files(domain: DomainConfig, candidates: list[Path], name: str) -> list[Path]:
+    """Return the files with a supported format, sorted. Raise if there are none."""
     files = sorted(file for file in candidates if file.is_file() and file.suffix.lower() in FORMATS)
     if not files:
-        raise StructPruneError(f"The domain {domain.name!r}: {name} gives no file of the kinds {', '.join(FORMATS)}.")
+        raise StructPruneError(
+            f"The domain {domain.name!r}: {name} contains no file of the kinds {', '.join(FORMATS)}."
+        )
     return files
 
 
 def _nearest_name(path: Path) -> str:
-    """Return a suggestion of the file whose name is nearest to a missing one."""
-    names = os.listdir(path.parent) if os.path.isdir(path.parent) else []
+    """Return a suggestion of the file with the most similar name, or an empty text."""
+    names = []
+    if os.path.isdir(path.parent):
+        names = os.listdir(path.parent)
+
     matches = get_close_matches(path.name, names, n=1)
-    return f" Did you mean {str(path.with_name(matches[0]))!r}?" if matches else ""
+    if not matches:
+        return ""
+    return f" Did you mean {str(path.with_name(matches[0]))!r}?"
 
 
 def _from_files(domain: DomainConfig, files: list[Path], render: Render) -> Iterator[str]:
+    """Yield the texts of files, sorted by their format. Empty files are skipped."""
     readers: dict[str, Callable[[Path], Iterable[Row]]] = {
         "json": _json_rows,
         "csv": _csv_rows,
         "parquet": _parquet_rows,
     }
+
     for kind in dict.fromkeys(FORMATS.values()):
         for path in files:
             if FORMATS[path.suffix.lower()] != kind or path.stat().st_size == 0:
                 continue
+
             if kind == "text":
                 yield from _guarded(domain, str(path), _text_sections, path)
             else:
@@ -211,28 +253,34 @@ def _from_files(domain: DomainConfig, files: list[Path], render: Render) -> Iter
 
 
 def _text_sections(path: Path) -> Iterator[str]:
+    """Yield the sections of a text file."""
     return sections(path.read_text(encoding="utf-8-sig"))
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
     """Yield the rows of a file of JSON lines, or of one JSON list.
 
-    The texts are not converted, as `datasets` converts dates and numbers.
+    `datasets` is not used here, because it would convert texts that look like dates or numbers.
     """
     with open(path, encoding="utf-8-sig") as file:
-        start = file.read(1)
-        while start.isspace():
-            start = file.read(1)
+        character = file.read(1)
+        while character.isspace():
+            character = file.read(1)
         file.seek(0)
-        if start == "[":
-            yield from _objects(_parse_json(file.read(), "it"), "item")
+
+        if character == "[":
+            items = _parse_json(file.read(), "it")
+            for number, item in enumerate(items, start=1):
+                yield _checked_object(item, f"item {number}")
             return
+
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield from _objects([_parse_json(line, f"line {number}")], "line", number)
+                yield _checked_object(_parse_json(line, f"line {number}"), f"line {number}")
 
 
 def _parse_json(text: str, where: str) -> Any:
+    """Return the value of a JSON text. Raise `StructPruneError` if it is not valid."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -241,13 +289,13 @@ def _parse_json(text: str, where: str) -> Any:
         raise StructPruneError(f"{where} is not JSON: {error}") from error
 
 
-def _objects(items: Iterable[Any], name: str, first: int = 1) -> Iterator[Row]:
-    """Yield items that are JSON objects, and raise at any other."""
-    for number, item in enumerate(items, start=first):
-        if not isinstance(item, dict):
-            example = '{"text": "…"}'
-            raise StructPruneError(f"{name} {number} must be an object, such as {example}, got {item!r:.60}")
-        yield item
+def _checked_object(value: Any, where: str) -> Row:
+    """Return a JSON value. Raise `StructPruneError` if it is not an object."""
+    if isinstance(value, dict):
+        return value
+
+    example = '{"text": "…"}'
+    raise StructPruneError(f"{where} must be an object, such as {example}, got {value!r:.60}")
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
@@ -256,12 +304,14 @@ def _csv_rows(path: Path) -> Iterator[Row]:
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, restkey="")
         for row in reader:
+            # The key "" holds fields without a header.
             if "" in row and "" not in (reader.fieldnames or ()):
                 raise StructPruneError(f"line {reader.line_num} has more fields than the header")
             yield row
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
+    """Yield the rows of a Parquet file."""
     from pyarrow.parquet import ParquetFile
 
     with ParquetFile(path) as file:
@@ -270,16 +320,23 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def _with_same_columns(rows: Iterator[Row]) -> Iterator[Row]:
-    """Add the columns that a row lacks but others around it have, with the value None."""
-    while window := list(islice(rows, WINDOW_ROWS)):
+    """Yield rows with the columns of all rows in the same window. A missing value is None."""
+    window = list(islice(rows, WINDOW_ROWS))
+    while window:
         columns: dict[str, None] = {}
         for row in window:
             columns.update(dict.fromkeys(row))
+
         for row in window:
-            yield {**columns, **row}
+            complete_row: dict[str, Any] = dict(columns)
+            complete_row.update(row)
+            yield complete_row
+
+        window = list(islice(rows, WINDOW_ROWS))
 
 
 def _hub_rows(domain: DomainConfig, seed: int | None) -> Iterable[Row]:
+    """Return the rows of a data set that is streamed from the Hub."""
     from datasets import load_dataset
 
     dataset = load_dataset(
@@ -289,26 +346,36 @@ def _hub_rows(domain: DomainConfig, seed: int | None) -> Iterable[Row]:
 
 
 def _buffered(rows: Any, seed: int | None) -> Iterable[Row]:
-    return rows if seed is None else rows.shuffle(seed=seed, buffer_size=HUB_BUFFER_ROWS)
+    """Shuffle the rows of a streamed data set with a buffer."""
+    if seed is None:
+        return rows
+    return rows.shuffle(seed=seed, buffer_size=HUB_BUFFER_ROWS)
 
 
-def _guarded(domain: DomainConfig, name: str, read: Callable[..., Iterable[T]], *arguments: Any) -> Iterator[T]:
-    """Yield what a reader yields, and name the domain in its errors."""
+def _guarded(domain: DomainConfig, name: str, reader: Callable[..., Iterable[T]], *arguments: Any) -> Iterator[T]:
+    """Yield the values of a reader. Its errors become `StructPruneError`s that name the domain.
+
+    Parsers and HTTP clients raise errors of many classes, and `datasets` raises `StopIteration` for a file without
+    rows.
+    """
     try:
-        yield from read(*arguments)
-    except StopIteration:  # `datasets` raises it for a file without rows
+        yield from reader(*arguments)
+    except StopIteration:
         return
     except StructPruneError as error:
         if str(error).startswith("The domain"):
             raise
         raise StructPruneError(f"The domain {domain.name!r}: {name} cannot be read: {error}.") from error
-    except Exception as error:  # parsers and HTTP clients raise errors of many classes
+    except Exception as error:
         reason = one_line(error) or type(error).__name__
-        advice = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
-        raise StructPruneError(f"The domain {domain.name!r}: {name} cannot be read: {reason}{advice}") from error
+
+        if isinstance(error, UnicodeDecodeError):
+            reason += "; save it as UTF-8"
+        raise StructPruneError(f"The domain {domain.name!r}: {name} cannot be read: {reason}") from error
 
 
 def _items(domain: DomainConfig, render: Render) -> Iterator[str]:
+    """Yield the texts of an iterable in memory."""
     for number, item in enumerate(domain.source):
         if domain.template is not None and isinstance(item, Mapping):
             yield render(item)
@@ -317,7 +384,7 @@ def _items(domain: DomainConfig, render: Render) -> Iterator[str]:
 
 
 def _cut_long(texts: Iterable[str]) -> Iterator[str]:
-    """Yield texts, and those of more than `LONG_TEXT` characters in sections."""
+    """Yield texts, and cut texts of more than `LONG_TEXT` characters into sections."""
     for text in texts:
         if len(text) > LONG_TEXT:
             yield from sections(text)
@@ -326,6 +393,7 @@ def _cut_long(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _reordered(items: Iterable[T], seed: int | None) -> list[T]:
+    """Return items in a seeded order."""
     order = list(items)
     if seed is not None:
         Random(seed).shuffle(order)
@@ -333,41 +401,50 @@ def _reordered(items: Iterable[T], seed: int | None) -> list[T]:
 
 
 def _shuffled(texts: Iterable[str], seed: int | None) -> Iterator[str]:
-    """Yield texts in a random order. With more texts than the buffer holds, a text stays near its place."""
+    """Yield texts in a seeded order. If the buffer cannot hold all texts, they are shuffled locally."""
     stream = iter(texts)
     if seed is None:
         yield from stream
         return
+
     rng = Random(seed)
     buffer = list(islice(stream, LOCAL_BUFFER_TEXTS))
     for text in stream:
-        place = rng.randrange(LOCAL_BUFFER_TEXTS)
-        yield buffer[place]
-        buffer[place] = text
+        index = rng.randrange(LOCAL_BUFFER_TEXTS)
+        yield buffer[index]
+        buffer[index] = text
+
     rng.shuffle(buffer)
     yield from buffer
 
 
 def builtin_documents(name: str, seed: int = 0) -> Iterator[str]:
-    """Yield the documents of built-in text in a seeded order. Several kinds take turns by the number of characters."""
-    names = builtin_kinds(name)
-    if len(names) == 1:
-        return _sections_of_kind(names[0], Random(seed))
-    Random(seed).shuffle(names)
-    return _in_turns([_parts_of_kind(kind, seed) for kind in names])
+    """Yield the documents of built-in text in a seeded order. Several kinds alternate by the number of characters."""
+    kinds = builtin_kinds(name)
+    if len(kinds) == 1:
+        return _sections_of_kind(kinds[0], Random(seed))
+
+    Random(seed).shuffle(kinds)
+    return _alternating([_parts_of_kind(kind, seed) for kind in kinds])
 
 
 def builtin_kinds(name: str) -> list[str]:
-    """Return the kinds of text that a name of built-in text stands for: `a+b`, or `general-a` for all but `a`."""
+    """Return the kinds of text in a name of built-in text: `a+b`, or `general-a` for all kinds except `a`."""
     available = sorted(path.name.partition(".")[0] for path in TEXTS.glob("*.txt*"))
-    first, *excluded = name.split("-")
-    named = excluded if first == GENERAL else name.split("+")
-    for kind in named:
+    parts = name.split("-")
+    is_general = parts[0] == GENERAL
+    kinds = name.split("+")
+    if is_general:
+        kinds = parts[1:]
+
+    for kind in kinds:
         if kind not in available:
-            raise StructPruneError(f"There is no built-in text {kind!r}.{did_you_mean(kind, [*available, GENERAL])}")
-    if first == GENERAL:
-        return [kind for kind in available if kind not in excluded]
-    return named
+            suggestion = did_you_mean(kind, available + [GENERAL])
+            raise StructPruneError(f"The built-in text {kind!r} does not exist.{suggestion}")
+
+    if is_general:
+        return [kind for kind in available if kind not in kinds]
+    return kinds
 
 
 def read_kind(kind: str) -> list[str]:
@@ -377,61 +454,66 @@ def read_kind(kind: str) -> list[str]:
         text = path.read_bytes()
     else:
         text = gzip.decompress(path.with_suffix(".txt.gz").read_bytes())
-    return text.decode().strip("\n").split(BETWEEN)
+    return text.decode().strip("\n").split(SEPARATOR)
 
 
 def _parts_of_kind(kind: str, seed: int) -> Iterator[str]:
+    """Yield the sections of a kind of text in parts of `PART_CHARACTERS`."""
     for text in _sections_of_kind(kind, Random(seed)):
         yield from sections(text, PART_CHARACTERS)
 
 
 def _sections_of_kind(kind: str, rng: Random) -> Iterator[str]:
-    """Yield a section of each document, then the next ones, so that a small sample has many documents."""
+    """Yield one section of each document, then the next section of each, so that a small sample has many documents."""
     documents = read_kind(kind)
     rng.shuffle(documents)
+
     queue = deque(map(sections, documents))
     while queue:
         stream = queue.popleft()
-        part = next(stream, None)
-        if part is not None:
+        section = next(stream, None)
+        if section is not None:
             queue.append(stream)
-            yield part
+            yield section
 
 
 def sections(text: str, size: int = SECTION_CHARACTERS) -> Iterator[str]:
-    """Cut a long text into parts of `size / 2` to `size` characters, the last one up to `2 * size`.
+    """Yield parts of a long text with `size / 2` to `size` characters. The last part has up to `2 * size`.
 
-    A text is cut at a blank line if there is one, otherwise at the end of a line, otherwise at a space.
+    A text is cut at a blank line, or else at the end of a line, or else at a space.
     """
     start = 0
     while len(text) - start > 2 * size:
         cut = start + size
         for mark in ("\n\n", "\n", " "):
-            place = text.rfind(mark, start + size // 2, start + size)
-            if place > 0:
-                cut = place
+            position = text.rfind(mark, start + size // 2, start + size)
+            if position > 0:
+                cut = position
                 break
+
         yield text[start:cut].strip("\n")
         start = cut
+
     yield text[start:].strip("\n")
 
 
-def _in_turns(streams: list[Iterator[str]]) -> Iterator[str]:
-    """Yield the next part of the stream that has had the fewest characters so far."""
-    heap = [(0, number, stream) for number, stream in enumerate(streams)]
+def _alternating(streams: list[Iterator[str]]) -> Iterator[str]:
+    """Yield parts of streams, always the next part of the stream with the fewest characters so far."""
+    heap = [(0, index, stream) for index, stream in enumerate(streams)]
     while heap:
-        characters, number, stream = heappop(heap)
+        num_characters, index, stream = heappop(heap)
         part = next(stream, None)
         if part is not None:
-            heappush(heap, (characters + len(part), number, stream))
+            heappush(heap, (num_characters + len(part), index, stream))
             yield part
 
 
 def resolve(domains: Iterable[DomainConfig]) -> list[DomainConfig]:
-    """Return domains with presets replaced by their domains. Fields that a domain sets override those of a preset."""
+    """Replace presets by their domains. Fields that a domain sets override the fields of the preset."""
     resolved: list[DomainConfig] = []
     for domain in domains:
         resolved += _resolved(domain)
+
     names = [domain.name for domain in resolved]
     for name in names:
         if names.count(name) > 1:
@@ -440,13 +522,14 @@ def resolve(domains: Iterable[DomainConfig]) -> list[DomainConfig]:
 
 
 def presets(file: str = "") -> dict[str, Mapping[str, Any]]:
-    """Return all presets by name. Those of a file override the built-in ones.
+    """Return all presets by name. The presets of a file override built-in presets.
 
     A preset has the fields of a domain, or a `mix` of other presets.
     """
     table = dict(read_yaml(Path(__file__).with_name("presets.yaml")))
     if file:
         table.update(read_yaml(file))
+
     for name, entry in table.items():
         if not isinstance(entry, Mapping) or ("mix" in entry) == ("source" in entry):
             raise StructPruneError(f"The preset {name!r} needs a source, or a mix of other presets; got {entry!r}.")
@@ -454,27 +537,32 @@ def presets(file: str = "") -> dict[str, Mapping[str, Any]]:
 
 
 def _resolved(domain: DomainConfig) -> list[DomainConfig]:
+    """Return the domains of a preset, or the domain itself if its source is not a preset."""
     if not isinstance(domain.source, str) or not domain.source.startswith(PRESET):
         return [domain]
+
     file, _, name = domain.source.removeprefix(PRESET).rpartition("#")
     table = presets(file)
     entry = _entry(name, table)
     if "mix" not in entry:
         return [_from_preset(domain, entry)]
 
-    parts = {part: _entry(part, table) for part in entry["mix"]}
+    part_entries = {part: _entry(part, table) for part in entry["mix"]}
     domains = []
-    for part, fields_of_part in parts.items():
-        if "mix" in fields_of_part:
-            raise StructPruneError(f"The preset {domain.source!r} mixes {part!r}, itself a mix.")
-        named = replace(domain, name=f"{domain.name}-{part}", weight=domain.weight / len(parts))
-        domains.append(_from_preset(named, fields_of_part))
+    for part, part_entry in part_entries.items():
+        if "mix" in part_entry:
+            raise StructPruneError(f"The preset {domain.source!r} mixes {part!r}, which is a mix itself.")
+
+        part_domain = replace(domain, name=f"{domain.name}-{part}", weight=domain.weight / len(part_entries))
+        domains.append(_from_preset(part_domain, part_entry))
+
     return domains
 
 
 def _entry(name: str, table: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return the preset of a name."""
     if name not in table:
-        raise StructPruneError(f"There is no preset {name!r}.{did_you_mean(name, table)}")
+        raise StructPruneError(f"The preset {name!r} does not exist.{did_you_mean(name, table)}")
     return table[name]
 
 
@@ -485,6 +573,7 @@ def _from_preset(domain: DomainConfig, entry: Mapping[str, Any]) -> DomainConfig
         value = getattr(domain, field.name)
         if value != field.default:
             values[field.name] = value
+
     values["weight"] = domain.weight
     values["source"] = entry["source"]
     return DomainConfig.from_dict(values)

@@ -47,7 +47,9 @@ def rendered(row: Row, domain: DomainConfig, tokenizer: PreTrainedTokenizerBase 
 
     # Chat domains are not read without a tokenizer.
     assert tokenizer is not None
-    template = None if tokenizer.chat_template else TRANSCRIPT
+    template = None
+    if not tokenizer.chat_template:
+        template = TRANSCRIPT
     return chat_text(tokenizer, messages, template, where=f" in the domain {domain.name!r}")
 
 
@@ -74,12 +76,14 @@ def chat_text(
     """
     chat = [dict(message) for message in messages]
 
+    # A template can raise an exception of any kind.
     try:
         template = tokenizer.get_chat_template(template, options.get("tools"))
         if "strftime_now" in template:
             template = _with_fixed_date(template, date)
+
         return str(tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, **options))
-    except Exception as error:  # a template raises any exception
+    except Exception as error:
         name = tokenizer.name_or_path or type(tokenizer).__name__
         roles = ", ".join(message["role"] for message in chat)
         raise StructPruneError(
@@ -89,7 +93,7 @@ def chat_text(
 
 
 def _with_fixed_date(template: str, date: datetime) -> str:
-    """Define `strftime_now` in a template, which transformers would define with the present date."""
+    """Define `strftime_now` in a template. Otherwise transformers would define it with today's date."""
     replacements = ""
 
     for code in sorted(set(re.findall("(?<!{)%-?[A-Za-z]", template))):
@@ -100,9 +104,12 @@ def _with_fixed_date(template: str, date: datetime) -> str:
 
 def _messages(row: Row, domain: DomainConfig) -> list[dict[str, Any]]:
     """Return the messages of a row, or an empty list if it has none."""
-    columns = [column for column in (domain.text_column, *CHAT_COLUMNS) if column in row]
-    conversations = [row[column] for column in columns if not isinstance(row[column], str)]
-    conversation = conversations[0] if conversations else None
+    columns = [column for column in (domain.text_column,) + CHAT_COLUMNS if column in row]
+    conversation = None
+    for column in columns:
+        if not isinstance(row[column], str):
+            conversation = row[column]
+            break
 
     if not columns or (conversation is None and any(row[column] for column in columns)):
         raise StructPruneError(
@@ -129,7 +136,9 @@ def messages_of(conversation: Any) -> list[dict[str, Any]]:
 
     messages = []
     for item in conversation:
-        fields: Row = item if isinstance(item, Mapping) else {}
+        fields: Row = {}
+        if isinstance(item, Mapping):
+            fields = item
         role = fields.get("role", fields.get("from"))
         content = _content_of(fields)
 
@@ -156,8 +165,9 @@ def _content_of(fields: Row) -> Any:
 
     texts = []
     for part in content:
-        text = part.get("text") if isinstance(part, Mapping) else part
-        texts.append(text or "")
+        if isinstance(part, Mapping):
+            part = part.get("text")
+        texts.append(part or "")
 
     if all(isinstance(text, str) for text in texts):
         return "".join(texts)
@@ -166,8 +176,10 @@ def _content_of(fields: Row) -> Any:
 
 def question_messages(row: Any) -> list[dict[str, Any]]:
     """Return the messages of a row with `messages` or with a `prompt`."""
-    conversation = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
-    messages = messages_of(conversation)
+    if "messages" in row:
+        messages = messages_of(row["messages"])
+    else:
+        messages = messages_of([{"role": "user", "content": row["prompt"]}])
 
     # This raises `ValueError` for half a character, which no tokenizer reads.
     "".join(message["content"] for message in messages).encode()

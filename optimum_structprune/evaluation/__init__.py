@@ -1,1 +1,1 @@
-"""How good and how fast a model is: perplexity by domain, closeness to the dense model, answers, speed."""
+"""Measurement of a model: perplexity by domain, divergence from the dense model, answers, and speed."""

@@ -1,4 +1,4 @@
-"""Greedy answers of a model to questions, or text behind openings: is it right, does it end, does it repeat itself."""
+"""Generate greedy answers of a model to questions, and judge them: correct, finished, repetitive."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,11 +29,12 @@ GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "use_ca
 # An answer loops if the same run of tokens occurs more often than this.
 RUN_TOKENS = 4
 MAX_REPEATS = 3
-# The form of a line of a file of questions, for a refusal.
+# The form of a line in a file of questions, for an error.
 FORM = 'is no question, which has a "prompt" or "messages", and in "right" a regular expression ("" accepts all)'
-AT_ONCE = 32  # answers that are written together at least
-# The short check of `prune` and `recover` asks the first questions. A run that reads fewer tokens is a trial of the
-# command and asks nothing, because it would spend most of its time on answers.
+# The minimum number of answers that are generated together.
+MIN_BATCH = 32
+# The short check of `prune` and `recover` asks the first questions. A run that reads fewer tokens than
+# SHORT_CHECK_MIN_READ asks none, because answers would take most of its time.
 SHORT_CHECK_QUESTIONS = 16
 SHORT_CHECK_TOKENS = 64
 SHORT_CHECK_MIN_READ = 4_096
@@ -40,7 +42,7 @@ SHORT_CHECK_MIN_READ = 4_096
 
 @dataclass
 class WrittenAnswer(Answer):
-    """An answer with its token ids, which no record holds."""
+    """An answer with its token ids, which are not saved."""
 
     ids: list[int] = field(default_factory=list)
 
@@ -51,13 +53,37 @@ class WrittenAnswer(Answer):
 
 @dataclass(frozen=True)
 class Question:
-    """A question, as messages and as an opening for a base model, each with a pattern for correct answers."""
+    """A question for chat models, and the same question as an opening that base models continue.
+
+    Attributes:
+        kind: The kind of question.
+        messages: The messages of the chat.
+        pattern: The pattern of correct answers.
+        opening: The opening; empty if base models are not asked.
+        continuation_pattern: The pattern of correct continuations of the opening.
+    """
 
     kind: str
     messages: tuple[Mapping[str, str], ...]
-    right: re.Pattern[str]
+    pattern: re.Pattern[str]
     opening: str
-    continues: re.Pattern[str]
+    continuation_pattern: re.Pattern[str]
+
+    @classmethod
+    def from_json(cls, line: str) -> Question:
+        """Return the question in a line of JSON."""
+        row = json.loads(line)
+        messages = tuple(question_messages(row))
+        # Built-in questions have a kind. A question of the user without an opening is its own opening.
+        default_opening = "" if "kind" in row else messages[-1]["content"]
+
+        return cls(
+            kind=str(row.get("kind", "")),
+            messages=messages,
+            pattern=re.compile(row["right"], re.IGNORECASE),
+            opening=str(row.get("opening", default_opening)),
+            continuation_pattern=re.compile(row.get("continues", row["right"]), re.IGNORECASE),
+        )
 
     @property
     def prompt(self) -> str:
@@ -72,25 +98,23 @@ class Question:
 def read_questions(source: str | Path = BUILTIN, tokenizers: Iterable[PreTrainedTokenizerBase] = ()) -> list[Question]:
     """Read the questions of a file, or the built-in ones.
 
-    A tokenizer without a chat template leaves those that have an opening.
+    If a tokenizer has no chat template, only the questions with an opening are returned.
+
+    Args:
+        source: A file with a question in each line of JSON, or "builtin".
+        tokenizers: The tokenizers of the models that are asked.
+
+    Raises:
+        StructPruneError: If the file cannot be read, a line is not a question, or there are no questions.
     """
     path = QUESTIONS if source == BUILTIN else Path(source)
-    questions = read_lines(path, _question, FORM)
+    questions = read_lines(path, Question.from_json, FORM)
     if not all(tokenizer.chat_template for tokenizer in tokenizers):
         questions = [question for question in questions if question.opening]
+
     if not questions:
         raise StructPruneError(f"The file {path} has no questions for this model.")
     return questions
-
-
-def _question(line: str) -> Question:
-    row = json.loads(line)
-    messages = tuple(question_messages(row))
-    right = re.compile(row["right"], re.IGNORECASE)
-    continues = re.compile(row.get("continues", row["right"]), re.IGNORECASE)
-    # A question of the user's is its own opening, where it gives no other.
-    opening = str(row.get("opening", "" if "kind" in row else messages[-1]["content"]))
-    return Question(str(row.get("kind", "")), messages, right, opening, continues)
 
 
 def ask(
@@ -98,40 +122,77 @@ def ask(
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
     max_new_tokens: int,
-    batch_size: int = AT_ONCE,
+    batch_size: int = MIN_BATCH,
 ) -> list[WrittenAnswer]:
-    """Return the greedy answers of a model."""
+    """Return the greedy answers of a model.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        questions: The questions.
+        max_new_tokens: The maximum number of tokens in an answer.
+        batch_size: The number of answers that are generated together.
+
+    Raises:
+        StructPruneError: If the model has too few positions.
+    """
     prompts = [question.ids(tokenizer) for question in questions]
     check_positions(model, max_new_tokens, f"max_new_tokens={max_new_tokens}", max(map(len, prompts)))
 
-    # Prompts of similar length run together, so that little is padded.
+    ids = _continued(model, tokenizer, prompts, max_new_tokens, batch_size)
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    is_chat = bool(tokenizer.chat_template)
+
+    answers = []
+    for question, answer_ids, text in zip(questions, ids, texts, strict=True):
+        answers.append(_judged(question, answer_ids, text, max_new_tokens, is_chat))
+    return answers
+
+
+def _continued(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[list[int]]:
+    """Return the token ids that a model generates after each prompt."""
+    settings: dict[str, Any] = dict(GREEDY)
+    settings["max_new_tokens"] = max_new_tokens
     ids: list[list[int]] = [[] for _ in prompts]
+    # Prompts of similar length run together, so that little is padded.
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-    settings = {**GREEDY, "max_new_tokens": max_new_tokens}
+
     with evaluating(model), stage("answers"):
         for start in progress(range(0, len(order), batch_size), desc="Answering questions", unit="batch"):
             batch = order[start : start + batch_size]
-            continued = continuations(model, tokenizer, [prompts[number] for number in batch], settings)
-            for number, tokens in zip(batch, continued, strict=True):
+            new_ids = continuations(model, tokenizer, [prompts[number] for number in batch], settings)
+            for number, tokens in zip(batch, new_ids, strict=True):
                 ids[number] = tokens
 
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    is_chat = bool(tokenizer.chat_template)
-    return [
-        _judged(question, tokens, text, len(tokens) < max_new_tokens, is_chat)
-        for question, tokens, text in zip(questions, ids, texts, strict=True)
-    ]
+    return ids
 
 
-def _judged(question: Question, ids: list[int], text: str, stopped: bool, is_chat: bool) -> WrittenAnswer:
-    """Return an answer with its figures. If a base model continues an opening, only the first line is judged."""
+def _judged(question: Question, ids: list[int], text: str, max_new_tokens: int, is_chat: bool) -> WrittenAnswer:
+    """Return an answer with its figures. If a base model continues an opening, only the first line is judged.
+
+    Args:
+        question: The question.
+        ids: The token ids of the answer.
+        text: The text of the answer.
+        max_new_tokens: The maximum number of tokens in an answer.
+        is_chat: Whether the model was asked by messages.
+    """
+    text_to_match = text.strip()
     if is_chat:
-        match = question.right.search(text.strip())
+        match = question.pattern.search(text_to_match)
     else:
-        match = question.continues.search(text.strip().partition("\n")[0].strip())
+        first_line = text_to_match.partition("\n")[0].strip()
+        match = question.continuation_pattern.search(first_line)
 
     runs = Counter(tuple(ids[start : start + RUN_TOKENS]) for start in range(len(ids) - RUN_TOKENS + 1))
     loops = max(runs.values(), default=0) > MAX_REPEATS
+    stopped = len(ids) < max_new_tokens
     return WrittenAnswer(text, match is not None, loops, stopped, len(ids), ids)
 
 
@@ -142,28 +203,45 @@ def answer_divergence(
     prompts: Sequence[Sequence[int]],
     answers: Sequence[WrittenAnswer],
 ) -> float:
-    """Return the mean KL(dense‖model) in nats per token of the original model's answers."""
+    """Return the mean KL(dense‖model) in nats per token of the original model's answers.
+
+    Args:
+        dense: The original model.
+        model: The pruned model.
+        parts: The tokens of the original model as parts of the pruned model's tokens.
+        prompts: The token ids of each prompt.
+        answers: The answers of the original model.
+    """
     rows = []
     starts = []
+    num_tokens = 0
     for prompt, answer in zip(prompts, answers, strict=True):
         if answer.ids:
-            rows.append([*prompt, *answer.ids])
+            row = list(prompt)
+            row += answer.ids
+            rows.append(row)
             starts.append(len(prompt))
+            num_tokens += len(answer.ids)
+
     if not rows:
         return 0.0
-
     with evaluating(dense, model):
         total = float(divergence_from_dense(parts, dense, model, rows, starts).sum())
-    return total / sum(len(row) - start for row, start in zip(rows, starts, strict=True))
+    return total / num_tokens
 
 
 def answers_result(questions: Sequence[Question], answers: Mapping[str, Sequence[WrittenAnswer]]) -> AnswersResult:
-    """Return questions with the answers of each model."""
-    items = []
+    """Return questions with the answers of each model, without token ids.
+
+    Args:
+        questions: The questions.
+        answers: The answers to these questions by the name of the model.
+    """
+    answered_questions = []
     for number, question in enumerate(questions):
-        by_model = {name: written[number].record() for name, written in answers.items()}
-        items.append(AnsweredQuestion(question.kind, question.prompt, by_model))
-    return AnswersResult(items)
+        answers_by_model = {name: model_answers[number].record() for name, model_answers in answers.items()}
+        answered_questions.append(AnsweredQuestion(question.kind, question.prompt, answers_by_model))
+    return AnswersResult(answered_questions)
 
 
 class ShortCheck:
@@ -176,34 +254,50 @@ class ShortCheck:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens: int):
         self.tokenizer = tokenizer
-        count = SHORT_CHECK_QUESTIONS if tokens >= SHORT_CHECK_MIN_READ else 0
-        self.questions = read_questions(tokenizers=[tokenizer])[:count]
+        self.questions: list[Question] = []
+        if tokens >= SHORT_CHECK_MIN_READ:
+            self.questions = read_questions(tokenizers=[tokenizer])[:SHORT_CHECK_QUESTIONS]
         self._answers: dict[str, list[WrittenAnswer]] = {}
 
     def ask(self, name: str, model: PreTrainedModel) -> None:
-        """Ask one model. An error only causes a warning, and no further model is asked."""
+        """Ask one model. An error only causes a warning, and no other model is asked.
+
+        Args:
+            name: The name of the model.
+            model: The model. If it does not predict the next token, it is not asked.
+        """
         if not self.questions or not predicts_next(model):
             return
+
         try:
             self._answers[name] = ask(model, self.tokenizer, self.questions, SHORT_CHECK_TOKENS)
-        except Exception as error:  # a few answers are not worth hours of work
+        except Exception as error:
+            # A run of hours must not fail because of a few answers.
             self.questions = []
-            if not isinstance(error, StructPruneError):  # a model with too few positions needs no warning
+            # A model with too few positions needs no warning.
+            if not isinstance(error, StructPruneError):
                 warn(f"There are no answers of the {name} model: {one_line(error)}")
 
     def result(self, earlier: AnswersResult | None = None) -> AnswersResult | None:
         """Return the answers of all models, or None if none was asked.
 
         Args:
-            earlier: The answers of an earlier run, which come first if its questions are the same.
+            earlier: The answers of an earlier run. They come first if its questions are the same.
         """
         if not self.questions or not self._answers:
             return None
+
         result = answers_result(self.questions, self._answers)
-        prompts = [question.prompt for question in result.questions]
-        if earlier is None or [question.prompt for question in earlier.questions] != prompts:
+        if earlier is None or _prompts(earlier) != _prompts(result):
             return result
 
-        for before, question in zip(earlier.questions, result.questions, strict=True):
-            question.answers = {**before.answers, **question.answers}
+        for earlier_question, question in zip(earlier.questions, result.questions, strict=True):
+            answers = dict(earlier_question.answers)
+            answers.update(question.answers)
+            question.answers = answers
         return result
+
+
+def _prompts(answers: AnswersResult) -> list[str]:
+    """Return the prompts of answered questions."""
+    return [question.prompt for question in answers.questions]

@@ -1,9 +1,8 @@
-"""How good a model is: perplexity by domain, closeness to the dense model, vectors of an encoder, and answers."""
+"""Measure the quality of a model: perplexity by domain, divergence from the dense model, vectors, and answers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,14 @@ from ..domains.packing import prefix_token
 from ..domains.sources import resolve
 from ..errors import SeenTextWarning, StructPruneError, warn
 from ..forward.metrics import own_settings
-from ..pruning.embeddings import Embeddings, passages_of
+from ..pruning.embeddings import Embeddings, Texts, passages_of
 from ..record.evaluation import Evaluation
 from ..record.figures import DENSE, PRUNED, AnswersResult, language_costs
 from ..system.fingerprint import vocabulary_hash
 from ..system.placement import check_devices
 from ..vocabulary.languages import costs_before, with_costs_after
 from ..vocabulary.token_alignment import TokenAlignment
-from .answers import AT_ONCE, Question, answer_divergence, answers_result, ask, read_questions
+from .answers import MIN_BATCH, Question, answer_divergence, answers_result, ask, read_questions
 from .heldout import EvaluationText, Heldout, read_heldout, read_pairs
 
 
@@ -44,74 +43,97 @@ def evaluate(
     max_new_tokens: int = 120,
     pairs: Sequence[str | Path] = (),
 ) -> Evaluation:
-    """Measure a model, by itself or against the dense one; of an encoder its vectors.
+    """Measure a causal language model, alone or against the dense model, or the vectors of an encoder.
 
     Args:
-        model: The model to measure; its training mode is left as it was.
+        model: The model to measure. Its training mode does not change.
         tokenizer: The model's own tokenizer.
         domains: The text for perplexity, read in the order of the source; see `read_heldout`.
-        dense: Another model to compare with: adds its own perplexities and answers, the divergence from it and the
-            agreement with it, and whether the two differ on the same questions.
-        dense_tokenizer: The tokenizer of the dense model, where it is not the model's own. Each model then reads the
+        dense: Another model to compare with. This adds its own perplexities and answers, the divergence from it and
+            the agreement with it, and whether the two differ on the same questions.
+        dense_tokenizer: The tokenizer of the dense model if it differs from the model's own. Each model then reads the
             same text with its own tokenizer, and perplexity is per token of the dense one, with or without `dense`.
         seq_length: The number of tokens in a sample.
-        num_samples: The number of samples per domain at most; None reads every domain to its end.
+        num_samples: The maximum number of samples per domain; None reads every domain to its end.
         batch_size: The number of samples in a forward pass; by default 1 on a CPU and up to 16 on a GPU, see
-            `perplexity`. Of the questions, at least 32.
-        limit: The number of questions at most; None takes all of them.
-        manifest: The manifest of what the model was calibrated on, to tell domains of these kinds from others, and to
-            warn of those that share text with it; by default the one in the folder that the model was loaded from, if
-            there is one.
+            `perplexity`. At least 32 questions are asked together.
+        limit: The maximum number of questions; None asks all of them.
+        manifest: The manifest of the model's calibration text. It shows which domains are calibration domains, and
+            text that is in both causes a warning. By default it is the manifest in the folder that the model was
+            loaded from, if there is one.
         answers: The questions that the models answer: "builtin" or a JSON-lines file, see `read_questions`.
-        max_new_tokens: The number of tokens in an answer at most.
-        pairs: For encoders, JSON-lines files with a text and its translation in each line, which look for each other.
+        max_new_tokens: The maximum number of tokens in an answer.
+        pairs: For encoders, JSON-lines files with a text and its translation in each line. The figure is the share of
+            texts whose nearest vector belongs to their translation.
+
+    Returns:
+        The figures.
 
     Raises:
         StructPruneError: If there is nothing to measure, a domain or the questions cannot be read, or the models do
             not fit each other, the tokenizer or the samples.
     """
-    named = resolve(as_domain(domain) for domain in domains)
+    resolved_domains = resolve(as_domain(domain) for domain in domains)
     models = {PRUNED: model} if dense is None else {DENSE: dense, PRUNED: model}
     tokenizers = {PRUNED: tokenizer, DENSE: dense_tokenizer or tokenizer}
-    for name, reader in tokenizers.items():
-        check_kinds(models.get(name, model), reader)
-    check_evaluation(list(models.values()), named, answers, seq_length, dense_tokenizer, pairs)
-    for name, checked in models.items():
-        check_devices(checked)
-        check_tokens(checked, tokenizers[name])
+    for name, model_tokenizer in tokenizers.items():
+        check_kinds(models.get(name, model), model_tokenizer)
+    check_evaluation(list(models.values()), resolved_domains, answers, seq_length, dense_tokenizer, pairs)
+    for name, compared_model in models.items():
+        check_devices(compared_model)
+        check_tokens(compared_model, tokenizers[name])
     _check_counts(num_samples=num_samples, batch_size=batch_size, limit=limit, max_new_tokens=max_new_tokens)
 
-    # Everything is read before anything is computed, so that a mistake shows at once.
-    texts = [read_heldout(domain, tokenizers[DENSE], seq_length, num_samples) for domain in named]
+    # Everything is read before anything is computed, so that an error shows at once.
+    texts = [read_heldout(domain, tokenizers[DENSE], seq_length, num_samples) for domain in resolved_domains]
     translations = read_pairs(pairs)
-    questions = [] if answers is None else read_questions(answers, tokenizers.values())[:limit]
+    questions: list[Question] = []
+    if answers is not None:
+        questions = read_questions(answers, tokenizers.values())[:limit]
 
     tokens_differ = _tokens_differ(models, tokenizers)
-    causal = predicts_next(model)
-    parts = _parts(models, tokenizers) if causal and dense is not None else None
-    # Models of other kinds cannot read some text, which is refused here.
-    judged: dict[str, EvaluationText] = {}
-    if causal:
-        for text in texts:
-            judged[text.domain.name] = EvaluationText(text.samples, models, tokenizers, tokens_differ, parts)
+    is_causal = predicts_next(model)
+    parts = None
+    if is_causal and dense is not None:
+        parts = _parts(models, tokenizers)
 
-    prefix = prefix_token(tokenizers[DENSE])
-    evaluation = Evaluation(
-        model=_name(model),
-        original=None if dense is None else _name(dense),
-        seq_length=seq_length,
-        prefix=None if prefix is None else str(tokenizers[DENSE].convert_ids_to_tokens(prefix)),
-    )
+    # The constructor raises an error if a model cannot read a text.
+    evaluation_texts: dict[str, EvaluationText] = {}
+    if is_causal:
+        for text in texts:
+            evaluation_texts[text.domain.name] = EvaluationText(text.samples, models, tokenizers, tokens_differ, parts)
+
+    evaluation = _empty_evaluation(models, tokenizers[DENSE], seq_length)
     manifest = manifest or Manifest.seen_by(model)
     if manifest is not None:
         _compare_text(evaluation, manifest, texts)
 
-    for name, evaluation_text in judged.items():
+    for name, evaluation_text in evaluation_texts.items():
         evaluation.domains[name] = evaluation_text.measure(batch_size)
-    if not causal:
+    if not is_causal:
         _compare_vectors(evaluation, models, tokenizers, texts, translations, tokens_differ)
     if questions:
         evaluation.answers = _answers(models, tokenizers, parts, questions, max_new_tokens, batch_size)
+    return evaluation
+
+
+def _empty_evaluation(
+    models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, seq_length: int
+) -> Evaluation:
+    """Return an evaluation without figures.
+
+    Args:
+        models: The model and, where there is one, the original model.
+        tokenizer: The tokenizer that cuts the text into samples.
+        seq_length: The number of tokens in a sample.
+    """
+    evaluation = Evaluation(_name(models[PRUNED]), seq_length=seq_length)
+    if DENSE in models:
+        evaluation.original = _name(models[DENSE])
+
+    prefix = prefix_token(tokenizer)
+    if prefix is not None:
+        evaluation.prefix = str(tokenizer.convert_ids_to_tokens(prefix))
     return evaluation
 
 
@@ -121,10 +143,10 @@ def _name(model: PreTrainedModel) -> str:
 
 
 def _check_counts(**counts: int | None) -> None:
-    """Refuse numbers below 1."""
-    for label, number in counts.items():
-        if number is not None and number < 1:
-            raise StructPruneError(f"{label} has to be 1 or more, got {number}.")
+    """Raise `StructPruneError` if a number is below 1."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise StructPruneError(f"`{name}` must be at least 1, got {count}.")
 
 
 def _tokens_differ(models: Mapping[str, PreTrainedModel], tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> bool:
@@ -138,6 +160,7 @@ def _compare_text(evaluation: Evaluation, manifest: Manifest, texts: Sequence[He
     """Enter the domains that the model was calibrated on, and warn of text that it has seen."""
     evaluation.calibrated = []
     overlaps: dict[str, list[str]] = {}
+
     for text in texts:
         domain = text.domain
         # A calibration domain has the same name or was read from the same place.
@@ -145,11 +168,12 @@ def _compare_text(evaluation: Evaluation, manifest: Manifest, texts: Sequence[He
             evaluation.calibrated.append(domain.name)
         overlaps[domain.name] = list(manifest.overlaps(domain, text.documents))
 
-    # A manifest without calibration text does not record everything that was seen.
+    # Without calibration text, the manifest does not show which text the model has seen.
     if manifest.of_use(CALIBRATED):
         evaluation.shared = [name for name, sentences in overlaps.items() if sentences]
     for name, sentences in overlaps.items():
         evaluation.warnings += [f"The domain {name!r}: {sentence}." for sentence in sentences]
+
     for warning in evaluation.warnings:
         warn(warning, SeenTextWarning)
 
@@ -162,27 +186,35 @@ def _compare_vectors(
     pairs: Mapping[str, Sequence[str]],
     tokens_differ: bool,
 ) -> None:
-    """Enter how near the vectors of an encoder are to the vectors of the original model."""
-    by_domain = {text.domain.name: passages_of(text.samples, tokenizers[DENSE]) for text in texts}
-    measured = Embeddings(models[DENSE], {**by_domain, **pairs}, tokenizers[DENSE], tokens_differ, pairs)
-    measured.read_by(tokenizers[PRUNED], models[PRUNED])
-    if measured.spoken:
+    """Enter the similarity of an encoder's vectors to the vectors of the original model."""
+    compared_texts: dict[str, Texts | Sequence[str]] = {}
+    for text in texts:
+        compared_texts[text.domain.name] = passages_of(text.samples, tokenizers[DENSE])
+    compared_texts.update(pairs)
+
+    embeddings = Embeddings(models[DENSE], compared_texts, tokenizers[DENSE], tokens_differ, pairs)
+    embeddings.read_by(tokenizers[PRUNED], models[PRUNED])
+    if embeddings.spoken:
         costs = with_costs_after(costs_before(None, tokenizers[DENSE], ()), None, tokenizers[PRUNED])
         evaluation.languages = language_costs(costs)
-    measured.enter(evaluation, models[PRUNED])
+    embeddings.enter(evaluation, models[PRUNED])
 
 
 def _parts(
     models: Mapping[str, PreTrainedModel], tokenizers: Mapping[str, PreTrainedTokenizerBase]
 ) -> TokenAlignment | None:
-    """Return the tokens of the original model as parts of the remaining ones.
+    """Return the tokens of the original model as parts of the model's tokens.
 
-    It is None if the model cannot spell them all, such as a model with tokens of its own or in another order.
+    Return None if the model cannot spell all of them, for example because it has tokens of its own.
     """
-    with suppress(StructPruneError):
+    try:
         parts = TokenAlignment.between(models[DENSE], tokenizers[DENSE], models[PRUNED], tokenizers[PRUNED])
-        return parts if all(parts.spellings[: len(tokenizers[DENSE])]) else None
-    return None
+    except StructPruneError:
+        return None
+
+    if not all(parts.spellings[: len(tokenizers[DENSE])]):
+        return None
+    return parts
 
 
 def _answers(
@@ -193,15 +225,25 @@ def _answers(
     max_new_tokens: int,
     batch_size: int | None,
 ) -> AnswersResult:
-    """Return the answers of the models, those of the original model first."""
-    batch_size = max(batch_size or 0, AT_ONCE)
-    written = {
-        name: ask(model, tokenizers[name], questions, max_new_tokens, batch_size) for name, model in models.items()
-    }
-    result = answers_result(questions, written)
+    """Return the answers of the models. The answers of the original model come first.
+
+    Args:
+        models: The models.
+        tokenizers: Their tokenizers.
+        parts: The tokens of the original model as parts of the model's tokens, for the divergence; None without it.
+        questions: The questions.
+        max_new_tokens: The maximum number of tokens in an answer.
+        batch_size: The number of samples in a forward pass.
+    """
+    batch_size = max(batch_size or 0, MIN_BATCH)
+    answers = {}
+    for name, model in models.items():
+        answers[name] = ask(model, tokenizers[name], questions, max_new_tokens, batch_size)
+
+    result = answers_result(questions, answers)
     if parts is not None:
         prompts = [question.ids(tokenizers[DENSE]) for question in questions]
-        result.divergence = answer_divergence(models[DENSE], models[PRUNED], parts, prompts, written[DENSE])
+        result.divergence = answer_divergence(models[DENSE], models[PRUNED], parts, prompts, answers[DENSE])
     return result
 
 
@@ -213,40 +255,56 @@ def check_evaluation(
     dense_tokenizer: PreTrainedTokenizerBase | None,
     pairs: Sequence[str | Path] = (),
 ) -> None:
-    """Refuse an evaluation that cannot be made.
+    """Check the arguments of `evaluate`.
 
     Args:
-        models: The original model, where there is one, and the model; they may be without weights.
+        models: The original model, where there is one, and the model. They may be without weights.
         domains: The text.
         answers: The questions.
         seq_length: The number of tokens in a sample.
-        dense_tokenizer: The tokenizer of the original model, where it differs.
+        dense_tokenizer: The tokenizer of the original model if it differs.
         pairs: The files with translations.
+
+    Raises:
+        StructPruneError: If the evaluation cannot be made.
     """
     if not domains and answers is None and not pairs:
-        raise StructPruneError("There is nothing to evaluate: name a domain (NAME=SOURCE), or ask for answers.")
+        raise StructPruneError("There is nothing to evaluate. Pass a domain (NAME=SOURCE), or questions.")
 
     encoders = [model for model in models if not predicts_next(model)]
-    for model in encoders:
-        if not reads_text(model):
-            raise StructPruneError(
-                f"{type(model).__name__} reads {model.main_input_name}, and this measures text alone; measure it on "
-                "what it is for."
-            )
-    if encoders and (len(encoders) < 2 or answers is not None):
-        raise StructPruneError(
-            f"{type(encoders[0]).__name__} does not predict the next token: its vectors of text (domains, pairs) are "
-            "compared with those of the dense one (--against), which is of this kind too, and nothing else."
-        )
-    if pairs and not encoders:
+    if encoders:
+        _check_encoders(encoders, answers)
+    elif pairs:
         raise StructPruneError(f"{type(models[-1]).__name__} predicts the next token; pairs are for encoders.")
 
     if domains:
         for model in models:
             check_positions(model, seq_length, f"seq_length={seq_length}")
+
     sizes = [model.config.get_text_config().vocab_size for model in models]
     if len(set(sizes)) > 1 and dense_tokenizer is None:
         raise StructPruneError(
-            f"The model has a vocabulary of {sizes[-1]}, the dense one of {sizes[0]}; name its tokenizer "
-            "(dense_tokenizer)."
+            f"The model has a vocabulary of {sizes[-1]}, and the dense model has one of {sizes[0]}. Pass the dense "
+            "model's tokenizer (`dense_tokenizer`)."
+        )
+
+
+def _check_encoders(encoders: Sequence[PreTrainedModel], answers: str | Path | None) -> None:
+    """Raise `StructPruneError` if encoders cannot be evaluated.
+
+    Args:
+        encoders: The models that do not predict the next token.
+        answers: The questions.
+    """
+    for model in encoders:
+        if not reads_text(model):
+            raise StructPruneError(
+                f"{type(model).__name__} reads {model.main_input_name}, and only models of text can be evaluated. "
+                "Evaluate it on its own task."
+            )
+
+    if len(encoders) < 2 or answers is not None:
+        raise StructPruneError(
+            f"{type(encoders[0]).__name__} does not predict the next token. Only its vectors of text can be compared: "
+            "pass domains or pairs, and a dense model of the same kind (--against)."
         )

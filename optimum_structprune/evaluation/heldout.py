@@ -1,4 +1,4 @@
-"""Held-out text for evaluation: reads a source in its own order, cuts it into samples and measures models on them."""
+"""Read held-out text for an evaluation, cut it into samples, and measure models on them."""
 
 from __future__ import annotations
 
@@ -44,13 +44,19 @@ def read_heldout(
 
     The text after the last full sample is left out.
 
+    Args:
+        domain: The domain.
+        tokenizer: The tokenizer of the samples.
+        seq_length: The number of tokens in a sample.
+        num_samples: The maximum number of samples; None reads the domain to its end.
+
     Raises:
         StructPruneError: If the domain has no known end and `num_samples` is None, or it has too little text.
     """
     if num_samples is None and endless(domain):
         raise StructPruneError(
-            f"The domain {domain.name!r} ({domain.source}) has no known end; say how many samples to read "
-            "(num_samples)."
+            f"The domain {domain.name!r} ({domain.source}) has no known end. Pass the number of samples to read "
+            "(`num_samples`)."
         )
 
     sample_format = SampleFormat.of(tokenizer, seq_length)
@@ -58,46 +64,60 @@ def read_heldout(
     rows = tokenised(documents(domain, None, tokenizer), tokenizer)
     texts = sample_format.take(rows, max_samples * sample_format.body)
     if not texts:
-        raise StructPruneError(f"The domain {domain.name!r} is empty; name text that holds documents.")
+        raise StructPruneError(f"The domain {domain.name!r} is empty. Pass text with documents.")
     if sample_format.length(texts) < sample_format.body:
+        num_tokens = sum(len(text.ids) for text in texts)
         raise StructPruneError(
-            f"The domain {domain.name!r} has {sum(len(text.ids) for text in texts)} tokens, and a sample takes "
-            f"{sample_format.body}; choose a smaller seq_length."
+            f"The domain {domain.name!r} has {num_tokens} tokens, and a sample takes {sample_format.body}. Pass a "
+            "smaller `seq_length`."
         )
+
     samples, names = sample_format.pack(texts, max_samples)
     return Heldout(domain, samples, names)
 
 
 def read_pairs(paths: Sequence[str | Path]) -> dict[str, list[str]]:
-    """Return the texts of files with a text and its translation in each line of JSON, by name.
+    """Read files with a text and its translation in each line of JSON.
 
-    The translations follow all the texts.
+    Returns:
+        The texts of each file by its name. The second half translates the first half.
+
+    Raises:
+        StructPruneError: If a file cannot be read, has no pairs, or a line is not a pair.
     """
-    names = told_apart([Path(path).stem for path in paths], paths)
+    names = distinct_names([Path(path).stem for path in paths], paths)
     texts_by_name: dict[str, list[str]] = {}
+
     for path, name in zip(paths, names, strict=True):
         pairs = read_lines(Path(path), _pair, 'is no pair of two texts, such as {"en": "…", "de": "…"}')
         if not pairs:
             raise StructPruneError(f"The file {path} has no pairs of texts.")
-        texts = [first for first, _ in pairs]
-        translations = [second for _, second in pairs]
-        texts_by_name[f"pairs {name}"] = texts + translations
+
+        texts = [text for text, _ in pairs]
+        texts += [translation for _, translation in pairs]
+        texts_by_name[f"pairs {name}"] = texts
+
     return texts_by_name
 
 
-def told_apart(names: Sequence[str], paths: Sequence[str | Path]) -> list[str]:
-    """Return names, and the path in place of each name that occurs more than once."""
-    return [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
+def distinct_names(names: Sequence[str], paths: Sequence[str | Path]) -> list[str]:
+    """Return unique names: the path replaces each name that occurs more than once."""
+    unique_names = []
+    for name, path in zip(names, paths, strict=True):
+        unique_names.append(name if names.count(name) == 1 else str(path))
+    return unique_names
 
 
 def _pair(line: str) -> tuple[str, str]:
-    """Return the two texts in a line of JSON."""
+    """Return the text and its translation in a line of JSON."""
     row = json.loads(line)
-    first, second = map(str.strip, row.values() if isinstance(row, dict) else row)
-    # Encoding refuses half of a surrogate pair too.
-    if not first.encode() or not second.encode():
+    values = row.values() if isinstance(row, dict) else row
+    text, translation = map(str.strip, values)
+
+    # Encoding also raises an error for half of a surrogate pair.
+    if not text.encode() or not translation.encode():
         raise ValueError("a text is empty")
-    return first, second
+    return text, translation
 
 
 class EvaluationText:
@@ -106,9 +126,9 @@ class EvaluationText:
     Args:
         samples: The token ids of the original tokenizer, shape `(samples, seq_length)`.
         models: The models, by `pruned` and, where there is one, `dense`.
-        tokenizers: Their tokenizers; `dense` is always there.
+        tokenizers: Their tokenizers. `dense` is required.
         tokens_differ: Whether the tokenizers differ.
-        parts: The tokens of the original model as parts of the remaining ones; None if the model cannot spell them.
+        parts: The tokens of the original model as parts of the model's tokens; None if the model cannot spell them.
     """
 
     def __init__(
@@ -123,22 +143,25 @@ class EvaluationText:
         self.models = models
         self.parts = parts
         self.documents = document_numbers(samples, tokenizers[DENSE].eos_token_id)[:, 0]
-        self.passages = Passages([*samples], tokenizers[DENSE])
+        self.passages = Passages(list(samples), tokenizers[DENSE])
+
+        # The passages in the tokens of each model; empty if all models read the samples.
         self.rows: dict[str, list[Tensor]] = {}
         if tokens_differ:
-            self.rows = {name: self.passages.rows(tokenizers[name], model) for name, model in models.items()}
+            for name, model in models.items():
+                self.rows[name] = self.passages.rows(tokenizers[name], model)
         else:
             check_vocabulary(int(samples.max()), models[PRUNED].config.get_text_config().vocab_size)
 
     def measure(self, batch_size: int | None = None) -> DomainResult:
         """Return the figures of this domain that the models and their vocabularies allow."""
-        losses, divergence, agreement = self._losses(batch_size)
-        # The figures of a domain name the original model first.
-        ordered = {name: losses[name] for name in (DENSE, PRUNED) if name in losses}
+        measured_losses, divergence, agreement = self._losses(batch_size)
+        # A figure names the original model first.
+        losses = {name: measured_losses[name] for name in (DENSE, PRUNED) if name in measured_losses}
 
-        predicted = self.samples.shape[1] - 1
-        result = perplexity_result(ordered, self.samples[:, 1:].numel(), self.documents)
-        bits = {name: self.passages.bits_per_byte(loss * predicted) for name, loss in ordered.items()}
+        num_predicted = self.samples.shape[1] - 1
+        result = perplexity_result(losses, self.samples[:, 1:].numel(), self.documents)
+        bits = {name: self.passages.bits_per_byte(loss * num_predicted) for name, loss in losses.items()}
         result.bits_per_byte = Figure.of(bits)
         if divergence is not None:
             result.divergence = Figure(pruned=divergence)
@@ -147,23 +170,35 @@ class EvaluationText:
         return result
 
     def _losses(self, batch_size: int | None) -> tuple[dict[str, Tensor], float | None, float | None]:
-        """Return the mean loss per token of each sample by model, the divergence and the agreement."""
+        """Measure the models.
+
+        Returns:
+            The mean loss per token of each sample by model, shape `(samples,)`; the divergence; and the agreement.
+        """
+        if self.rows:
+            return self._losses_of_rows(), self._divergence_in_parts(), None
+
         model = self.models[PRUNED]
         dense = self.models.get(DENSE)
-        predicted = self.samples.shape[1] - 1
-        if self.rows:
-            losses = {name: row_losses(self.models[name], rows) / predicted for name, rows in self.rows.items()}
-            return losses, self._divergence_in_parts(), None
         if dense is None:
             return {PRUNED: sample_losses(model, self.samples, batch_size)}, None, None
 
-        by_model, (divergence, agreement) = compare(model, dense, self.samples, batch_size)
-        return {DENSE: by_model["dense"], PRUNED: by_model["model"]}, divergence, agreement
+        losses, (divergence, agreement) = compare(model, dense, self.samples, batch_size)
+        return {DENSE: losses["dense"], PRUNED: losses["model"]}, divergence, agreement
+
+    def _losses_of_rows(self) -> dict[str, Tensor]:
+        """Return the loss of each sample per token of the original model, by model, where each has its own tokens."""
+        num_predicted = self.samples.shape[1] - 1
+        losses = {}
+        for name, rows in self.rows.items():
+            losses[name] = row_losses(self.models[name], rows) / num_predicted
+        return losses
 
     def _divergence_in_parts(self) -> float | None:
         """Return the divergence per token of the original model, whose tokens the model spells in parts."""
         if self.parts is None:
             return None
+
         rows = self.samples.tolist()
         model = self.models[PRUNED]
         dense = self.models[DENSE]

@@ -1,4 +1,4 @@
-"""Prefill and decoding speed of models, which run in turns."""
+"""Measure the prefill and decoding speed of models, which take turns."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from ..method.layers import input_device
 from ..record.speed import Speed, Spread, Timing
 
 
-# The clock of torch waits for the accelerator. CPU time does not pass while other jobs run.
+# torch's clock waits for the accelerator. CPU time does not include the time of other jobs.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": wall_time, "cpu": process_time}
-COUNTED_MEMORY = "weights and cache of keys and values, counted; activations are not in it"
-PEAK_MEMORY = "the model's weights and the most that CUDA's allocator held beside them in one run"
+COUNTED_MEMORY = "weights and cache of keys and values, counted without activations"
+PEAK_MEMORY = "weights and the peak of the memory that CUDA's allocator adds to them in a run"
 
 
 def measure_speed(
@@ -40,26 +40,26 @@ def measure_speed(
     clock: str = "wall",
     seed: int = 0,
 ) -> Speed:
-    """Measure how fast causal language models read prompts and write tokens, against the first of them.
+    """Measure the speed of causal language models in reading prompts and generating tokens.
 
     The models take turns, so that other jobs of the machine slow down all of them. `torch.utils.benchmark.Timer` runs
-    each model once before the timed run, so that no model profits from the caches of the one before.
+    each model once before the timed run, so that no model benefits from caches that another model has filled.
 
     Prompts are random token ids, and decoding is greedy. The speed of a mixture of experts depends on the text, so its
     figures mean little.
 
     Args:
-        models: The models by name, on their devices; their training modes are left as they were.
+        models: The models by name, on their devices. Their training modes do not change.
         batch_sizes: The numbers of sequences that run together.
         prompts: The lengths of the prompts, in tokens.
-        new_tokens: The number of tokens to write after each prompt.
+        new_tokens: The number of tokens to generate after each prompt.
         repeats: The number of timed runs of each model, for each batch size and prompt.
-        clock: What is timed: `wall` for time that passes, or `cpu` for time of the processor, over all threads, which
-            other jobs on the machine disturb less.
+        clock: The clock: `wall` for elapsed time, or `cpu` for the processor time over all threads, which other jobs
+            on the machine disturb less.
         seed: The seed of the prompts.
 
     Returns:
-        The times of each model in each shape, and their ratios to those of the first model.
+        The times of each model in each shape, and the speed-ups over the first model.
 
     Raises:
         StructPruneError: If there is no model, a model does not predict the next token, keeps no cache, is spread over
@@ -67,22 +67,26 @@ def measure_speed(
             device.
     """
     check_speed(models, batch_sizes, prompts, new_tokens, repeats, clock)
-    vocabulary = min(model.config.get_text_config().vocab_size for model in models.values())
+    vocab_size = min(model.config.get_text_config().vocab_size for model in models.values())
     generator = torch.Generator().manual_seed(seed)
+
     prefill: dict[str, dict[str, Any]] = {}
     decode: dict[str, dict[str, Any]] = {}
     memory: dict[str, dict[str, int]] = {}
     with evaluating(*models.values()):
         for batch_size, prompt in product(batch_sizes, prompts):
             shape = f"batch {batch_size}, prompt {prompt:,}"
-            ids = torch.randint(vocabulary, (batch_size, prompt), generator=generator)
+            ids = torch.randint(vocab_size, (batch_size, prompt), generator=generator)
             runs = {name: _Runs(model, ids, new_tokens, clock) for name, model in models.items()}
+
             for _ in range(repeats):
                 for run in runs.values():
                     run.repeat()
 
-            prefill[shape] = _timings({name: run.prefill_seconds for name, run in runs.items()}, ids.numel())
-            decode[shape] = _timings({name: run.decode_seconds for name, run in runs.items()}, batch_size * new_tokens)
+            prefill_seconds = {name: run.prefill_seconds for name, run in runs.items()}
+            decode_seconds = {name: run.decode_seconds for name, run in runs.items()}
+            prefill[shape] = _timings(prefill_seconds, batch_size * prompt)
+            decode[shape] = _timings(decode_seconds, batch_size * new_tokens)
             memory[shape] = {name: run.memory for name, run in runs.items()}
 
     device = input_device(next(iter(models.values())))
@@ -112,9 +116,9 @@ def check_speed(
 
     Args:
         models: The models, which may be without weights.
-        batch_sizes: See `measure_speed`, as for the other arguments.
+        batch_sizes: The numbers of sequences that run together.
         prompts: The lengths of the prompts.
-        new_tokens: The number of tokens to write.
+        new_tokens: The number of tokens to generate.
         repeats: The number of timed runs.
         clock: The clock.
         device: The device that models without weights are loaded to.
@@ -123,29 +127,36 @@ def check_speed(
         StructPruneError: If the measurement cannot be made.
     """
     if not models:
-        raise StructPruneError("There is nothing to measure: name a model.")
+        raise StructPruneError("There is nothing to measure. Pass a model.")
+
     counts = {"batch_sizes": batch_sizes, "prompts": prompts, "new_tokens": [new_tokens], "repeats": [repeats]}
-    for label, numbers in counts.items():
+    for name, numbers in counts.items():
         if min(numbers, default=0) < 1:
-            raise StructPruneError(f"{label} takes numbers of 1 or more, got {[*numbers]}.")
+            raise StructPruneError(f"`{name}` must be at least 1, got {list(numbers)}.")
     if clock not in CLOCKS:
-        raise StructPruneError(f"There is no clock {clock!r}; choose one of {', '.join(CLOCKS)}.")
+        raise StructPruneError(f"There is no clock {clock!r}. Choose one of {', '.join(CLOCKS)}.")
+
     for name, model in models.items():
-        kind = type(model).__name__
-        if not predicts_next(model):
-            raise StructPruneError(
-                f"{name} is a {kind}, which does not predict the next token: only models that do count."
-            )
-        if cache_name(model) is None:
-            raise StructPruneError(
-                f"{name} is a {kind}, which takes no cache of keys and values: only models that do count."
-            )
-        if len({*getattr(model, "hf_device_map", {}).values()}) > 1:
-            raise StructPruneError(f"{name} is spread over several devices; the time of one is measured: name one.")
+        _check_model(model, name)
         check_positions(model, max(prompts), f"{name}: prompt={max(prompts)}", new_tokens)
-        used = torch.device(device or input_device(model))
-        if clock == "cpu" and used.type != "cpu":
-            raise StructPruneError(f"The clock 'cpu' does not see what {used} does; choose 'wall'.")
+        model_device = torch.device(device or input_device(model))
+        if clock == "cpu" and model_device.type != "cpu":
+            raise StructPruneError(f"The clock 'cpu' does not measure the work of {model_device}. Choose 'wall'.")
+
+
+def _check_model(model: PreTrainedModel, name: str) -> None:
+    """Raise `StructPruneError` if the speed of a model cannot be measured."""
+    kind = type(model).__name__
+    if not predicts_next(model):
+        raise StructPruneError(f"{name} is a {kind}, which does not predict the next token. Pass a causal model.")
+    if cache_name(model) is None:
+        raise StructPruneError(f"{name} is a {kind}, which has no cache of keys and values. Pass a model with one.")
+
+    devices = set(getattr(model, "hf_device_map", {}).values())
+    if len(devices) > 1:
+        raise StructPruneError(
+            f"{name} is spread over several devices, and speed is measured on one. Load it on a single device."
+        )
 
 
 def cache_per_token(model: PreTrainedModel) -> int:
@@ -158,17 +169,18 @@ class _Runs:
     """The runs of one model on prompts of one shape. `ids` has the shape `(batch, prompt)`."""
 
     def __init__(self, model: PreTrainedModel, ids: Tensor, new_tokens: int, clock: str):
-        ids = ids.to(input_device(model))
-        read = partial(read_prompt, model, ids)
-        write = partial(write_tokens, model, count=new_tokens)
-        self.memory = _memory(model, read, write)
-        token, cache = read()
-        names = {"read": read, "write": write, "token": token, "cache": cache, "deepcopy": deepcopy}
+        prefill = partial(read_prompt, model, ids.to(input_device(model)))
+        decode = partial(write_tokens, model, count=new_tokens)
+        self.memory = _memory(model, prefill, decode)
+
+        token, cache = prefill()
+        names = {"prefill": prefill, "decode": decode, "token": token, "cache": cache, "deepcopy": deepcopy}
         options: dict[str, Any] = {"num_threads": torch.get_num_threads(), "timer": CLOCKS[clock]}
-        self._prefill = Timer("read()", globals=names, **options)
+        self._prefill = Timer("prefill()", globals=names, **options)
         # Decoding changes the cache. The setup is not timed; it copies the cache for the untimed and the timed run.
         setup = "caches = [deepcopy(cache) for _ in range(2)]"
-        self._decode = Timer("write(token, caches.pop())", setup=setup, globals=names, **options)
+        self._decode = Timer("decode(token, caches.pop())", setup=setup, globals=names, **options)
+
         self.prefill_seconds: list[float] = []
         self.decode_seconds: list[float] = []
 
@@ -179,11 +191,16 @@ class _Runs:
 
 
 def _timings(seconds: Mapping[str, Sequence[float]], tokens: int) -> dict[str, Timing]:
-    """Return the timing of each model, with its speed-up over the first model in each pair of runs."""
-    first = next(iter(seconds.values()))
+    """Return the timing of each model, with its speed-up over the first model.
+
+    Args:
+        seconds: The durations of the repeats by model.
+        tokens: The number of tokens in a repeat.
+    """
+    first_durations = next(iter(seconds.values()))
     timings = {}
     for name, durations in seconds.items():
-        speedups = [baseline / duration for baseline, duration in zip(first, durations, strict=True)]
+        speedups = [baseline / duration for baseline, duration in zip(first_durations, durations, strict=True)]
         timings[name] = Timing(list(durations), tokens / median(durations), spread(speedups))
     return timings
 
@@ -192,21 +209,30 @@ def spread(values: Sequence[float]) -> Spread:
     """Return the median and the quartiles of one number or more."""
     if len(values) == 1:
         return Spread(values[0], values[0], values[0])
+
     low, middle, high = quantiles(values, n=4, method="inclusive")
     return Spread(middle, low, high)
 
 
-def _memory(model: PreTrainedModel, read: Callable[[], Any], write: Callable[..., Any]) -> int:
-    """Return the bytes of the weights, and of the memory that a run takes on top of them."""
-    weights = int(model.get_memory_footprint())
-    token, cache = read()
-    write(token, cache)
+def _memory(model: PreTrainedModel, prefill: Callable[[], Any], decode: Callable[..., Any]) -> int:
+    """Return the bytes of the weights, and of the memory that a run needs in addition.
+
+    Args:
+        model: The model.
+        prefill: Reads the prompts.
+        decode: Generates tokens after the prompts.
+    """
+    weight_bytes = int(model.get_memory_footprint())
+    token, cache = prefill()
+    decode(token, cache)
     if token.device.type != "cuda":
-        return weights + cache_bytes(cache)
-    # The first run has allocated the workspaces that the libraries of CUDA keep.
+        return weight_bytes + cache_bytes(cache)
+
+    # The first run has allocated the workspaces that the CUDA libraries keep.
     device = token.device
     del token, cache
     torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    write(*read())
-    return weights + torch.cuda.max_memory_allocated(device) - before
+    allocated = torch.cuda.memory_allocated(device)
+    token, cache = prefill()
+    decode(token, cache)
+    return weight_bytes + torch.cuda.max_memory_allocated(device) - allocated

@@ -1,1 +1,1 @@
-"""Running a model and watching it run: hooks, calls of single layers, perplexity. It knows nothing of pruning."""
+"""Measure a model on text: losses, perplexity, generation and its cache. This folder does not depend on pruning."""

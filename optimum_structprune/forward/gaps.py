@@ -1,4 +1,4 @@
-"""The loss in the gaps of text, for models that predict missing text: masked language models and encoder-decoders."""
+"""Measure the loss of models that predict missing text: masked language models and encoder-decoders."""
 
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ from ..arch.modules import blocks
 from .metrics import TOKENS_AT_ONCE, evaluating
 
 
-MOST_TOKENS = 512  # of a text
-MASKED_SHARE = 0.15  # of the words of a text, as in BERT
-MOST_MASKED = 4  # tokens of a masked word, because some scripts have no spaces between words
-NOT_PREDICTED = -100  # the label that cross entropy ignores by default
+# The maximum number of tokens of a text.
+MAX_TOKENS = 512
+# The share of the words of a text that are masked, as in BERT.
+MASKED_SHARE = 0.15
+# The maximum number of tokens of a masked word. Some scripts do not have spaces between words.
+MAX_WORD_TOKENS = 4
+# The label that cross entropy ignores by default.
+NOT_PREDICTED = -100
 
 
 def fills_gaps(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> bool:
@@ -35,9 +39,9 @@ def fills_gaps(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 
 
 class Gaps:
-    """The gaps in texts: 15 % of the words for a masked language model, and whole targets for an encoder-decoder.
+    """The missing parts of texts: 15 % of the words for a masked language model, or the targets of an encoder-decoder.
 
-    The same words are masked for every tokenizer; the tokenizer of the original model says what a word is.
+    The words are defined by the tokenizer of the original model. The same words are masked for every tokenizer.
 
     Args:
         texts: The texts.
@@ -61,11 +65,11 @@ class Gaps:
         self.texts = texts
         self.targets = targets
         if not self.has_decoder:
-            self.places = _masked_words(texts, tokenizer)
+            self.masked_words = _masked_words(texts, tokenizer)
         elif targets is None:
             halves = [_halves(text) for text in texts]
-            self.texts = [first for first, _ in halves]
-            self.targets = [second for _, second in halves]
+            self.texts = [start for start, _ in halves]
+            self.targets = [end for _, end in halves]
 
         counts = [int((labels != NOT_PREDICTED).sum()) for _, labels in self.rows(model, tokenizer)]
         self.tokens = torch.tensor(counts)
@@ -74,13 +78,14 @@ class Gaps:
     def losses(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
         """Return the loss per token of the original tokenizer, as one value for each text.
 
-        The value of a text is the mean loss per token, plus the excess of its loss over the mean loss of as many
-        tokens. The mean over texts is then the loss per token, and the spread allows for texts of different lengths.
-        Texts of the same length run together, so nothing is padded.
+        The value of a text is the mean loss per token, plus the difference between its total loss and the mean loss
+        of as many tokens, scaled by the mean length of a text. The mean of the values is then the loss per token, and
+        their spread takes the lengths of the texts into account. Texts of the same length run together, so padding is
+        not needed.
 
         Args:
             model: The model.
-            tokenizer: Its tokenizer, which may lack tokens of the original tokenizer.
+            tokenizer: The tokenizer of the model. It may lack tokens of the original tokenizer.
 
         Returns:
             Losses in nats, shape `(texts,)`, in fp64 on the CPU.
@@ -89,11 +94,12 @@ class Gaps:
         sizes = [(len(inputs), len(labels)) for inputs, labels in rows]
         losses = torch.zeros(len(rows), dtype=torch.float64)
         order = sorted(range(len(rows)), key=sizes.__getitem__)
+
         with evaluating(model), in_fast_dtype(blocks(model)):
-            for size, numbers in groupby(order, sizes.__getitem__):
+            for size, indices in groupby(order, sizes.__getitem__):
                 texts_at_once = max(TOKENS_AT_ONCE // max(size), 1)
-                for batch in torch.tensor(list(numbers)).split(texts_at_once):
-                    losses[batch] = self._batch_losses(model, [rows[number] for number in batch.tolist()])
+                for batch in torch.tensor(list(indices)).split(texts_at_once):
+                    losses[batch] = self._batch_losses(model, [rows[index] for index in batch.tolist()])
 
         mean = losses.sum() / self.tokens.sum()
         excess = losses - mean * self.tokens
@@ -102,60 +108,72 @@ class Gaps:
     def _batch_losses(self, model: PreTrainedModel, rows: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Return the sum of the losses of each row in a batch of rows of one size, shape `(rows,)`."""
         device = input_device(model)
-        inputs = torch.stack([row_inputs for row_inputs, _ in rows]).to(device)
         labels = torch.stack([row_labels for _, row_labels in rows]).to(device)
+        inputs = {"input_ids": torch.stack([row_inputs for row_inputs, _ in rows]).to(device)}
+
         # An encoder-decoder makes the inputs of its decoder from the labels.
-        read = {"input_ids": inputs}
         if self.has_decoder:
-            read["labels"] = labels
-        logits = model(**read).logits.float().transpose(1, 2)
+            inputs["labels"] = labels
+
+        logits = model(**inputs).logits.float().transpose(1, 2)
         return cross_entropy(logits, labels, reduction="none").double().sum(1).cpu()
 
     def rows(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Tensor, Tensor]]:
         """Return the inputs and the labels of each text as token ids, each of shape `(tokens,)`."""
-        most = int(min(positions_of(model), MOST_TOKENS))
+        max_tokens = int(min(positions_of(model), MAX_TOKENS))
         if self.targets is not None:
             inputs = tokenizer(list(self.texts), verbose=False)["input_ids"]
-            labels = tokenizer(text_target=list(self.targets), verbose=False)["input_ids"]
-            pairs = zip(inputs, labels, strict=True)
-            return [(torch.tensor(ids[:most]), torch.tensor(target[:most])) for ids, target in pairs]
+            targets = tokenizer(text_target=list(self.targets), verbose=False)["input_ids"]
+            pairs = zip(inputs, targets, strict=True)
+            return [(torch.tensor(ids[:max_tokens]), torch.tensor(target[:max_tokens])) for ids, target in pairs]
 
         encoded = tokenizer(list(self.texts), verbose=False, return_offsets_mapping=True)
+        mask_id = int(tokenizer.mask_token_id)
         rows: list[tuple[Tensor, Tensor]] = []
-        for number, places in enumerate(self.places):
-            ids = torch.tensor(encoded["input_ids"][number][:most])
-            offsets = encoded["offset_mapping"][number][:most]
-            is_masked = torch.tensor([_overlaps(start, end, places) for start, end in offsets])
+        for index, words in enumerate(self.masked_words):
+            ids = torch.tensor(encoded["input_ids"][index][:max_tokens])
+            offsets = encoded["offset_mapping"][index][:max_tokens]
+            is_masked = torch.tensor([_overlaps(start, end, words) for start, end in offsets])
             labels = ids.masked_fill(~is_masked, NOT_PREDICTED)
-            rows.append((ids.masked_fill(is_masked, int(tokenizer.mask_token_id)), labels))
+            rows.append((ids.masked_fill(is_masked, mask_id), labels))
+
         return rows
 
 
 def _halves(text: str) -> tuple[str, str]:
-    """Return the two halves of a text, divided at a space if there is one in the second half."""
+    """Return the two halves of a text, divided at the first space of the second half if it has one."""
     middle = len(text) // 2
     cut = max(text.find(" ", middle), middle)
     return text[:cut], text[cut:].lstrip()
 
 
-def _overlaps(start: int, end: int, places: Sequence[tuple[int, int]]) -> bool:
-    """Return whether the characters from `start` to `end` overlap one of the places."""
-    return any(start < last and first < end for first, last in places)
+def _overlaps(start: int, end: int, words: Sequence[tuple[int, int]]) -> bool:
+    """Return whether the characters from `start` to `end` overlap one of the words."""
+    return any(start < word_end and word_start < end for word_start, word_end in words)
 
 
 def _masked_words(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[tuple[int, int]]]:
-    """Return the first character and the end of each masked word, by text."""
+    """Return the start and the end of each masked word in characters, by text."""
     encoded = tokenizer(list(texts), verbose=False, return_offsets_mapping=True)
-    places: list[list[tuple[int, int]]] = []
-    for number, offsets in enumerate(encoded["offset_mapping"]):
-        word_of = encoded.word_ids(number)
-        parts: list[list[int]] = []
-        for word, group in groupby(range(len(word_of)), word_of.__getitem__):
-            if word is None:
-                continue
-            tokens = list(group)
-            parts += [tokens[start : start + MOST_MASKED] for start in range(0, len(tokens), MOST_MASKED)]
+    masked_words: list[list[tuple[int, int]]] = []
+    for index, offsets in enumerate(encoded["offset_mapping"]):
+        words = _words(encoded.word_ids(index))
+        sample = Random(index).sample(words, ceil(MASKED_SHARE * len(words)))
+        masked_words.append([(offsets[word[0]][0], offsets[word[-1]][1]) for word in sample])
+    return masked_words
 
-        chosen = Random(number).sample(parts, ceil(MASKED_SHARE * len(parts)))
-        places.append([(offsets[part[0]][0], offsets[part[-1]][1]) for part in chosen])
-    return places
+
+def _words(word_ids: Sequence[int | None]) -> list[list[int]]:
+    """Return the token indices of each word. A word with more than `MAX_WORD_TOKENS` tokens is divided.
+
+    `word_ids` are the words of the tokens, None for special tokens.
+    """
+    words: list[list[int]] = []
+    for word_id, group in groupby(range(len(word_ids)), word_ids.__getitem__):
+        if word_id is None:
+            continue
+
+        tokens = list(group)
+        for start in range(0, len(tokens), MAX_WORD_TOKENS):
+            words.append(tokens[start : start + MAX_WORD_TOKENS])
+    return words

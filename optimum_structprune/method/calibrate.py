@@ -152,7 +152,7 @@ class Moments:
             may_be_empty: Whether there may be no tokens.
 
         Raises:
-            StructPruneError: If there are no tokens, or a moment is NaN or infinite.
+            StructPruneError: If the moments have no tokens, or one is NaN or infinite.
         """
         if not (self.count or may_be_empty):
             raise StructPruneError(f"{module} never ran during calibration in domain {domain}.")

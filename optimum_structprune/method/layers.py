@@ -427,8 +427,8 @@ class InMemory(Source):
             dense = self.dense[index].to(output.device)
             error = batch.counted(self.error_feedback * (dense.float() - output.float()))
             for name, path, x, product in waiting:
-                inputs, own_error, output = path.to_fit(x, error, product)
-                moments[name].update(inputs, own_error, output)
+                inputs, own_error, own_output = path.to_fit(x, error, product)
+                moments[name].update(inputs, own_error, own_output)
 
     def advance(self, layer: int) -> None:
         if len(self.outputs) == len(self.hidden):

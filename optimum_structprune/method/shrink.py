@@ -55,6 +55,7 @@ def units_to_columns(keep: Sequence[int], axis: Axis, device: torch.device) -> T
 def _views(model: nn.Module, axis: Axis) -> Values:
     """Return views of the weight `(out, n)` and the bias of a consumer, or of one expert if the axis has a part."""
     module = model.get_submodule(axis.module)
+
     leaf = axis.param.rpartition(".")[2]
     weight = module.get_parameter(leaf).detach()
 
@@ -140,6 +141,7 @@ class Masks:
                 if values:
                     with at(layer):
                         self._put_(values)
+
         self._dense = {}
 
     @torch.no_grad()
@@ -170,15 +172,18 @@ def slice_tensors(
     for space in spaces:
         if space.key not in keep:
             continue
+
         for axis in space.axes:
             indices = cuts.setdefault(axis.param, {}).setdefault(Cut(axis.dim, axis.part), [])
             indices.extend(axis.indices(keep[space.key]))
+
     return {name: _sliced(tensor, cuts.get(name, {}), device) for name, tensor in tensors.items()}
 
 
 def _sliced(tensor: Tensor, cuts: Mapping[Cut, Sequence[int]], device: torch.device | None) -> Tensor:
     """Cut a tensor down to the given indices."""
     cut_by_part = any(cut.part is not None for cut in cuts)
+
     # Cut a stack part by part, so that its removed matrices are not moved to the other device.
     moves_stack = device is not None and tensor.ndim > 2 and Cut(0) in cuts
     if cut_by_part or moves_stack:
@@ -187,6 +192,7 @@ def _sliced(tensor: Tensor, cuts: Mapping[Cut, Sequence[int]], device: torch.dev
 
     if device is not None:
         tensor = tensor.to(device)
+
     for cut, indices in cuts.items():
         tensor = tensor.index_select(cut.dim, torch.tensor(indices, device=tensor.device))
     return tensor
@@ -280,6 +286,7 @@ def check_same(what: str, masked: Tensor, pruned: Tensor) -> None:
     # The minimum avoids a division by zero, so that two states that are both zero are the same.
     norms = masked.norm(dim=-1).clamp(min=torch.finfo(masked.dtype).tiny)
     error = float(((pruned - masked).norm(dim=-1) / norms).median())
+
     # An error that is NaN raises as well, unless the masked outputs were NaN or infinite already.
     if masked.isfinite().all() and not error <= limit:
         raise StructPruneError(

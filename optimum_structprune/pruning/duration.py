@@ -92,13 +92,13 @@ def estimate_time(request: PruningRequest, throughput: float | None = None) -> T
     size = CalibrationSize.of(request)
     parameters = model.num_parameters()
     layer_parameters = sum(info.arch.layer_params)
-    written = written_share(config) * (1 + config.holdout) * size.tokens
-    measured = ceil(config.holdout * size.tokens)
+    generated_tokens = written_share(config) * (1 + config.holdout) * size.tokens
+    measured_tokens = ceil(config.holdout * size.tokens)
     if info.arch.causal and request.inputs is None:
-        unseen = min(MAX_TOKENS, size.tokens // CALIBRATION_PER_TOKEN)
-        measured += unseen
+        unseen_tokens = min(MAX_TOKENS, size.tokens // CALIBRATION_PER_TOKEN)
+        measured_tokens += unseen_tokens
         if size.tokens >= MIN_TOKENS_READ:
-            written += unseen
+            generated_tokens += unseen_tokens
 
     passes = CALIBRATION_PASSES_WITHOUT_FEEDBACK
     if config.feedback_share:
@@ -119,10 +119,10 @@ def estimate_time(request: PruningRequest, throughput: float | None = None) -> T
 
     speed = EFFICIENCY * throughput
     return TimeEstimate(
-        writing=WRITING_COST * written * parameters / speed,
+        writing=WRITING_COST * generated_tokens * parameters / speed,
         calibration=config.rounds * size.tokens * products_per_token / speed,
         refit=config.rounds * refit_products / speed,
-        evaluation=EVALUATION_COST * MODELS * measured * parameters / speed,
+        evaluation=EVALUATION_COST * MODELS * measured_tokens * parameters / speed,
         device={"cuda": "GPU"}.get(device.type, device.type.upper()),
     )
 
@@ -130,5 +130,5 @@ def estimate_time(request: PruningRequest, throughput: float | None = None) -> T
 def written_share(config: StructPruneConfig) -> float:
     """Return the share of the calibration text that the model writes."""
     texts = texts_of(with_written_text(config))
-    written = sum(text.weight for text in texts if written_by_model(text))
-    return written / sum(text.weight for text in texts)
+    generated = sum(text.weight for text in texts if written_by_model(text))
+    return generated / sum(text.weight for text in texts)

@@ -282,7 +282,7 @@ def short_rows(samples: Tensor, eos: int | None, tokens: int) -> tuple[list[Tens
         tokens: The approximate number of tokens of all rows.
 
     Returns:
-        The rows, and for each row the number of the document in which it begins.
+        The rows, and the number of the document at the start of each row.
     """
     length = min(ROW, samples.shape[1])
     starts = range(1, samples.shape[1] - length + 2, length - 1)

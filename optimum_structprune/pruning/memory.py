@@ -206,10 +206,12 @@ def _advice(
 
 def _tries_divisions(request: PruningRequest) -> bool:
     """Return whether divisions of a budget between tokens and layers may be tried; see `steps.division`."""
-    config, arch = request.config, request.model_info.arch
-    others = [arch.of(name)[0] for name in request.widths if name != VOCAB]
-    is_shared = VOCAB in request.widths and config.budget is not None and len(others) > 0
-    return is_shared and all(space.inside and space.layer != MODEL for space in others)
+    if request.config.budget is None or VOCAB not in request.widths:
+        return False
+
+    arch = request.model_info.arch
+    spaces = [arch.of(name)[0] for name in request.widths if name != VOCAB]
+    return bool(spaces) and all(space.inside and space.layer != MODEL for space in spaces)
 
 
 def _trial_bytes(request: PruningRequest, size: CalibrationSize, batch_tokens: int) -> int:
@@ -221,8 +223,7 @@ def _trial_bytes(request: PruningRequest, size: CalibrationSize, batch_tokens: i
     from ..steps.division import BATCH_TOKENS, CALIBRATION_TOKENS  # most runs try no division
 
     per_domain = max(CALIBRATION_TOKENS // size.domains // size.seq_length, 1)
-    samples = min(per_domain * size.domains, size.samples)
-    trial_size = replace(size, samples=samples)
+    trial_size = replace(size, samples=min(per_domain * size.domains, size.samples))
     values = _hidden_state_values(request, trial_size)
 
     tokens = request.model_info.arch.of(VOCAB)[0]

@@ -146,7 +146,7 @@ class PruningRequest:
             raise StructPruneError("The domains are text, and reading them takes a tokenizer. Pass `tokenizer`.")
 
     def _check_forward(self) -> None:
-        """Raise if the model cannot run on random tokens or images, by which a saved model is checked."""
+        """Raise if the model cannot run on random tokens or images. The check of a saved model runs it on them."""
         info = self.model_info
         if info.quantized or info.offloaded or info.plain_model.device.type == "meta":
             return

@@ -1,1 +1,1 @@
-"""What a run, a training and a measurement say: the numbers, one table of them, and their text."""
+"""The figures of a pruning, a training and an evaluation, and their printed form."""

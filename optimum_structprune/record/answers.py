@@ -1,4 +1,4 @@
-"""Comparison of the answers of several models to the same questions."""
+"""Compare the answers of several models to the same questions."""
 
 from __future__ import annotations
 
@@ -13,65 +13,77 @@ from .figures import Answer, AnsweredQuestion, AnswersResult
 
 SIGNIFICANCE = 0.05
 ALIKE, BETTER, WORSE = "alike", "better", "worse"
-# The figures of an answer, with the words for answers to which they apply.
+# The fields of an answer that are counted, with the words for such answers.
 FIGURES = {"right": "correct", "loops": "repetitive", "stopped": "finished on their own"}
 
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """How a figure of the last model differs from the first model on the same questions.
+    """The difference between the answers of the last and the first model to the same questions.
 
     Attributes:
         difference: The mean difference.
         margin: Half the width of its 90% confidence interval.
         questions: The number of questions.
-        more: The number of questions for which the figure holds of the last model alone.
-        fewer: The number of questions for which the figure holds of the first model alone.
-        p_value: The probability of such a difference between models that are alike (McNemar's exact test).
-        verdict: `alike`, `better` or `worse`; `alike` where the probability is at least 0.05.
+        last_only: The number of questions for which only the answer of the last model has the property.
+        first_only: The number of questions for which only the answer of the first model has the property.
+        p_value: The probability of such a difference if both models are equally good (McNemar's exact test).
+        verdict: `alike`, `better` or `worse`; `alike` if the probability is at least 0.05.
     """
 
     difference: float
     margin: float
     questions: int
-    more: int
-    fewer: int
+    last_only: int
+    first_only: int
     p_value: float
     verdict: str
 
 
-def mcnemar_p_value(more: int, fewer: int) -> float:
+def mcnemar_p_value(last_only: int, first_only: int) -> float:
     """Return the p-value of McNemar's exact test (McNemar 1947, Psychometrika 12:153).
 
     Args:
-        more: The number of questions that only one model has right.
-        fewer: The number of questions that only the other model has right.
+        last_only: The number of questions for which only the answer of the last model has the property.
+        first_only: The number of questions for which only the answer of the first model has the property.
     """
-    discordant = more + fewer
-    tail = sum(comb(discordant, wins) for wins in range(min(more, fewer) + 1)) / 2**discordant
-    return min(1.0, 2 * tail)
+    discordant = last_only + first_only
+    outcomes = sum(comb(discordant, count) for count in range(min(last_only, first_only) + 1))
+    return min(1.0, 2 * outcomes / 2**discordant)
 
 
 def paired(answers: AnswersResult, name: str) -> PairedComparison:
-    """Compare a figure (`right`, `loops` or `stopped`) of the last model with the first model."""
+    """Compare the answers of the last model with the answers of the first model.
+
+    Args:
+        answers: The answers of at least two models.
+        name: The property that is compared: `right`, `loops` or `stopped`.
+    """
     differences = torch.tensor(
-        [float(getattr(item.last, name)) - float(getattr(item.first, name)) for item in answers.questions],
+        [float(getattr(question.last, name)) - float(getattr(question.first, name)) for question in answers.questions],
         dtype=torch.float64,
     )
-    more = int((differences > 0).sum())
-    fewer = int((differences < 0).sum())
-    p_value = mcnemar_p_value(more, fewer)
+    last_only = int((differences > 0).sum())
+    first_only = int((differences < 0).sum())
+    p_value = mcnemar_p_value(last_only, first_only)
 
     higher_is_better = name != "loops"
     if p_value >= SIGNIFICANCE:
         verdict = ALIKE
-    elif (more > fewer) == higher_is_better:
+    elif (last_only > first_only) == higher_is_better:
         verdict = BETTER
     else:
         verdict = WORSE
 
-    margin = margin_of_share(differences)
-    return PairedComparison(float(differences.mean()), margin, len(differences), more, fewer, p_value, verdict)
+    return PairedComparison(
+        difference=float(differences.mean()),
+        margin=margin_of_share(differences),
+        questions=len(differences),
+        last_only=last_only,
+        first_only=first_only,
+        p_value=p_value,
+        verdict=verdict,
+    )
 
 
 def is_compared(answers: AnswersResult | None) -> bool:
@@ -93,19 +105,21 @@ def answers_warning(answers: AnswersResult) -> list[str]:
     if not is_compared(answers):
         return []
 
-    troubles = []
+    faults = []
     if paired(answers, "right").verdict == WORSE:
-        troubles.append("wrong")
+        faults.append("wrong")
     if paired(answers, "loops").verdict == WORSE:
-        troubles.append("repetitive")
-    if not troubles:
+        faults.append("repetitive")
+
+    if not faults:
         return []
-    return [f"warning: significantly more {' and '.join(troubles)} answers than the original model"]
+    return [f"warning: significantly more {' and '.join(faults)} answers than the original model"]
 
 
 def outcome(answer: Answer) -> str:
-    """Return whether an answer is right, and its other faults."""
+    """Return the outcome of an answer in words: whether it is right, and its faults."""
     words = ["right" if answer.right else "wrong"]
+
     if answer.loops:
         words.append("repetitive")
     if not answer.stopped:
@@ -116,6 +130,7 @@ def outcome(answer: Answer) -> str:
 def question_lines(question: AnsweredQuestion) -> str:
     """Return a question and the answer of each model as lines of text."""
     lines = [f"{question.kind}: {' '.join(question.prompt.split())}"]
+
     for name, answer in question.answers.items():
         lines.append(f"  {name} ({outcome(answer)}): {' '.join(answer.text.split())}")
     return "\n".join(lines)
@@ -124,7 +139,11 @@ def question_lines(question: AnsweredQuestion) -> str:
 def sample_questions(answers: AnswersResult | None, count: int = 3) -> list[AnsweredQuestion]:
     """Return a few questions with different outcomes.
 
-    They take turns: answers that became wrong, stayed right, stayed wrong, and became right.
+    The outcomes take turns: answers that became wrong, stayed right, stayed wrong, and became right.
+
+    Args:
+        answers: The answers; None where no questions were asked.
+        count: The number of questions to return.
     """
     if answers is None:
         return []
@@ -134,6 +153,9 @@ def sample_questions(answers: AnswersResult | None, count: int = 3) -> list[Answ
     for question in answers.questions:
         groups[question.first.right, question.last.right].append(question)
 
-    longest = max(map(len, groups.values()))
-    in_turn = [group[turn] for turn in range(longest) for group in groups.values() if turn < len(group)]
-    return in_turn[:count]
+    questions = []
+    for turn in range(len(answers.questions)):
+        for group in groups.values():
+            if turn < len(group):
+                questions.append(group[turn])
+    return questions[:count]

@@ -15,19 +15,19 @@ ORIGINAL = "original"
 
 @dataclass
 class Evaluation(ResultRecord):
-    """The figures that `evaluate` measured; `str` of it is a table.
+    """The result of `evaluate`. `str(evaluation)` is a table.
 
     Attributes:
-        model: The name or the folder of the model, whose figures are called `pruned`.
-        original: The name or the folder of the original model, whose figures are called `dense`; None where there is
-            none.
-        seq_length: The number of tokens in a sample. The first is context only, the others are predicted.
-        prefix: The token at the head of each sample; None where the tokenizer has none.
+        model: The name or the folder of the model. Its figures are called `pruned`.
+        original: The name or the folder of the original model, whose figures are called `dense`. None if the model
+            was measured alone.
+        seq_length: The number of tokens in a sample. All tokens but the first are predicted.
+        prefix: The token that each sample begins with; None where the tokenizer has none.
         domains: The results by domain.
         languages: For encoders with another tokenizer, the results in 30 languages.
         answers: The answers to questions; None where no questions were asked.
-        calibrated: The domains of a kind that the model was calibrated on; None where no record says so.
-        shared: The domains that share text with the calibration; None where no record says so.
+        calibrated: The domains of a kind that the model was calibrated on; None without a record of the calibration.
+        shared: The domains that share text with the calibration; None without a record of the calibration.
         warnings: The reasons why these figures may be too good.
     """
 
@@ -44,14 +44,15 @@ class Evaluation(ResultRecord):
 
     def is_calibration_domain(self, name: str) -> bool:
         """Return whether a domain is of a kind that the model was calibrated on."""
-        return name in [*(self.calibrated or ()), *(self.shared or ())]
+        return name in (self.calibrated or ()) or name in (self.shared or ())
 
     def __str__(self) -> str:
         """Return a table of all figures, some answers, and the warnings."""
         from .measured import measurement_lines
 
         name = "model" if self.original is None else "pruned"
-        return "\n".join(measurement_lines(Measurement({name: MeasuredModel(self.model, evaluation=self)})))
+        measurement = Measurement({name: MeasuredModel(self.model, evaluation=self)})
+        return "\n".join(measurement_lines(measurement))
 
 
 @dataclass
@@ -62,7 +63,8 @@ class MeasuredModel:
         path: Its folder or its id on the Hub.
         size: Its size; None where it was not measured.
         widths: The widths of the layers, by kind of space.
-        evaluation: Its quality; None where it was not measured. The original model has none of its own.
+        evaluation: Its evaluation; None where it was not evaluated. The figures of the original model are in the
+            evaluations of the models that are compared with it.
     """
 
     path: str
@@ -77,7 +79,7 @@ class Measurement(ResultRecord):
 
     Attributes:
         models: The measurements by the name of the model.
-        speed: How fast the models are; None where it was not measured.
+        speed: The speed of the models; None where it was not measured.
     """
 
     models: dict[str, MeasuredModel] = field(default_factory=dict)
@@ -85,14 +87,20 @@ class Measurement(ResultRecord):
 
     def columns(self) -> dict[str, MeasuredModel]:
         """Return the models of a table by name, with the original model if any figure belongs to it."""
-        has_original = any(evaluation.original is not None for evaluation in self.evaluations.values())
-        is_there = any(model.evaluation is None for model in self.models.values())
-        if has_original and not is_there:
-            return {ORIGINAL: MeasuredModel(ORIGINAL), **self.models}
-        return dict(self.models)
+        models = dict(self.models)
+        is_compared = any(evaluation.original is not None for evaluation in self.evaluations.values())
+        has_original = any(model.evaluation is None for model in models.values())
+
+        if is_compared and not has_original:
+            models = {ORIGINAL: MeasuredModel(ORIGINAL)}
+            models.update(self.models)
+        return models
 
     @property
     def evaluations(self) -> dict[str, Evaluation]:
         """Return the evaluations by the name of the model."""
-        found = {name: model.evaluation for name, model in self.models.items()}
-        return {name: evaluation for name, evaluation in found.items() if evaluation is not None}
+        evaluations = {}
+        for name, model in self.models.items():
+            if model.evaluation is not None:
+                evaluations[name] = model.evaluation
+        return evaluations

@@ -1,4 +1,4 @@
-"""Converts the dataclasses of this package to plain JSON values and back."""
+"""Convert the dataclasses of this package to plain JSON values and back."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ Result = TypeVar("Result")
 
 
 def encode(value: Any) -> Any:
-    """Return a value as dictionaries, lists, strings and numbers. Fields that are None are left out."""
+    """Return a value as dictionaries, lists, strings and numbers, without the fields that are None."""
     if is_dataclass(value) and not isinstance(value, type):
-        present = {field.name: getattr(value, field.name) for field in fields(value)}
-        return {name: encode(item) for name, item in present.items() if item is not None}
+        items = {field.name: getattr(value, field.name) for field in fields(value)}
+        return {name: encode(item) for name, item in items.items() if item is not None}
+
     if isinstance(value, Mapping):
         return {key: encode(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -30,7 +31,7 @@ def encode(value: Any) -> Any:
 def decode(kind: type[Result], value: Any, name: str) -> Result:
     """Return a dataclass from the plain values that `encode` wrote.
 
-    A number that is null stands for one that is not finite, because JSON has no infinity.
+    A number that is null is read as infinity, because JSON has no infinity.
 
     Args:
         kind: The dataclass.
@@ -47,6 +48,7 @@ def decode(kind: type[Result], value: Any, name: str) -> Result:
     unknown = sorted(set(value) - set(types))
     if unknown:
         raise StructPruneError(f"{name} has the unknown field {unknown[0]!r}.")
+
     for field in fields(kind):  # type: ignore[arg-type]
         has_default = field.default is not MISSING or field.default_factory is not MISSING
         if field.name not in value and not has_default:
@@ -67,11 +69,13 @@ def _decode(kind: Any, value: Any, name: str) -> Any:
     """Return a value of a type from its plain form."""
     if kind is Any:
         return value
+
     if is_optional(kind):
         inner = inner_type(kind)
         if value is None and inner is not float:
             return None
         return _decode(inner, value, name)
+
     if is_dataclass(kind):
         return decode(kind, value, name)  # type: ignore[arg-type]
 
@@ -79,19 +83,26 @@ def _decode(kind: Any, value: Any, name: str) -> Any:
     if origin is dict:
         return _decode_dict(kind, value, name)
     if origin is list:
-        if not isinstance(value, list):
-            raise StructPruneError(f"{name} must be a list, got {type(value).__name__}.")
-        (item_type,) = get_args(kind)
-        return [_decode(item_type, item, name) for item in value]
+        return _decode_list(kind, value, name)
     if kind is float:
         return _decode_number(value, name)
+
     if type(value) is not kind:
         raise StructPruneError(f"{name} must be of type {kind.__name__}, got {value!r}.")
     return value
 
 
+def _decode_list(kind: Any, value: Any, name: str) -> list[Any]:
+    """Return a list from its plain form."""
+    if not isinstance(value, list):
+        raise StructPruneError(f"{name} must be a list, got {type(value).__name__}.")
+
+    (item_type,) = get_args(kind)
+    return [_decode(item_type, item, name) for item in value]
+
+
 def _decode_dict(kind: Any, value: Any, name: str) -> dict[Any, Any]:
-    """Return a dictionary; JSON writes keys that are numbers as strings."""
+    """Return a dictionary from its plain form, in which JSON has written numeric keys as strings."""
     if not isinstance(value, Mapping):
         raise StructPruneError(f"{name} must be an object, got {type(value).__name__}.")
 
@@ -103,7 +114,7 @@ def _decode_dict(kind: Any, value: Any, name: str) -> dict[Any, Any]:
 
 
 def _decode_number(value: Any, name: str) -> float:
-    """Return a number; null stands for infinity."""
+    """Return a number from its plain form; null stands for infinity."""
     if value is None:
         return inf
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -117,5 +128,5 @@ def is_optional(kind: Any) -> bool:
 
 
 def inner_type(kind: Any) -> Any:
-    """Return the type that is not None of an optional type."""
+    """Return the type of an optional value that is not None."""
     return next(part for part in get_args(kind) if part is not type(None))

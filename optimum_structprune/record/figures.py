@@ -1,4 +1,4 @@
-"""The figures that reports, trainings and evaluations share: sizes, domains, languages, and answers.
+"""The figures that reports and evaluations share: sizes, domains, languages, and answers.
 
 All figures name the models in the same way. `dense` is the original model, `pruned` the model that is reported on, and
 `recovered` the pruned model after training. A figure that was not measured is None.
@@ -17,11 +17,11 @@ from torch import Tensor
 from ..forward.metrics import UNSEEN, margin_of_error
 
 
-# The rule for technical text after vocabulary trimming, see `technical_ratio`: the loss in nats per token for each
-# split word per word, and the share of split words relative to unseen text. docs/how_much.md has the measurements.
+# The constants of `technical_ratio`: the additional loss in nats per token if every word is split, and the share of
+# split words in technical text relative to unseen text. docs/how_much.md has the measurements.
 SPLIT_LOSS = 6.0
 TECHNICAL_SPLITS = 2.0
-# The names of the models in a figure, in the order in which they were made.
+# The names of the models in a figure, from the first model to the last.
 DENSE, PRUNED, RECOVERED = "dense", "pruned", "recovered"
 MODELS = (DENSE, PRUNED, RECOVERED)
 
@@ -34,7 +34,7 @@ class Figure:
         dense: The value of the original model.
         pruned: The value of the pruned model.
         recovered: The value of the pruned model after training.
-        margin: Half the width of the 90% confidence interval over documents. It belongs to `ratio` where the original
+        margin: Half the width of the 90% confidence interval over documents. It belongs to `ratio` if the original
             model was measured, and to the last value otherwise.
     """
 
@@ -49,10 +49,11 @@ class Figure:
 
         Args:
             values: The values by `dense`, `pruned` and `recovered`.
-            margin: The half width of the confidence interval; one that is not finite counts as unknown.
+            margin: Half the width of the confidence interval. An infinite margin counts as unknown.
         """
-        finite_margin = margin if margin is not None and isfinite(margin) else None
-        return cls(**values, margin=finite_margin)
+        if margin is not None and not isfinite(margin):
+            margin = None
+        return cls(**values, margin=margin)
 
     def by_model(self) -> dict[str, float]:
         """Return the measured values by the names of the models."""
@@ -77,19 +78,19 @@ class Figure:
 
     @property
     def pruned_ratio(self) -> float | None:
-        """Return the value of the pruned model divided by that of the original model."""
+        """Return the value of the pruned model divided by the value of the original model."""
         if self.dense is None or self.pruned is None:
             return None
         return _ratio(self.pruned, self.dense)
 
     @property
     def ratio_margin(self) -> float | None:
-        """Return the margin if it is the margin of `ratio`."""
+        """Return the margin if it belongs to `ratio`."""
         return None if self.ratio is None else self.margin
 
 
 def _ratio(value: float, baseline: float) -> float:
-    """Return a ratio of two positive numbers; infinite where one of them is not finite."""
+    """Return a ratio of two positive numbers, which is infinite if one of them is not finite."""
     if not isfinite(value) or not 0 < baseline < inf:
         return inf
     return value / baseline
@@ -97,7 +98,7 @@ def _ratio(value: float, baseline: float) -> float:
 
 @dataclass
 class VectorResult:
-    """How near the vectors of texts are to the vectors of the original model.
+    """The similarity of an encoder's vectors to the vectors of the original model.
 
     Attributes:
         texts: The number of texts.
@@ -105,7 +106,7 @@ class VectorResult:
         cosine_p5: The 5th percentile of the cosines.
         cosine_worst: The lowest cosine.
         neighbours: The share of the 10 nearest neighbours that both models have in common; None for too few texts.
-        retrieval: The share of translations that are found, where texts come in pairs.
+        retrieval: The share of translations that are found; None where texts do not come in pairs.
     """
 
     texts: int = 0
@@ -123,10 +124,12 @@ class VectorResult:
             figures: The output of `pruning.embeddings.embedding_figures`.
         """
         result = cls(int(figures["texts"]))
+
         if "cosine" in figures:
             result.cosine = Figure.of({PRUNED: figures["cosine"]}, figures["cosine_margin"])
             result.cosine_p5 = figures["cosine_p5"]
             result.cosine_worst = figures["cosine_worst"]
+
         if "neighbours" in figures:
             result.neighbours = Figure.of({PRUNED: figures["neighbours"]}, figures["neighbours_margin"])
         return result
@@ -134,15 +137,15 @@ class VectorResult:
 
 @dataclass
 class DomainResult:
-    """What was measured on one domain.
+    """The measurements on one domain.
 
     Attributes:
-        perplexity: The perplexity on held-out text, per token of the original tokenizer. Masked language models and
-            encoder-decoders have it on the missing text.
+        perplexity: The perplexity on held-out text, per token of the original tokenizer. For masked language models
+            and encoder-decoders it is the perplexity of the missing text.
         bits_per_byte: The loss in bits per byte of the text.
         divergence: The mean KL divergence from the original model in nats per token.
-        agreement: The share of tokens for which both models have the same most likely token.
-        vectors: For encoders, how near the vectors of sentences are to the vectors of the original model.
+        agreement: The share of positions where both models predict the same token.
+        vectors: For encoders, the similarity of the vectors of sentences to the vectors of the original model.
         tokens: The number of tokens that perplexity was measured on.
         documents: The number of documents of these tokens.
     """
@@ -158,11 +161,11 @@ class DomainResult:
 
 @dataclass
 class UnseenResult(DomainResult):
-    """What was measured on unseen text, which the run neither calibrates on nor counts.
+    """The measurements on unseen text, which the run does not use for any decision.
 
     Attributes:
         source: The origin of the text: `from the Hub`, `model-written`, or `built-in`.
-        split_words: After vocabulary trimming, the share of its words that are split into more tokens.
+        split_words: The share of its words that are split into more tokens after vocabulary trimming.
     """
 
     source: str = ""
@@ -171,14 +174,14 @@ class UnseenResult(DomainResult):
 
 @dataclass
 class LanguageResult:
-    """What the same text costs in one language.
+    """The cost of the same text in one language.
 
     Attributes:
-        cost: Bits per byte, or tokens where the model does not predict the next token.
+        cost: The cost in bits per byte, or in tokens if the model does not predict the next token.
         wanted: Whether the config names the language.
         known: Whether the original model reads the language in at most twice the bits of its best language; None
             where tokens are counted.
-        vectors: For encoders, how near the vectors are to the vectors of the original model.
+        vectors: For encoders, the similarity of the vectors to the vectors of the original model.
     """
 
     cost: Figure
@@ -196,6 +199,7 @@ class LanguageResult:
         values = {DENSE: float(costs["before"])}
         if costs.get("after") is not None:
             values[PRUNED] = float(costs["after"])
+
         return cls(Figure.of(values), costs["wanted"], costs.get("known"))
 
     @property
@@ -205,7 +209,7 @@ class LanguageResult:
 
     @property
     def is_known(self) -> bool:
-        """Return whether the original model knows the language; token counts say nothing against it."""
+        """Return whether the original model knows the language. Without a measurement in bits it counts as known."""
         return self.known is not False
 
 
@@ -268,15 +272,21 @@ class AnswersResult:
     @property
     def models(self) -> list[str]:
         """Return the names of the models that answered."""
-        return list(self.questions[0].answers) if self.questions else []
+        if not self.questions:
+            return []
+        return list(self.questions[0].answers)
 
     def counts(self, name: str) -> list[int]:
         """Return the number of answers of each model for which `right`, `loops` or `stopped` holds."""
-        return [sum(getattr(item.answers[model], name) for item in self.questions) for model in self.models]
+        counts = []
+        for model in self.models:
+            values = [getattr(question.answers[model], name) for question in self.questions]
+            counts.append(sum(values))
+        return counts
 
     def tokens(self, model: str) -> list[int]:
         """Return the lengths of the answers of one model."""
-        return [item.answers[model].tokens for item in self.questions]
+        return [question.answers[model].tokens for question in self.questions]
 
 
 @dataclass
@@ -300,11 +310,11 @@ class SizeResult:
 
 @dataclass
 class TrimResult:
-    """What vocabulary trimming removed.
+    """The result of vocabulary trimming.
 
     Attributes:
         tokens: The number of removed tokens.
-        respelled: The share of held-out tokens that were removed; other tokens spell this text now.
+        respelled: The share of removed tokens in held-out text. The kept tokens spell this text now.
         reasons: The number of kept tokens by reason: `always`, `text`, `language`, `needed` to form other tokens, and
             `usual` in general text.
         reason_of_each: The first letter of the reason of each kept token, by its new id.
@@ -329,28 +339,30 @@ def perplexity_result(
         losses: The mean loss per token of each sample in nats, shape `(samples,)`, by `dense`, `pruned` and
             `recovered`. All models read the same samples.
         tokens: The number of predicted tokens.
-        documents: The number of the document of each sample, shape `(samples,)`; by default all differ.
-        spread: The share of the loss by which other text of this kind may lose more or less. It widens the interval.
+        documents: The number of the document of each sample, shape `(samples,)`. By default each sample is a document
+            of its own.
+        spread: The relative difference of the loss on other text of this kind. It widens the interval.
     """
-    by_model = list(losses.values())
-    first = by_model[0]
-    last = by_model[-1]
+    losses_by_model = list(losses.values())
+    first = losses_by_model[0]
+    last = losses_by_model[-1]
     perplexities = {name: float(loss.mean().exp()) for name, loss in losses.items()}
-    count = len(first if documents is None else documents.unique())
+    num_documents = len(first) if documents is None else len(documents.unique())
 
-    if len(by_model) == 1:
+    if len(losses_by_model) == 1:
         margin = float(last.mean().exp()) * margin_of_error(last, documents)
     else:
         difference = last - first
         ratio = float(difference.mean().exp())
-        # The interval of e to the mean is, relative to it, the interval of the mean.
-        relative = max(margin_of_error(difference, documents), UNSEEN / count)
-        margin = hypot(ratio * relative, spread * (ratio - 1))
-    return DomainResult(Figure.of(perplexities, margin), tokens=tokens, documents=count)
+        # A margin m of the mean loss is, for small m, a relative margin m of exp(mean loss).
+        relative_margin = max(margin_of_error(difference, documents), UNSEEN / num_documents)
+        margin = hypot(ratio * relative_margin, spread * (ratio - 1))
+
+    return DomainResult(Figure.of(perplexities, margin), tokens=tokens, documents=num_documents)
 
 
 def ratios_of(domains: Mapping[str, DomainResult]) -> dict[str, Figure]:
-    """Return the perplexity of each domain on which at least two models were measured."""
+    """Return the perplexity of each domain where at least two models were measured."""
     figures = {name: domain.perplexity for name, domain in domains.items()}
     return {name: figure for name, figure in figures.items() if figure is not None and figure.ratio is not None}
 
@@ -360,48 +372,67 @@ def mean_ratio(figures: Iterable[Figure]) -> tuple[float, float | None]:
 
     The ratios were measured on different texts, so their errors are independent.
     """
-    figures = list(figures)
-    ratios = [inf if figure.ratio is None else figure.ratio for figure in figures]
+    ratios = []
+    margins = []
+    for figure in figures:
+        ratios.append(inf if figure.ratio is None else figure.ratio)
+        margins.append(figure.margin)
+
     if not all(0 < ratio < inf for ratio in ratios):
         return inf, None
-    return geometric_mean(ratios), margin_of_mean(ratios, [figure.margin for figure in figures])
+    return geometric_mean(ratios), margin_of_mean(ratios, margins)
 
 
 def margin_of_mean(ratios: Iterable[float], margins: Iterable[float | None]) -> float | None:
-    """Return the margin of the geometric mean of ratios with independent errors; None if a margin is unknown."""
+    """Return the margin of the geometric mean of ratios with independent errors; None if a margin is unknown.
+
+    The relative margin of the geometric mean of n ratios is the root of the sum of their squared relative margins,
+    divided by n.
+    """
     ratios = list(ratios)
-    margins = list(margins)
-    if any(margin is None or not isfinite(margin) for margin in margins):
-        return None
-    relative = [margin / ratio for margin, ratio in zip(margins, ratios, strict=True) if margin is not None]
-    return geometric_mean(ratios) * hypot(*relative) / len(ratios)
+    relative_margins = []
+    for ratio, margin in zip(ratios, margins, strict=True):
+        if margin is None or not isfinite(margin):
+            return None
+        relative_margins.append(margin / ratio)
+
+    return geometric_mean(ratios) * hypot(*relative_margins) / len(ratios)
 
 
 def mean_figure(figures: Iterable[Figure]) -> Figure:
     """Return the arithmetic mean of a figure over domains, for each model that was measured on all of them."""
-    by_model = [figure.by_model() for figure in figures]
-    shared = [name for name in MODELS if by_model and all(name in values for values in by_model)]
-    return Figure.of({name: fmean(values[name] for values in by_model) for name in shared})
+    values_by_domain = [figure.by_model() for figure in figures]
+    means = {}
+
+    for name in MODELS:
+        values = [by_model[name] for by_model in values_by_domain if name in by_model]
+        if values and len(values) == len(values_by_domain):
+            means[name] = fmean(values)
+
+    return Figure.of(means)
 
 
 def language_costs(languages: Mapping[str, Mapping[str, Any]]) -> dict[str, LanguageResult]:
-    """Return results from the costs that `vocabulary.languages` measures, by language code."""
+    """Return the results by language code from the costs that `vocabulary.languages` measures."""
     return {code: LanguageResult.of(costs) for code, costs in languages.items()}
 
 
 def known_languages(languages: Mapping[str, LanguageResult]) -> Iterator[tuple[str, float]]:
-    """Yield the languages that the original model knew with the ratio of their costs, the greatest first."""
-    measured = {code: result.cost.ratio for code, result in languages.items() if result.is_known}
-    ratios = {code: ratio for code, ratio in measured.items() if ratio is not None}
+    """Yield the languages that the original model knows with the ratios of their costs, the highest ratio first."""
+    ratios = {}
+    for code, result in languages.items():
+        if result.is_known and result.cost.ratio is not None:
+            ratios[code] = result.cost.ratio
+
     yield from sorted(ratios.items(), key=lambda item: -item[1])
 
 
 def technical_ratio(split_words: float) -> float:
     """Return the perplexity ratio that technical text may reach after vocabulary trimming.
 
-    Text that a model writes is simpler than most text, so its loss says too little. The loss grows with the share of
-    words that are split into more tokens, by 0.06 nats per token for each per cent in web pages and encyclopedias, and
-    less in code. These have up to twice as many split words as text that the model writes.
+    Generated text is simpler than most text, so its loss is too low. The loss grows with the share of words that are
+    split into more tokens: by 0.06 nats per token for each per cent in web pages and encyclopedias, and by less in
+    code. Web pages, encyclopedias and code have up to twice as many split words as generated text.
 
     Args:
         split_words: The share of the words of unseen text that are split into more tokens.
@@ -410,7 +441,7 @@ def technical_ratio(split_words: float) -> float:
 
 
 def with_technical_margin(figure: Figure, split_words: float | None) -> Figure:
-    """Return a figure of unseen text whose interval holds technical text.
+    """Return a figure of unseen text, with an interval that includes the loss on technical text.
 
     Args:
         figure: The perplexity on unseen text.
@@ -423,7 +454,12 @@ def with_technical_margin(figure: Figure, split_words: float | None) -> Figure:
 
 
 def unseen_of(domain: DomainResult, source: str) -> UnseenResult:
-    """Return a result on unseen text from a measured domain."""
+    """Return the result on unseen text from the measurements on it.
+
+    Args:
+        domain: The measurements.
+        source: The origin of the text.
+    """
     return UnseenResult(
         perplexity=domain.perplexity,
         divergence=domain.divergence,

@@ -19,7 +19,7 @@ from .figures import (
     ratios_of,
 )
 from .summary import FEW_DOCUMENTS, INTERVAL, MISSING_TEXT, UNITS, language_lines
-from .table import MAX_DIGITS, UNKNOWN, aligned, byte_size, number, times, with_margin
+from .table import MAX_DIGITS, UNKNOWN, aligned, byte_size, number, ratio_text, times, with_margin
 
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Column:
 
     Attributes:
         model: Its measurements.
-        evaluation: Its evaluation. The original model has the evaluation of a model that is compared with it.
+        evaluation: Its evaluation. For the original model, the evaluation of a model that is compared with it.
         is_original: Whether it is the original model, whose figures are called `dense`.
     """
 
@@ -45,16 +45,25 @@ class Column:
     is_original: bool
 
     def domain(self, name: str) -> DomainResult:
-        """Return the result on a domain; it is empty if the model was not measured there."""
+        """Return the result on a domain, which is empty if the model was not measured there."""
         if self.evaluation is None:
             return NO_DOMAIN
         return self.evaluation.domains.get(name, NO_DOMAIN)
+
+    @property
+    def answers(self) -> AnswersResult | None:
+        """Return the answers of the evaluation."""
+        if self.evaluation is None:
+            return None
+        return self.evaluation.answers
 
     def value(self, figure: Figure | None) -> float | None:
         """Return the value of this model."""
         if figure is None:
             return None
-        return figure.dense if self.is_original else figure.last
+        if self.is_original:
+            return figure.dense
+        return figure.last
 
     def cell(self, figure: Figure | None) -> str:
         """Return the value of this model with its margin, if the margin belongs to the value."""
@@ -68,8 +77,11 @@ class Column:
 
 def measurement_lines(measurement: Measurement) -> list[str]:
     """Return the printed form of the measurements of several models."""
+    lines = []
     table = measurement_table(measurement)
-    lines = [aligned(table)] if len(table) > 1 else []
+    if len(table) > 1:
+        lines.append(aligned(table))
+
     lines += _notes(measurement)
     if measurement.speed is not None:
         lines.append(speed_note(measurement.speed))
@@ -78,6 +90,7 @@ def measurement_lines(measurement: Measurement) -> list[str]:
     if len(evaluations) == 1:
         (evaluation,) = evaluations.values()
         lines += [question_lines(question) for question in sample_questions(evaluation.answers)]
+
     for evaluation in evaluations.values():
         lines += [f"warning: {warning}" for warning in evaluation.warnings]
     return lines
@@ -87,6 +100,7 @@ def measurement_table(measurement: Measurement) -> Rows:
     """Return the table of all figures, with one column for each model."""
     models = measurement.columns()
     columns = _columns(measurement)
+
     rows = [_row("", list(models))]
     rows += _size_rows(columns)
     rows += _quality_rows(columns)
@@ -100,12 +114,14 @@ def _columns(measurement: Measurement) -> list[Column]:
     """Return the models of the table. A model without an evaluation is the original model of the others."""
     evaluations = list(measurement.evaluations.values())
     columns = []
+
     for model in measurement.columns().values():
         is_original = model.evaluation is None
         evaluation = model.evaluation
         if is_original and evaluations:
             evaluation = evaluations[0]
         columns.append(Column(model, evaluation, is_original))
+
     return columns
 
 
@@ -119,7 +135,10 @@ def _row(label: str, cells: Iterable[str]) -> list[str]:
 def _size_rows(columns: Sequence[Column]) -> Rows:
     """Return the rows of widths, parameters and bytes."""
     rows: Rows = []
-    kinds = dict.fromkeys(kind for column in columns for kind in column.model.widths)
+
+    kinds: dict[str, None] = {}
+    for column in columns:
+        kinds.update(dict.fromkeys(column.model.widths))
     for kind in kinds:
         widths = [column.model.widths.get(kind) for column in columns]
         rows.append(_row(UNITS.get(kind, kind), map(number, widths)))
@@ -129,27 +148,38 @@ def _size_rows(columns: Sequence[Column]) -> Rows:
         rows.append(_row("layers", (number(size.layers) for size in sizes)))
         rows.append(_row("parameters", (number(size.parameters or None) for size in sizes)))
         rows.append(_row("weights", (byte_size(size.bytes) for size in sizes)))
+
     if any(size.cache_per_token is not None for size in sizes):
         rows.append(_row("cache bytes per token", (number(size.cache_per_token) for size in sizes)))
     return rows
 
 
 def _quality_rows(columns: Sequence[Column]) -> Rows:
-    """Return the rows of perplexity, closeness to the original model, and vectors."""
-    evaluations = [column.evaluation for column in columns if column.evaluation is not None]
-    domains = list(dict.fromkeys(name for evaluation in evaluations for name in evaluation.domains))
+    """Return the rows of perplexity, similarity to the original model, and vectors."""
+    evaluations = _evaluations(columns)
+    domains: dict[str, None] = {}
+    for evaluation in evaluations:
+        domains.update(dict.fromkeys(evaluation.domains))
 
     rows: Rows = []
     for name in domains:
         label = f"perplexity, {_domain_label(name, evaluations)}"
         rows.append(_row(label, (_perplexity_cell(column, name) for column in columns)))
+
     rows += _mean_rows(columns)
-    rows += _bits_rows(columns, domains)
+    rows += _bits_rows(columns, list(domains))
+
     for label, select in FIGURES_OF_DOMAIN.items():
         for name in domains:
             cells = [column.cell(select(column.domain(name))) for column in columns]
             rows.append(_row(f"{label}, {name}", cells))
+
     return [row for row in rows if any(cell not in ("", UNKNOWN) for cell in row[1:])]
+
+
+def _evaluations(columns: Sequence[Column]) -> list[Evaluation]:
+    """Return the evaluations of all models that have one."""
+    return [column.evaluation for column in columns if column.evaluation is not None]
 
 
 def _of_vectors(select: Callable[[VectorResult], Figure | None]) -> Callable[[DomainResult], Figure | None]:
@@ -174,7 +204,7 @@ FIGURES_OF_DOMAIN: dict[str, Callable[[DomainResult], Figure | None]] = {
 
 
 def _domain_label(name: str, evaluations: Iterable[Evaluation]) -> str:
-    """Return the name of a domain, and whether the model was calibrated on this kind of text."""
+    """Return the name of a domain and, if it is known, whether the model was calibrated on this kind of text."""
     for evaluation in evaluations:
         if evaluation.calibrated is None:
             continue
@@ -185,22 +215,22 @@ def _domain_label(name: str, evaluations: Iterable[Evaluation]) -> str:
 
 
 def _perplexity_cell(column: Column, name: str) -> str:
-    """Return the perplexity of the original model, or of a model alone, and otherwise the ratio to the original."""
+    """Return the perplexity on a domain, as a ratio to the original model if there is one."""
     domain = column.domain(name)
     figure = domain.perplexity
+
     if figure is None:
         return UNKNOWN
     if column.is_original:
         return number(figure.dense, 2)
     if figure.ratio is None:
         return with_margin(figure.last or 0.0, figure.margin, 2)
-    return times(figure.ratio, figure.margin, domain.documents)
+    return ratio_text(figure, domain.documents)
 
 
 def _mean_rows(columns: Sequence[Column]) -> Rows:
     """Return the mean ratios over the domains, separately for calibration domains and unseen ones."""
-    evaluations = [column.evaluation for column in columns if column.evaluation is not None]
-    if all(evaluation.calibrated is None for evaluation in evaluations):
+    if all(evaluation.calibrated is None for evaluation in _evaluations(columns)):
         return _mean_row("domains", columns, lambda evaluation, name: True)
 
     rows = _mean_row("calibration domains", columns, lambda evaluation, name: evaluation.is_calibration_domain(name))
@@ -208,18 +238,27 @@ def _mean_rows(columns: Sequence[Column]) -> Rows:
     return rows
 
 
-def _mean_row(label: str, columns: Sequence[Column], counts: Callable[[Evaluation, str], bool]) -> Rows:
-    """Return the mean ratio over the domains that count, or nothing if no model has two of them."""
+def _mean_row(label: str, columns: Sequence[Column], selects: Callable[[Evaluation, str], bool]) -> Rows:
+    """Return the mean ratio over the selected domains, or nothing if no model has two of them."""
     cells = []
-    largest = 0
+    num_domains = 0
+
     for column in columns:
         figures: list[Figure] = []
         if column.evaluation is not None and not column.is_original:
             ratios = ratios_of(column.evaluation.domains)
-            figures = [figure for name, figure in ratios.items() if counts(column.evaluation, name)]
-        largest = max(largest, len(figures))
-        cells.append(times(*mean_ratio(figures)) if figures else "")
-    return [_row(f"perplexity, mean over the {label}", cells)] if largest > 1 else []
+            figures = [figure for name, figure in ratios.items() if selects(column.evaluation, name)]
+
+        num_domains = max(num_domains, len(figures))
+        if figures:
+            mean, margin = mean_ratio(figures)
+            cells.append(times(mean, margin))
+        else:
+            cells.append("")
+
+    if num_domains < 2:
+        return []
+    return [_row(f"perplexity, mean over the {label}", cells)]
 
 
 def _bits_rows(columns: Sequence[Column], domains: Sequence[str]) -> Rows:
@@ -229,24 +268,28 @@ def _bits_rows(columns: Sequence[Column], domains: Sequence[str]) -> Rows:
         figures = [column.domain(name).bits_per_byte for name in domains]
         mean = mean_figure(figure for figure in figures if figure is not None)
         cells.append(number(column.value(mean), MAX_DIGITS))
+
     return [_row("bits per byte, mean", cells)]
 
 
 def _answer_rows(columns: Sequence[Column]) -> Rows:
     """Return the counts of correct, repetitive and finished answers, and the median length."""
-    answers = [None if column.evaluation is None else column.evaluation.answers for column in columns]
-    if not any(answers):
+    pairs = [(column, column.answers) for column in columns]
+    if all(answers is None for _, answers in pairs):
         return []
 
-    pairs = list(zip(columns, answers, strict=True))
-    rows = [
-        _row(f"answers {word}", (_count(column, result, name) for column, result in pairs))
-        for name, word in FIGURES.items()
-    ]
-    rows.append(
-        _row("median length of an answer (tokens)", (_median_length(column, result) for column, result in pairs))
-    )
-    divergences = [None if result is None or column.is_original else result.divergence for column, result in pairs]
+    rows = []
+    for name, word in FIGURES.items():
+        rows.append(_row(f"answers {word}", (_count(column, answers, name) for column, answers in pairs)))
+    lengths = [_median_length(column, answers) for column, answers in pairs]
+    rows.append(_row("median length of an answer (tokens)", lengths))
+
+    divergences: list[float | None] = []
+    for column, answers in pairs:
+        if answers is None or column.is_original:
+            divergences.append(None)
+        else:
+            divergences.append(answers.divergence)
     if any(value is not None for value in divergences):
         rows.append(_row("KL to the original along its answers", (number(value, MAX_DIGITS) for value in divergences)))
     return rows
@@ -256,12 +299,14 @@ def _count(column: Column, answers: AnswersResult | None, name: str) -> str:
     """Return a count of answers of one model: `10 of 16 (worse, p = 0.030)`."""
     if answers is None:
         return UNKNOWN
+
     counts = answers.counts(name)
     total = len(answers.questions)
     if column.is_original:
         return f"{counts[0]} of {total}"
     if len(counts) < 2:
         return f"{counts[-1]} of {total}"
+
     comparison = paired(answers, name)
     return f"{counts[-1]} of {total} ({comparison.verdict}, p = {comparison.p_value:.3f})"
 
@@ -277,14 +322,17 @@ def _median_length(column: Column, answers: AnswersResult | None) -> str:
 def speed_rows(speed: Speed) -> Rows:
     """Return tokens per second, the speed-up where its quartiles show one, and memory."""
     rows: Rows = []
+
     for word, stage in (("reading", speed.prefill), ("writing", speed.decode)):
         for shape, timings in stage.items():
             rates = [number(timing.tokens_per_second, 1) for timing in timings.values()]
             rows.append(_row(f"{word}, tokens/s, {shape}", rates))
+
             speedups = [_speedup(timing) for timing in timings.values()]
             if len(speedups) > 1:
                 speedups[0] = UNKNOWN
                 rows.append(_row(f"{word}, speed-up, {shape}", speedups))
+
     for shape, memory in speed.run_memory.items():
         rows.append(_row(f"memory, {shape}", map(byte_size, memory.values())))
     return rows
@@ -307,7 +355,7 @@ def speed_lines(speed: Speed) -> list[str]:
 
 
 def speed_note(speed: Speed) -> str:
-    """Return how speed was measured."""
+    """Return a description of the measurement of speed."""
     return (
         f"Speed on {speed.device}: {speed.clock} time, {speed.threads} threads, {speed.repeats} repeats in turns, "
         f"{speed.new_tokens} new tokens. The speed-up is the median over the pairs of runs with the first model, with "
@@ -317,18 +365,28 @@ def speed_note(speed: Speed) -> str:
 
 def _notes(measurement: Measurement) -> list[str]:
     """Return the meaning of the intervals, and the languages that got worse."""
-    evaluations = measurement.evaluations
-    lines: list[str] = []
-    for evaluation in evaluations.values():
+    notes: list[str] = []
+
+    for evaluation in measurement.evaluations.values():
         domains = evaluation.domains.values()
         has_loss = any(domain.perplexity is not None for domain in domains)
         has_vectors = any(domain.vectors is not None for domain in domains)
+
         if has_loss or has_vectors:
-            lines.append(f"{INTERVAL}; {FEW_DOCUMENTS}")
+            notes.append(f"{INTERVAL}; {FEW_DOCUMENTS}")
         if has_loss and has_vectors:
-            lines.append(MISSING_TEXT)
+            notes.append(MISSING_TEXT)
         elif has_loss and evaluation.seq_length:
-            prefix = "" if evaluation.prefix is None else f", each begins with {evaluation.prefix!r}"
-            lines.append(f"Samples have {evaluation.seq_length} tokens{prefix}.")
-        lines += language_lines(evaluation.languages)
-    return list(dict.fromkeys(lines))
+            notes.append(_sample_note(evaluation))
+        notes += language_lines(evaluation.languages)
+
+    # Several models have the same notes.
+    return list(dict.fromkeys(notes))
+
+
+def _sample_note(evaluation: Evaluation) -> str:
+    """Return the length of a sample and the token that it begins with."""
+    note = f"Samples have {evaluation.seq_length} tokens"
+    if evaluation.prefix is not None:
+        note += f", each begins with {evaluation.prefix!r}"
+    return f"{note}."

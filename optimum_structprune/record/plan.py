@@ -1,4 +1,4 @@
-"""The plan: which units of the dense model are kept, as a value that changes no model."""
+"""The plan of a pruning: the kept units of the dense model."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Plan:
 
     Attributes:
         model_type: The model type that the plan is for.
-        keep: The kept units as `{(layer, space): indices}`, with `MODEL` (-1) in the place of a layer where a space
-            belongs to the whole model; spaces that are not named keep their full width.
-        sizes: The dense model's greatest width in each kind of space.
-        dense: The `fingerprint` of the dense model; empty, and no sizes, where a plan was made by hand.
+        keep: The kept units as `{(layer, space): indices}`. For a space of the whole model, the layer is `MODEL` (-1).
+            All other spaces keep their full width.
+        sizes: The dense model's greatest width in each kind of space; empty for a plan that was made by hand.
+        dense: The `fingerprint` of the dense model; empty for a plan that was made by hand.
     """
 
     model_type: str
@@ -39,74 +39,90 @@ class Plan:
 
     @classmethod
     def of(cls, model: PreTrainedModel, arch: ArchSpec) -> Plan:
-        """The plan that keeps all of a dense model."""
+        """Return the plan that keeps all units of a dense model."""
         sizes = {kind: max(arch.widths(kind).values()) for kind in arch.offered}
         return cls(arch.model_type, {}, sizes, fingerprint(model))
 
     def widths(self) -> dict[str, dict[int, int]]:
-        """The number of kept units, by kind of space and layer: the width in the config."""
+        """Return the number of kept units by kind of space and layer, which is the width in the config."""
         widths: dict[str, dict[int, int]] = {}
-        for (layer, name), keep in sorted(self.keep.items()):
-            by_layer = widths.setdefault(kind_of(name), {})
-            by_layer[layer] = min(by_layer.get(layer, len(keep)), len(keep))
+
+        for (layer, name), units in sorted(self.keep.items()):
+            widths_of_kind = widths.setdefault(kind_of(name), {})
+            widths_of_kind[layer] = min(widths_of_kind.get(layer, len(units)), len(units))
+
         return widths
 
     def then(self, later: Plan) -> Plan:
-        """This plan and a later one for the smaller model, as one plan for the dense model.
+        """Combine this plan and a later one for the smaller model into one plan for the dense model.
 
-        Where this plan removes whole layers or whole experts, the later one numbers those that remain.
+        If this plan removes whole layers or whole experts, the later plan numbers the remaining ones from 0.
 
         Args:
-            later: The plan for the model that this plan leaves.
+            later: The plan for the model that this plan results in.
 
         Raises:
-            StructPruneError: If the later one keeps units that this plan has removed.
+            StructPruneError: If the later plan keeps units that this plan removes.
         """
         keep = dict(self.keep)
-        try:
-            for (layer, name), units in later.keep.items():
+
+        for (layer, name), units in later.keep.items():
+            try:
                 key = self._dense_key(layer, name)
-                keep[key] = tuple(keep[key][unit] for unit in units) if key in keep else units
-        except IndexError:
-            raise StructPruneError(
-                f"The later plan keeps units of {name!r} that this plan has removed; it is for another model, such as "
-                "the dense one, than this plan leaves."
-            ) from None
-        layers = keep.get((MODEL, LAYER))
-        removed = {key for key in keep if layers is not None and key[0] not in (MODEL, *layers)}
-        return replace(self, keep={key: units for key, units in keep.items() if key not in removed})
+                if key in keep:
+                    units = tuple(keep[key][unit] for unit in units)
+            except IndexError:
+                raise StructPruneError(
+                    f"The later plan keeps units of {name!r} that this plan has removed; it is for another model, "
+                    "such as the dense one, than this plan leaves."
+                ) from None
+            keep[key] = units
+
+        kept_layers = keep.get((MODEL, LAYER))
+        if kept_layers is not None:
+            keep = {key: units for key, units in keep.items() if key[0] == MODEL or key[0] in kept_layers}
+        return replace(self, keep=keep)
 
     def _dense_key(self, layer: int, name: str) -> tuple[int, str]:
-        """The key in the dense model of a space of the model that this plan leaves."""
-        layers = self.keep.get((MODEL, LAYER))
-        if layers is not None and layer != MODEL:
-            layer = layers[layer]
-        experts = self.keep.get((layer, EXPERT))
+        """Return the layer and the name of a space in the dense model.
+
+        Args:
+            layer: The layer of the space in the model that this plan results in.
+            name: The name of the space there.
+        """
+        kept_layers = self.keep.get((MODEL, LAYER))
+        if kept_layers is not None and layer != MODEL:
+            layer = kept_layers[layer]
+
+        kept_experts = self.keep.get((layer, EXPERT))
         kind, _, label = name.partition("/")
-        if experts is not None and label.isdigit():
-            name = f"{kind}/{experts[int(label)]}"
+        if kept_experts is not None and label.isdigit():
+            name = f"{kind}/{kept_experts[int(label)]}"
         return layer, name
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain values for JSON; `from_dict` reads them."""
+        """Return the plan as plain values for JSON; `from_dict` reads them."""
         keep: dict[str, dict[str, list[int]]] = {}
         for (layer, name), units in sorted(self.keep.items()):
             keep.setdefault(name, {})[str(layer)] = list(units)
+
         return {"model_type": self.model_type, "sizes": dict(self.sizes), "dense": self.dense, "keep": keep}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
-        """Inverse of `to_dict`.
+        """Return the plan with these plain values.
+
+        Args:
+            data: The output of `to_dict`.
 
         Raises:
-            StructPruneError: If it is no plan.
+            StructPruneError: If the values do not describe a plan.
         """
+        keep: dict[tuple[int, str], tuple[int, ...]] = {}
         try:
-            keep = {
-                (layer, str(name)): tuple(units)
-                for name, of_layers in data["keep"].items()
-                for layer, units in by_layer(of_layers, repr(name)).items()
-            }
+            for name, units_by_layer in data["keep"].items():
+                for layer, units in by_layer(units_by_layer, repr(name)).items():
+                    keep[layer, str(name)] = tuple(units)
             return cls(data["model_type"], keep, dict(data["sizes"]), data["dense"])
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise StructPruneError(f"This is not a pruning plan: {error!r}.") from error

@@ -1,4 +1,4 @@
-"""The reports of a pruning and of a training, and the records that a run leaves beside its model."""
+"""The reports of a pruning and of a training, and the records that are saved with a model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ResultRecord:
     """Base of the dataclasses that hold the measurements of a run and are saved as JSON."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values; fields that are None are left out."""
+        """Return the fields as plain values, without fields that are None."""
         values: dict[str, Any] = encode(self)
         return values
 
@@ -60,11 +60,13 @@ class ResultRecord:
         """
         if not Path(path).is_file():
             return None
+
         document = read_mapping(Path(path), json.loads)
         try:
             values = unversioned(document, RECORD_VERSION)
         except StructPruneError as error:
             raise StructPruneError(f"{path}: {error}") from error
+
         if document.get(VERSION_KEY, 1) < RECORD_VERSION:
             return None
         return cls.from_dict(values, str(path))
@@ -91,7 +93,7 @@ class RecoveryReport(ResultRecord):
         tokens: The number of training tokens.
         steps: The number of optimizer steps.
         seconds: The duration of the training.
-        domains: The results by domain; `validation text` and `answers` have the divergence alone.
+        domains: The results by domain; `validation text` and `answers` have only the divergence.
         unseen: The results on unseen text; None where it was not measured.
         kept_step: The optimizer step whose checkpoint was kept; 0 if no checkpoint was better than the pruned model.
         stopped: The reason why training ended early; empty where it did not.
@@ -116,20 +118,21 @@ class RecoveryReport(ResultRecord):
     curve: list[CurvePoint] = field(default_factory=list)
 
     def domain(self, name: str) -> DomainResult:
-        """Return the result of a domain, which is added if it is new."""
+        """Return the result of a domain, and add an empty one if the domain is new."""
         return self.domains.setdefault(name, DomainResult())
 
     @property
     def kept(self) -> str:
-        """Say which step of the training was kept."""
+        """Return a phrase that names the kept checkpoint."""
         if not self.kept_step:
             return "no checkpoint was better than the pruned model, so the pruned model is kept"
-        last = " (last)" if self.kept_step == self.steps else ""
-        return f"best checkpoint: step {self.kept_step}{last}"
+        if self.kept_step == self.steps:
+            return f"best checkpoint: step {self.kept_step} (last)"
+        return f"best checkpoint: step {self.kept_step}"
 
     @property
     def has_dense(self) -> bool:
-        """Return whether the original model was measured beside the trained one."""
+        """Return whether the original model was measured on the same text as the trained one."""
         perplexities = [domain.perplexity for domain in self.domains.values() if domain.perplexity is not None]
         return bool(perplexities) and all(figure.dense is not None for figure in perplexities)
 
@@ -146,9 +149,9 @@ class DenseModel:
 
     Attributes:
         name: Its id on the Hub, or its folder.
-        dtype: The dtype in which it was pruned.
-        base_model: Its id on the Hub, where the user has named it.
-        license: Its license, where the user has named it.
+        dtype: Its dtype during the pruning.
+        base_model: Its id on the Hub if the user has given one.
+        license: Its license if the user has given one.
     """
 
     name: str = ""
@@ -175,14 +178,14 @@ class Report(ResultRecord):
         unseen: The results on unseen text; None where there was none.
         languages: The results by language code, where tokens were removed or languages were named.
         answers: The answers of the models to test questions; None where no questions were asked.
-        trimmed: What vocabulary trimming removed; None where it removed nothing.
+        trimmed: The result of vocabulary trimming; None where no token was removed.
         shapes: The widths that were tried, for allocations that measure losses.
-        wish: For a size that was found by its loss: the requested `loss`, the losses on text that was held out from
-            the trials (`measured`), the expected loss with 5% fewer parameters (`next`), and the `trials`.
+        wish: The result of a search for a size by its loss: the requested `loss`, the losses on text that was held
+            out from the trials (`measured`), the expected loss with 5% fewer parameters (`next`), and the `trials`.
         recovery: The training after pruning; None where there was none.
         seconds: The duration by stage.
         changed: Whether the saved weights differ from the measured ones.
-        resumed: Whether the run continued an interrupted one, so that `seconds` covers only the rest.
+        resumed: Whether the run continued an interrupted one. `seconds` then covers the last run only.
     """
 
     model_type: str
@@ -214,14 +217,16 @@ class Report(ResultRecord):
     def finish(self, model: PreTrainedModel, arch: ArchSpec, dense_arch: ArchSpec, plan: Plan) -> None:
         """Enter the size and the widths of the pruned model."""
         self.pruned = _size(model, arch)
-        kept_layers = {MODEL, *plan.keep.get((MODEL, LAYER), range(dense_arch.num_layers))}
+        all_layers = range(dense_arch.num_layers)
+        kept_layers = set(plan.keep.get((MODEL, LAYER), all_layers))
+        self.removed_layers = [layer for layer in all_layers if layer not in kept_layers]
+
         for name, widths in plan.widths().items():
             full = dense_arch.widths(name)
-            by_layer = {layer: width for layer, width in full.items() if layer in kept_layers}
+            by_layer = {layer: width for layer, width in full.items() if layer == MODEL or layer in kept_layers}
             by_layer.update(widths)
             self.widths[name] = by_layer
             self.dense_widths[name] = max(full.values())
-        self.removed_layers = sorted(set(range(dense_arch.num_layers)) - kept_layers)
 
     def timed(self, name: str) -> AbstractContextManager[None]:
         """Add the time spent inside `with` to a stage, without the time of nested stages."""
@@ -230,14 +235,23 @@ class Report(ResultRecord):
     @property
     def sparsity(self) -> float:
         """Return the share of the layer parameters that was removed."""
-        dense = self.dense.layer_parameters
-        return 1 - self.pruned.layer_parameters / dense if dense else 0.0
+        if not self.dense.layer_parameters:
+            return 0.0
+        return 1 - self.pruned.layer_parameters / self.dense.layer_parameters
 
     @property
     def removed(self) -> float:
         """Return the share of all parameters that was removed."""
-        dense = self.dense.parameters
-        return 1 - self.pruned.parameters / dense if dense else 0.0
+        if not self.dense.parameters:
+            return 0.0
+        return 1 - self.pruned.parameters / self.dense.parameters
+
+    @property
+    def latest_answers(self) -> AnswersResult | None:
+        """Return the answers after training, or else the answers after pruning; None where no questions were asked."""
+        if self.recovery is not None and self.recovery.answers is not None:
+            return self.recovery.answers
+        return self.answers
 
     def __str__(self) -> str:
         """Return the printed form: sizes, losses on each domain, answers, and a verdict."""
@@ -255,14 +269,15 @@ def _size(model: PreTrainedModel, arch: ArchSpec) -> SizeResult:
 
 
 class PruneRecords(NamedTuple):
-    """The records of a pruning, which are saved beside the model.
+    """The records of a pruning, which are saved with the model.
 
     Attributes:
         config: The config, with the general text that was read.
         plan: The kept units of the original model.
         report: The measurements of the run.
         manifest: The text that was used, by this run and by earlier ones.
-        checksums: The dtype, the shape and two checksums of each measured weight, by name.
+        checksums: The dtype, the shape and two checksums of each measured weight by name, as
+            `system.fingerprint.checksums` returns them.
     """
 
     config: StructPruneConfig

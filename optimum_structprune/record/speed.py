@@ -44,15 +44,15 @@ class Timing:
 
 @dataclass
 class Speed(ResultRecord):
-    """The numbers that `measure_speed` measured; `str` of it is a table.
+    """The result of `measure_speed`. `str(speed)` is a table.
 
     Attributes:
-        prefill: How fast prompts are read and the first token is chosen, by shape (such as "batch 1, prompt 128") and
-            model.
-        decode: How fast the other tokens are written, by shape and model.
-        run_memory: The bytes that `memory_is` names, by shape and model.
-        new_tokens: The number of tokens written after each prompt.
-        repeats: The number of times that each model ran, in turns with the others.
+        prefill: The speed of reading a prompt and choosing the first token, by shape (such as "batch 1, prompt 128")
+            and model.
+        decode: The speed of generating the next tokens, by shape and model.
+        run_memory: The bytes of memory, by shape and model. `memory_is` describes them.
+        new_tokens: The number of tokens generated after each prompt.
+        repeats: The number of runs of each model. The models take turns.
         threads: The number of threads of torch.
         clock: The unit of the seconds: `wall` is elapsed time, `cpu` is processor time over all threads.
         device: The device of the first model.
@@ -75,7 +75,7 @@ class Speed(ResultRecord):
         return list(next(iter(self.run_memory.values()), {}))
 
     def __str__(self) -> str:
-        """Return a table of tokens per second, speed-ups and memory, and their meaning."""
+        """Return a table of tokens per second, speed-ups and memory, with an explanation."""
         from .measured import speed_lines
 
         return "\n".join(speed_lines(self))

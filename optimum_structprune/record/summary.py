@@ -24,14 +24,14 @@ from .figures import (
     ratios_of,
     technical_ratio,
 )
-from .table import UNKNOWN, aligned, byte_size, number, percent_change, times, with_margin
+from .table import UNKNOWN, aligned, byte_size, number, percent_change, ratio_text, times, with_margin
 from .verdict import LANGUAGE_LIMIT, Level, Verdict, judge, judged_domains, judged_unseen
 
 
 if TYPE_CHECKING:
     from .report import RecoveryReport, Report
 
-# A removed share is warned of if it differs from the requested one by more than this part.
+# A removed share that differs from the requested one by more than this part of it is a warning.
 MAX_DEVIATION = 0.1
 MAX_DOMAINS = 6
 MAX_SCRIPTS = 6
@@ -65,19 +65,23 @@ def report_lines(report: Report, answers: AnswersResult | None = None) -> list[s
         report: The report of a pruning, with the training after it.
         answers: Answers that were collected later; by default those in the report.
     """
-    lines = [f"warning: {CHANGED}"] if report.changed else []
+    lines = []
+    if report.changed:
+        lines.append(f"warning: {CHANGED}")
+
     lines += size_lines(report)
     lines += loss_lines(report)
     lines += vocabulary_lines(report)
     lines += language_lines(report.languages)
 
-    latest = answers or (report.recovery.answers if report.recovery is not None else None) or report.answers
-    if latest is not None:
-        lines.append(answers_line(latest))
-        lines += answers_warning(latest)
+    latest_answers = answers or report.latest_answers
+    if latest_answers is not None:
+        lines.append(answers_line(latest_answers))
+        lines += answers_warning(latest_answers)
+
     if report.recovery is not None:
-        lines.append(training_line(report.recovery))
-        lines += [report.recovery.stopped] if report.recovery.stopped else []
+        lines += training_lines(report.recovery)
+
     verdict = judge(report, answers)
     if verdict is not None:
         lines.append(f"Verdict: {verdict}.")
@@ -85,10 +89,11 @@ def report_lines(report: Report, answers: AnswersResult | None = None) -> list[s
 
 
 def size_lines(report: Report) -> list[str]:
-    """Return the sizes before and after, and the requested share."""
+    """Return the sizes of the original and the pruned model, and the requested share."""
     lines = []
     dense = report.dense
     pruned = report.pruned
+
     if dense.parameters:
         change = percent_change(pruned.parameters / dense.parameters)
         dtype = f" in {report.model.dtype}" if report.model.dtype else ""
@@ -96,14 +101,21 @@ def size_lines(report: Report) -> list[str]:
             f"Parameters: {dense.parameters:,} → {pruned.parameters:,} ({change}); "
             f"weights {byte_size(dense.bytes)} → {byte_size(pruned.bytes)}{dtype}"
         )
-    lines += [phrase for kind, phrase in width_phrases(report).items() if kind != VOCAB]
+
+    for kind, phrase in width_phrases(report).items():
+        if kind != VOCAB:
+            lines.append(phrase)
+
     request = request_line(report)
-    return [*lines, request] if request else lines
+    if request:
+        lines.append(request)
+    return lines
 
 
 def width_phrases(report: Report) -> dict[str, str]:
     """Return the removed share of each kind of space: `FFN channels: 1,536 → 1,152 (-25.0%) in each of 30 layers`."""
     phrases = {}
+
     for kind, by_layer in sorted(report.widths.items()):
         full = report.dense_widths[kind]
         widths = list(by_layer.values())
@@ -113,11 +125,13 @@ def width_phrases(report: Report) -> dict[str, str]:
         change = percent_change(sum(widths) / (full * len(widths)))
         phrase = f"{UNITS.get(kind, kind)}: {full:,} → {number(widths)} ({change})"
         phrase = phrase[:1].upper() + phrase[1:]
+
         if kind == LAYER and report.removed_layers:
             phrase += f": layers {', '.join(map(str, report.removed_layers))} removed"
         elif MODEL not in by_layer:
             phrase += f" in each of {len(widths)} layers"
         phrases[kind] = phrase
+
     return phrases
 
 
@@ -139,34 +153,46 @@ def target_line(target: float, sparsity: float, removed: float) -> str:
         removed: The removed share of all parameters.
     """
     text = f"requested {target:.1%} of the layer parameters, removed {sparsity:.1%} ({removed:.1%} of the whole model)"
+
     if abs(sparsity - target) <= MAX_DEVIATION * target:
         return f"{text[:1].upper()}{text[1:]}."
     return f"warning: {text}; a smaller round_to or other targets may come nearer"
 
 
 def _loss_request(report: Report) -> str:
-    """Return the loss that was requested and what the trials found."""
+    """Return the requested loss and the result of the trial prunings."""
     wish = report.wish
     limit = wish["loss"]
     losses = []
     is_exceeded = False
-    for text, (loss, margin) in wish["measured"].items():
-        interval = "" if margin is None else f" ± {margin:.1%}"
-        losses.append(f"{loss:.1%}{interval} on {text}")
-        is_exceeded = is_exceeded or loss - (margin or 0.0) > limit
 
-    beyond = "more than 100%" if wish["next"] > 1 else f"about {wish['next']:.1%}"
+    for text, (loss, margin) in wish["measured"].items():
+        if margin is None:
+            losses.append(f"{loss:.1%} on {text}")
+            lower_end = loss
+        else:
+            losses.append(f"{loss:.1%} ± {margin:.1%} on {text}")
+            lower_end = loss - margin
+        is_exceeded = is_exceeded or lower_end > limit
+
     start = "warning: target" if is_exceeded else "Target"
+    next_loss = f"about {wish['next']:.1%}"
+    if wish["next"] > 1:
+        next_loss = "more than 100%"
+
     return (
         f"{start} loss {limit:.1%}: {report.removed:.1%} smaller costs {' and '.join(losses)} "
-        f"({len(wish['trials'])} trials); removing another 5% would cost {beyond}"
+        f"({len(wish['trials'])} trials); removing another 5% would cost {next_loss}"
     )
 
 
 def loss_lines(report: Report) -> list[str]:
     """Return the table of losses by domain, and the meaning of its intervals."""
+    lines = []
     table = loss_table(report)
-    lines = [aligned(table)] if table else []
+
+    if table:
+        lines.append(aligned(table))
     lines += loss_notes(report)
     return lines
 
@@ -176,26 +202,43 @@ def size_table(report: Report) -> list[list[str]]:
     dense = report.dense
     pruned = report.pruned
     rows = []
+
     for kind, by_layer in sorted(report.widths.items()):
         full = report.dense_widths[kind]
         widths = list(by_layer.values())
         label = UNITS.get(kind, kind)
-        label = label if MODEL in by_layer else f"{label} per layer"
+        if MODEL not in by_layer:
+            label += " per layer"
         rows.append([label, number(full), number(widths), percent_change(sum(widths) / (full * len(widths)))])
 
-    sizes = [("parameters", dense.parameters, pruned.parameters)]
-    sizes.append(("parameters of the layers", dense.layer_parameters, pruned.layer_parameters))
-    rows += [[label, f"{old:,}", f"{new:,}", percent_change(new / old)] for label, old, new in sizes if old]
+    if dense.parameters:
+        rows.append(_count_row("parameters", dense.parameters, pruned.parameters))
+    if dense.layer_parameters:
+        rows.append(_count_row("parameters of the layers", dense.layer_parameters, pruned.layer_parameters))
     if dense.bytes:
         change = percent_change(pruned.bytes / dense.bytes)
         rows.append(["weights", byte_size(dense.bytes), byte_size(pruned.bytes), change])
-    return [["", "original", "pruned", "change"], *rows] if rows else []
+
+    if not rows:
+        return []
+    rows.insert(0, ["", "original", "pruned", "change"])
+    return rows
+
+
+def _count_row(label: str, dense: int, pruned: int) -> list[str]:
+    """Return a row with the counts of the original and the pruned model, and the change."""
+    return [label, f"{dense:,}", f"{pruned:,}", percent_change(pruned / dense)]
 
 
 def loss_table(report: Report) -> list[list[str]]:
-    """Return the losses by domain relative to the original model, with one column for each model after it."""
-    if any(domain.vectors is not None for domain in report.domains.values()):
+    """Return the losses by domain relative to the original model.
+
+    The table has a column for the pruned model. If the model was trained after pruning and compared with the original
+    one, a second column shows the recovered model.
+    """
+    if _has_vectors(report.domains):
         return _vector_table(report.domains)
+
     recovery = report.recovery
     has_recovered = recovery is not None and recovery.has_dense
     return _ratio_table(judged_domains(report), judged_unseen(report), has_recovered)
@@ -206,21 +249,18 @@ def loss_notes(report: Report) -> list[str]:
     recovery = report.recovery
     domains = report.domains
     unseen = report.unseen
-    notes = []
     if recovery is not None and recovery.has_dense:
         domains = recovery.domains
         unseen = recovery.unseen or unseen
 
-    if any(domain.vectors is not None for domain in domains.values()):
+    notes = []
+    if _has_vectors(domains):
         notes.append(f"Neighbours kept: share of the 10 nearest texts. {INTERVAL}.")
-        if any(domain.perplexity is not None for domain in domains.values()):
+        if _has_perplexity(domains):
             notes.append(MISSING_TEXT)
     elif ratios_of(domains):
-        counts = [domain.documents for domain in domains.values()]
-        counts += [] if unseen is None else [unseen.documents]
-        has_few = any(0 < count < MANY_DOCUMENTS for count in counts)
-        notes.append(f"{INTERVAL}; {FEW_DOCUMENTS}." if has_few else f"{INTERVAL}.")
-        notes[0] += _spread_of(domains)
+        notes.append(_interval_note(domains, unseen))
+
     infinite = [name for name, figure in ratios_of(domains).items() if figure.ratio == inf]
     if infinite:
         notes.append(f"warning: the perplexity is infinite on {', '.join(infinite)}; the model cannot be used there")
@@ -229,12 +269,31 @@ def loss_notes(report: Report) -> list[str]:
     return notes
 
 
-def _spread_of(domains: Mapping[str, DomainResult]) -> str:
-    """Return the lowest and the highest ratio of several domains as a sentence."""
+def _has_vectors(domains: Mapping[str, DomainResult]) -> bool:
+    """Return whether the vectors of an encoder were compared on any domain."""
+    return any(domain.vectors is not None for domain in domains.values())
+
+
+def _has_perplexity(domains: Mapping[str, DomainResult]) -> bool:
+    """Return whether perplexity was measured on any domain."""
+    return any(domain.perplexity is not None for domain in domains.values())
+
+
+def _interval_note(domains: Mapping[str, DomainResult], unseen: UnseenResult | None) -> str:
+    """Return the meaning of the intervals, and the lowest and the highest ratio of several domains."""
+    document_counts = [domain.documents for domain in domains.values()]
+    if unseen is not None:
+        document_counts.append(unseen.documents)
+
+    note = INTERVAL
+    if any(0 < count < MANY_DOCUMENTS for count in document_counts):
+        note += f"; {FEW_DOCUMENTS}"
+    note += "."
+
     ratios = [figure.ratio or 0.0 for figure in ratios_of(domains).values()]
-    if len(ratios) < 2:
-        return ""
-    return f" Domains differ: {min(ratios):.2f}× to {max(ratios):.2f}×."
+    if len(ratios) > 1:
+        note += f" Domains differ: {min(ratios):.2f}× to {max(ratios):.2f}×."
+    return note
 
 
 def _ratio_table(
@@ -248,28 +307,47 @@ def _ratio_table(
         has_recovered: Whether there is a column for the recovered model.
     """
     figures = ratios_of(domains)
-    models = ["pruned", "recovered"] if has_recovered else ["pruned"]
     rows = []
+
     for name, figure in _worst_first(figures)[:MAX_DOMAINS]:
         rows.append(_ratio_row(name, figure, domains[name].documents, has_recovered))
     if len(figures) > MAX_DOMAINS:
-        rows.append([f"({len(figures) - MAX_DOMAINS} domains with lower losses)", *[""] * len(models)])
+        rows.append([f"({len(figures) - MAX_DOMAINS} domains with lower losses)", ""])
+        if has_recovered:
+            rows[-1].append("")
     if len(figures) > 1:
         rows.append(_mean_row(figures, has_recovered))
 
     if unseen is not None and unseen.perplexity is not None:
-        has_value = has_recovered and unseen.perplexity.recovered is not None
-        row = _ratio_row(unseen_label(unseen), unseen.perplexity, unseen.documents, has_value)
-        rows.append(row if has_value or not has_recovered else [*row, UNKNOWN])
+        rows.append(_unseen_row(unseen, unseen.perplexity, has_recovered))
     if has_recovered:
         rows += _divergence_row(domains)
-    return [["Perplexity relative to the original", *models], *rows] if rows else []
+
+    if not rows:
+        return []
+    head = ["Perplexity relative to the original", "pruned"]
+    if has_recovered:
+        head.append("recovered")
+    rows.insert(0, head)
+    return rows
+
+
+def _unseen_row(unseen: UnseenResult, figure: Figure, has_recovered: bool) -> list[str]:
+    """Return the ratio of each model on unseen text, where the recovered model may not have been measured."""
+    label = unseen_label(unseen)
+    if not has_recovered or figure.recovered is not None:
+        return _ratio_row(label, figure, unseen.documents, has_recovered)
+
+    row = _ratio_row(label, figure, unseen.documents, has_recovered=False)
+    row.append(UNKNOWN)
+    return row
 
 
 def _divergence_row(domains: Mapping[str, DomainResult]) -> list[list[str]]:
-    """Return the row of the mean KL divergence before and after training."""
+    """Return the row of the mean KL divergence of the pruned and the recovered model."""
     divergences = [domain.divergence for domain in domains.values() if domain.perplexity is not None]
     mean = mean_figure(figure for figure in divergences if figure is not None)
+
     if mean.pruned is None or mean.recovered is None:
         return []
     return [["KL to the original, mean (nats per token)", f"{mean.pruned:.3f}", f"{mean.recovered:.3f}"]]
@@ -288,12 +366,15 @@ def _ratio_row(label: str, figure: Figure, documents: int, has_recovered: bool) 
     last = times(figure.ratio or 0.0, figure.margin, documents)
     if not has_recovered:
         return [label, last]
-    pruned = figure.pruned_ratio
-    return [label, UNKNOWN if pruned is None else _like(pruned, figure.margin), last]
+
+    pruned = UNKNOWN
+    if figure.pruned_ratio is not None:
+        pruned = _like(figure.pruned_ratio, figure.margin)
+    return [label, pruned, last]
 
 
 def _like(ratio: float, margin: float | None) -> str:
-    """Return a ratio with as many decimal places as another one with this margin."""
+    """Return a ratio with as many decimal places as a ratio with this margin."""
     return times(ratio, margin).partition(" ")[0]
 
 
@@ -304,36 +385,46 @@ def _mean_row(figures: Mapping[str, Figure], has_recovered: bool) -> list[str]:
     last = times(mean, margin)
     if not has_recovered:
         return [label, last]
-    before = [Figure(dense=figure.dense, pruned=figure.pruned) for figure in figures.values()]
-    return [label, _like(mean_ratio(before)[0], margin), last]
+
+    pruned_figures = [Figure(dense=figure.dense, pruned=figure.pruned) for figure in figures.values()]
+    pruned_mean, _ = mean_ratio(pruned_figures)
+    return [label, _like(pruned_mean, margin), last]
 
 
 def unseen_label(unseen: UnseenResult) -> str:
     """Return the name of unseen text with its origin."""
-    origin = "sampled from the original model" if unseen.source == "model-written" else unseen.source
-    return f"unseen text ({origin})" if origin else "unseen text"
+    if unseen.source == "model-written":
+        return "unseen text (sampled from the original model)"
+    if unseen.source:
+        return f"unseen text ({unseen.source})"
+    return "unseen text"
 
 
 def _without_teacher(recovery: RecoveryReport) -> list[str]:
     """Return the effect of a training that was not measured against the original model."""
     figures = ratios_of(recovery.domains)
-    shown = [f"{name} {times(figure.ratio or 0.0, figure.margin)}" for name, figure in figures.items()]
-    return [f"Perplexity relative to the pruned model after training: {', '.join(shown)}"] if shown else []
+    if not figures:
+        return []
+
+    ratios = [f"{name} {times(figure.ratio or 0.0, figure.margin)}" for name, figure in figures.items()]
+    return [f"Perplexity relative to the pruned model after training: {', '.join(ratios)}"]
 
 
 def _vector_table(domains: Mapping[str, DomainResult]) -> list[list[str]]:
-    """Return how near the vectors of an encoder are to the original ones."""
-    has_loss = any(domain.perplexity is not None for domain in domains.values())
+    """Return the similarity of an encoder's vectors to the original vectors, by domain."""
+    has_perplexity = _has_perplexity(domains)
     head = ["Vectors compared with the original", "cosine", "neighbours kept"]
-    rows = [[*head, "missing text"] if has_loss else head]
+    if has_perplexity:
+        head.append("missing text")
+
+    rows = [head]
     for name, domain in domains.items():
-        vectors = domain.vectors
-        if vectors is None:
+        if domain.vectors is None:
             continue
-        row = [name, _value(vectors.cosine), _value(vectors.neighbours)]
-        if has_loss:
-            figure = domain.perplexity
-            row.append(UNKNOWN if figure is None or figure.ratio is None else times(figure.ratio, figure.margin))
+
+        row = [name, _value(domain.vectors.cosine), _value(domain.vectors.neighbours)]
+        if has_perplexity:
+            row.append(UNKNOWN if domain.perplexity is None else ratio_text(domain.perplexity))
         rows.append(row)
     return rows
 
@@ -346,14 +437,17 @@ def _value(figure: Figure | None) -> str:
 
 
 def vocabulary_lines(report: Report) -> list[str]:
-    """Return how many tokens were removed, and what share of words is split now."""
+    """Return the number of removed tokens, and the share of words that are split into more tokens."""
     trimmed = report.trimmed
     if trimmed is None:
         return []
 
     size = report.dense_widths[VOCAB]
-    line = f"Vocabulary: {size:,} → {size - trimmed.tokens:,} entries; the removed ones are "
-    lines = [f"{line}{trimmed.respelled:.2%} of the held-out tokens"]
+    lines = [
+        f"Vocabulary: {size:,} → {size - trimmed.tokens:,} entries; the removed ones are {trimmed.respelled:.2%} of "
+        "the held-out tokens"
+    ]
+
     unseen = report.unseen
     if unseen is not None and unseen.split_words is not None:
         lines.append(
@@ -368,34 +462,48 @@ def vocabulary_lines(report: Report) -> list[str]:
 
 
 def language_lines(languages: Mapping[str, LanguageResult]) -> list[str]:
-    """Return the cost of the wanted languages, and the languages that got worse."""
+    """Return the cost of the requested languages, and the languages that got worse."""
     measured = {code: result for code, result in languages.items() if result.is_measured}
     if not measured:
         return []
 
-    unit = "bits per byte" if any(result.known is not None for result in measured.values()) else "tokens"
-    known = dict(known_languages(measured))
-    wanted = [code for code, result in measured.items() if result.wanted]
-    worse = [code for code, ratio in known.items() if ratio > LANGUAGE_LIMIT]
+    # The result says whether the original model knows a language only where bits were measured.
+    unit = "tokens"
+    if any(result.known is not None for result in measured.values()):
+        unit = "bits per byte"
 
     lines = []
-    if wanted:
-        lines.append(f"Wanted languages ({unit}): {', '.join(_language(code, measured[code]) for code in wanted)}")
-    shown = [f"{LANGUAGES[code]} {known[code]:.2f}×" for code in worse[:MAX_SCRIPTS]]
-    details = f": {', '.join(shown)}" if shown else ""
-    limit = f"by more than {LANGUAGE_LIMIT - 1:.0%}"
-    lines.append(f"Languages checked: {len(known)}; {len(worse) or 'none'} got worse {limit} ({unit}){details}")
+    requested = [_language(code, result) for code, result in measured.items() if result.wanted]
+    if requested:
+        lines.append(f"Wanted languages ({unit}): {', '.join(requested)}")
+
+    ratios = dict(known_languages(measured))
+    worse = [f"{LANGUAGES[code]} {ratio:.2f}×" for code, ratio in ratios.items() if ratio > LANGUAGE_LIMIT]
+    line = f"Languages checked: {len(ratios)}; {len(worse) or 'none'} got worse by more than {LANGUAGE_LIMIT - 1:.0%}"
+    line += f" ({unit})"
+    if worse:
+        line += f": {', '.join(worse[:MAX_SCRIPTS])}"
+    lines.append(line)
     return lines
 
 
 def _language(code: str, result: LanguageResult) -> str:
     """Return the name of a language with its relative cost."""
     text = f"{LANGUAGES[code]} {times(result.cost.ratio or 0.0)}"
+
     if not result.is_known:
         text += " (not supported by the original model)"
     if result.vectors is not None and result.vectors.cosine is not None:
         text += f" (cosine {_value(result.vectors.cosine)})"
     return text
+
+
+def training_lines(recovery: RecoveryReport) -> list[str]:
+    """Return the cost of a training, and the reason if it ended early."""
+    lines = [training_line(recovery)]
+    if recovery.stopped:
+        lines.append(recovery.stopped)
+    return lines
 
 
 def training_line(recovery: RecoveryReport) -> str:
@@ -407,14 +515,16 @@ def training_line(recovery: RecoveryReport) -> str:
 
 def recovery_lines(recovery: RecoveryReport) -> list[str]:
     """Return the printed form of a training whose pruning has no report."""
-    lines = _without_teacher(recovery)
     if recovery.has_dense:
         lines = [aligned(_ratio_table(recovery.domains, recovery.unseen, has_recovered=True)), f"{INTERVAL}."]
+    else:
+        lines = _without_teacher(recovery)
+
     if recovery.answers is not None:
         lines.append(answers_line(recovery.answers))
         lines += answers_warning(recovery.answers)
-    lines.append(training_line(recovery))
-    return [*lines, recovery.stopped] if recovery.stopped else lines
+    lines += training_lines(recovery)
+    return lines
 
 
 def next_command(verdict: Verdict | None, model: str, output: str, is_recovered: bool = False) -> str:
@@ -428,20 +538,23 @@ def next_command(verdict: Verdict | None, model: str, output: str, is_recovered:
     """
     if verdict is not None and verdict.level in (Level.OWN_DOMAINS, Level.RECOVER) and not is_recovered:
         return join(["structprune", "recover", output, f"{output.rstrip('/')}-recovered", "--teacher", model])
+
     words = join(["structprune", "evaluate", output, "--against", model])
     return f"{words} --domain NAME=SOURCE"
 
 
 def details(report: Report) -> Iterator[str]:
-    """Yield the remarks that the page and the card have beside the printed lines."""
+    """Yield the remarks that only the page and the card show."""
     for kind, by_layer in sorted(report.widths.items()):
         widths = list(by_layer.values())
         if len(set(widths)) > 1:
             yield f"{UNITS.get(kind, kind)} by layer: {' '.join(map(str, widths))}"
+
     if report.unseen is None:
         yield "Unseen text was not measured, because none was available."
     elif report.unseen.source == "built-in":
         yield SIMPLE_TEXT
+
     if report.trimmed is not None:
         yield from _trim_details(report.trimmed)
     if len(report.shapes) > 1:
@@ -450,9 +563,10 @@ def details(report: Report) -> Iterator[str]:
 
 
 def _trim_details(trimmed: TrimResult) -> Iterator[str]:
-    """Yield the reasons for which tokens were kept, and the scripts of the removed ones."""
-    kept = [f"{REASONS.get(reason, reason)} {count:,}" for reason, count in sorted(trimmed.reasons.items())]
-    yield f"Tokens were kept because they are: {', '.join(kept)}."
+    """Yield the number of kept tokens by reason, and the number of removed tokens by script."""
+    reasons = [f"{REASONS.get(reason, reason)} {count:,}" for reason, count in sorted(trimmed.reasons.items())]
+    yield f"Tokens were kept because they are: {', '.join(reasons)}."
+
     if trimmed.scripts:
         yield f"Removed tokens by script: {_by_count(trimmed.scripts)}."
 
@@ -460,20 +574,29 @@ def _trim_details(trimmed: TrimResult) -> Iterator[str]:
 def _by_count(scripts: Mapping[str, int]) -> str:
     """Return the scripts with the largest counts."""
     largest = sorted(scripts.items(), key=lambda item: -item[1])
-    shown = ", ".join(f"{name.title()} {count:,}" for name, count in largest[:MAX_SCRIPTS])
-    rest = len(largest) - MAX_SCRIPTS
-    return f"{shown} and {rest} others" if rest > 0 else shown
+    text = ", ".join(f"{name.title()} {count:,}" for name, count in largest[:MAX_SCRIPTS])
+
+    num_others = len(largest) - MAX_SCRIPTS
+    if num_others > 0:
+        text += f" and {num_others} others"
+    return text
 
 
 def _shape_line(shape: Mapping[str, object]) -> str:
     """Return one of the shapes that an allocation tried."""
     widths = shape["widths"]
     assert isinstance(widths, Mapping)
+
     parts = []
     for kind, width in widths.items():
-        values = [*width.values()] if isinstance(width, Mapping) else [width]
+        values = [width]
+        if isinstance(width, Mapping):
+            values = list(width.values())
         parts.append(f"{UNITS.get(kind, kind)} {number(values)}")
-    loss = shape["loss"]
-    is_finite = isinstance(loss, (int, float)) and isfinite(loss)
+
     verb = "Chosen" if shape["chosen"] else "Tried"
-    return f"{verb}: {shape['proposed_by']} ({', '.join(parts)}), KL {f'{loss:.4f}' if is_finite else 'not finite'}"
+    loss = shape["loss"]
+    divergence = "not finite"
+    if isinstance(loss, (int, float)) and isfinite(loss):
+        divergence = f"{loss:.4f}"
+    return f"{verb}: {shape['proposed_by']} ({', '.join(parts)}), KL {divergence}"

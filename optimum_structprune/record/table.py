@@ -15,19 +15,21 @@ from .figures import Figure
 UNKNOWN = "–"
 PERCENT = "percent"
 MAX_DIGITS = 3
+# The units of byte sizes, the largest first.
+BYTE_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 # The active characters of Markdown, and the parts of addresses that GitHub and the Hub turn into links.
 ACTIVE = re.compile(r"[\\`*_~\[\]<&|$@]|:(?=//)|(?<=www)\.", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One figure of several models: a number, a range of numbers, or None where it is unknown, for each model.
+    """One figure of several models.
 
     Attributes:
         label: The name of the figure.
-        values: The value of each model.
+        values: The value of each model: a number, a range of numbers, or None where it is unknown.
         digits: The number of decimal places.
-        change: `PERCENT` to show how the last value differs from the first one, otherwise empty.
+        change: `PERCENT` to show the change from the first value to the last one, otherwise empty.
     """
 
     label: str
@@ -37,11 +39,16 @@ class Row:
 
     def cells(self) -> list[str]:
         """Return the label, the values and the change as text."""
-        return [self.label, *(number(value, self.digits) for value in self.values), self._change()]
+        cells = [self.label]
+        cells += [number(value, self.digits) for value in self.values]
+        cells.append(self._change())
+        return cells
 
     def _change(self) -> str:
+        """Return the change from the first value to the last one, or nothing if it is not shown or not known."""
         first = _mean(self.values[0])
         last = _mean(self.values[-1])
+
         if not self.change or not first or last is None:
             return ""
         return percent_change(last / first)
@@ -49,13 +56,16 @@ class Row:
 
 def _mean(value: float | Sequence[float] | None) -> float | None:
     """Return a number, or the mean of a range."""
-    return fmean(value) if isinstance(value, Sequence) else value
+    if isinstance(value, Sequence):
+        return fmean(value)
+    return value
 
 
 def number(value: float | Sequence[float] | None, digits: int = 0) -> str:
     """Format a number, or the ends of a range: `1,536`, `1,024-1,536`."""
     if value is None:
         return UNKNOWN
+
     if isinstance(value, Sequence):
         ends = sorted({min(value), max(value)})
         return "-".join(f"{end:,.{digits}f}" for end in ends)
@@ -69,6 +79,7 @@ def with_margin(value: float, margin: float | None, digits: int = MAX_DIGITS) ->
     """
     if margin is None or not isfinite(margin):
         return f"{value:,.{digits}f}"
+
     places = margin_digits(margin)
     return f"{value:,.{places}f} ± {margin:.{places}f}"
 
@@ -93,13 +104,18 @@ def times(ratio: float, margin: float | None = None, documents: int | None = Non
     if not isfinite(ratio):
         return "infinite"
 
-    is_few = documents is not None and 0 < documents < MANY_DOCUMENTS
-    few = " (few documents)" if is_few else ""
-    if margin is None or not isfinite(margin):
-        places = 1 if is_few else MAX_DIGITS
-        return f"{ratio:,.{places}f}×{few}"
-    places = margin_digits(margin)
-    return f"{ratio:,.{places}f}× ± {margin:.{places}f}{few}"
+    has_few_documents = documents is not None and 0 < documents < MANY_DOCUMENTS
+    if margin is not None and isfinite(margin):
+        places = margin_digits(margin)
+        text = f"{ratio:,.{places}f}× ± {margin:.{places}f}"
+    elif has_few_documents:
+        text = f"{ratio:,.1f}×"
+    else:
+        text = f"{ratio:,.{MAX_DIGITS}f}×"
+
+    if has_few_documents:
+        text += " (few documents)"
+    return text
 
 
 def percent_change(ratio: float) -> str:
@@ -109,29 +125,41 @@ def percent_change(ratio: float) -> str:
 
 def byte_size(count: float) -> str:
     """Format a number of bytes in decimal units: `269 MB`."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+    for unit, name in BYTE_UNITS:
         if count >= unit:
-            amount = count / unit
-            return f"{amount:,.0f} {name}" if amount >= 100 else f"{amount:,.1f} {name}"
+            digits = 0 if count >= 100 * unit else 1
+            return f"{count / unit:,.{digits}f} {name}"
     return f"{count:,.0f} bytes"
 
 
 def cells(models: Sequence[str], rows: Iterable[Row]) -> list[list[str]]:
-    """Return rows as text under the names of the models; an empty last column is left out."""
-    table = [["", *models, ""], *(row.cells() for row in rows)]
+    """Return rows as text under the names of the models, without the last column if it is empty."""
+    head = [""]
+    head.extend(models)
+    head.append("")
+
+    table = [head]
+    table.extend(row.cells() for row in rows)
     if any(line[-1] for line in table):
         return table
     return [line[:-1] for line in table]
 
 
 def aligned(table: Sequence[Sequence[str]]) -> str:
-    """Return rows of equally many cells as lines of text; the first column is aligned left, the others right."""
+    """Return a table as lines of text. The first column is aligned to the left, the others to the right.
+
+    Args:
+        table: The rows, all with the same number of cells.
+    """
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = []
+
     for row in table:
-        first = row[0].ljust(widths[0])
-        others = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join([first, *others]).rstrip())
+        cells = [row[0].ljust(widths[0])]
+        for cell, width in zip(row[1:], widths[1:], strict=True):
+            cells.append(cell.rjust(width))
+        lines.append("  ".join(cells).rstrip())
+
     return "\n".join(lines)
 
 
@@ -141,7 +169,11 @@ def escaped(text: str) -> str:
 
 
 def markdown(table: Sequence[Sequence[str]]) -> str:
-    """Return rows of equally many cells as a Markdown table; the first row is its head."""
+    """Return a table as Markdown.
+
+    Args:
+        table: The rows, all with the same number of cells. The first row is the head.
+    """
     lines = [f"| {' | '.join(map(escaped, row))} |" for row in table]
     lines.insert(1, f"|{'---|' * len(table[0])}")
     return "\n".join(lines)

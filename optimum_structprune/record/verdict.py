@@ -1,4 +1,4 @@
-"""The verdict on a pruned model: what it can be used for, by its measured losses."""
+"""Judge a pruned model by its measured losses."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Level(IntEnum):
-    """What a model can be used for, from the best to the worst."""
+    """The levels of a verdict, from the best to the worst."""
 
     READY = 0
     TEST_FIRST = 1
@@ -41,14 +41,14 @@ class Level(IntEnum):
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that a model may lose for a level.
+    """The limits of a level.
 
     Attributes:
-        mean: The geometric mean of the perplexity ratios of the calibration domains.
-        worst: The largest of these ratios.
-        unseen: The perplexity ratio on unseen text.
-        kept_answers: The least share of correct answers that stay correct.
-        new_loops: The share of questions whose answers become repetitive.
+        mean: The highest geometric mean of the perplexity ratios of the calibration domains.
+        worst: The highest perplexity ratio of a calibration domain.
+        unseen: The highest perplexity ratio on unseen text.
+        kept_answers: The lowest share of the original model's correct answers that are still correct.
+        new_loops: The highest share of questions whose answers become repetitive.
     """
 
     mean: float
@@ -65,7 +65,8 @@ LIMITS = {
     Level.OWN_DOMAINS: Limits(mean=1.2, worst=1.3, unseen=inf, kept_answers=0.85, new_loops=1 / 8),
     Level.RECOVER: Limits(mean=1.6, worst=2.0, unseen=inf, kept_answers=0.4, new_loops=1 / 4),
 }
-# For encoders, the least share of the 10 nearest neighbours that is kept: in the mean, and on the worst domain.
+# The limits for encoders: the lowest share of the 10 nearest neighbours that both models have in common, as the mean
+# over the domains and on the worst domain.
 NEIGHBOUR_LIMITS = {Level.READY: (0.95, 0.93), Level.TEST_FIRST: (0.75, 0.7), Level.RECOVER: (0.6, 0.5)}
 # A language got worse if it takes this many times the bits or tokens.
 LANGUAGE_LIMIT = 1.02
@@ -84,14 +85,14 @@ UNASKED = "answers were not checked"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a model can be used for.
+    """The verdict on a model.
 
     Attributes:
         level: The level.
         advice: The level in words.
         reasons: The figures that rule out the next better level.
         worse_languages: The names of languages that got worse.
-        unsupported_languages: The names of wanted languages that the original model does not support.
+        unsupported_languages: The names of requested languages that the original model does not support.
         has_answers: Whether test questions were asked.
     """
 
@@ -107,6 +108,7 @@ class Verdict:
         parts = [self.advice]
         if self.reasons:
             parts[0] += f" ({', '.join(self.reasons)})"
+
         if self.worse_languages:
             parts.append(f"{_some(self.worse_languages)} got worse")
         if self.unsupported_languages:
@@ -118,13 +120,13 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The figures that decide on a verdict.
+    """The figures that a verdict depends on.
 
     Attributes:
         ratios: The perplexities by calibration domain.
         unseen: The perplexity on unseen text; None where it was not measured.
         answers: The answers of the original and the last model; None where only one of them was asked.
-        is_simple_text: Whether the unseen text is built-in, on which a model loses least.
+        is_simple_text: Whether the unseen text is built-in. It is simpler than other text, so models lose less on it.
         is_recovered: Whether a training changed the model.
     """
 
@@ -144,19 +146,14 @@ class Evidence:
         """
         recovery = report.recovery
         unseen = judged_unseen(report)
-        latest = answers or (recovery.answers if recovery is not None else None) or report.answers
+        latest_answers = answers or report.latest_answers
         return cls(
             ratios=ratios_of(judged_domains(report)),
             unseen=None if unseen is None else unseen.perplexity,
-            answers=latest if is_compared(latest) else None,
+            answers=latest_answers if is_compared(latest_answers) else None,
             is_simple_text=report.unseen is not None and report.unseen.source == "built-in",
             is_recovered=recovery is not None and bool(recovery.kept_step),
         )
-
-    @property
-    def mean(self) -> float:
-        """Return the geometric mean of the perplexity ratios."""
-        return mean_ratio(self.ratios.values())[0]
 
     @property
     def worst_domain(self) -> str:
@@ -166,18 +163,24 @@ class Evidence:
     @property
     def worst(self) -> float:
         """Return the largest perplexity ratio."""
-        return self.ratios[self.worst_domain].ratio or 0.0
+        return self.worst_figure.ratio or 0.0
+
+    @property
+    def worst_figure(self) -> Figure:
+        """Return the perplexity of the domain with the largest ratio."""
+        return self.ratios[self.worst_domain]
 
     @property
     def kept_answers(self) -> tuple[int, int]:
-        """Return the number of correct answers that stay correct, and the number of correct answers before."""
-        questions = [] if self.answers is None else self.answers.questions
-        correct = [question for question in questions if question.first.right]
+        """Return how many of the original model's correct answers are still correct, and how many there were."""
+        if self.answers is None:
+            return 0, 0
+        correct = [question for question in self.answers.questions if question.first.right]
         return sum(question.last.right for question in correct), len(correct)
 
     @property
     def new_loops(self) -> int:
-        """Return how many more answers are repetitive."""
+        """Return the increase in the number of repetitive answers."""
         if self.answers is None:
             return 0
         counts = self.answers.counts("loops")
@@ -186,19 +189,32 @@ class Evidence:
     def violations(self, limits: Limits) -> list[str]:
         """Return the figures that exceed limits, in words."""
         violations = []
-        if self.mean > limits.mean:
-            violations.append(f"{times(self.mean, mean_ratio(self.ratios.values())[1])} on the calibration domains")
-        if self.worst > limits.worst:
-            violations.append(f"{times(self.worst, self.ratios[self.worst_domain].margin)} on {self.worst_domain}")
-        if self.unseen is not None and (self.unseen.ratio or 0.0) > limits.unseen:
-            violations.append(f"{times(self.unseen.ratio or 0.0, self.unseen.margin)} on unseen text")
-        elif self.unseen is None and self.mean > limits.unseen:
-            violations.append("unseen text was not measured")
+        mean, margin = mean_ratio(self.ratios.values())
 
-        kept, correct = self.kept_answers
-        if kept < limits.kept_answers * correct:
-            violations.append(f"{kept} of {correct} correct answers kept")
-        if self.answers is not None and self.new_loops > limits.new_loops * len(self.answers.questions):
+        if mean > limits.mean:
+            violations.append(f"{times(mean, margin)} on the calibration domains")
+        if self.worst > limits.worst:
+            violations.append(f"{times(self.worst, self.worst_figure.margin)} on {self.worst_domain}")
+
+        if self.unseen is None:
+            if mean > limits.unseen:
+                violations.append("unseen text was not measured")
+        elif (self.unseen.ratio or 0.0) > limits.unseen:
+            violations.append(f"{times(self.unseen.ratio or 0.0, self.unseen.margin)} on unseen text")
+
+        violations += self._violations_in_answers(limits)
+        return violations
+
+    def _violations_in_answers(self, limits: Limits) -> list[str]:
+        """Return the figures of the answers that exceed limits, in words."""
+        if self.answers is None:
+            return []
+        violations = []
+
+        num_kept, num_correct = self.kept_answers
+        if num_kept < limits.kept_answers * num_correct:
+            violations.append(f"{num_kept} of {num_correct} correct answers kept")
+        if self.new_loops > limits.new_loops * len(self.answers.questions):
             violations.append(f"{self.new_loops} more repetitive answers")
         return violations
 
@@ -214,14 +230,16 @@ def judge(report: Report, answers: AnswersResult | None = None) -> Verdict | Non
     """
     if any(domain.vectors is not None for domain in report.domains.values()):
         return _judge_vectors(report)
+
     evidence = Evidence.of(report, answers)
     if not evidence.ratios or not report.dense.parameters:
         return None
 
-    # Without answers, and on simple text alone, the best level is not given.
+    # Nothing justifies the best level without answers, or with simple text alone.
     can_be_ready = evidence.answers is not None and not evidence.is_simple_text
     reasons: list[str] = []
     level = Level.UNUSABLE
+
     for candidate, limits in LIMITS.items():
         violations = evidence.violations(limits)
         if not violations and (can_be_ready or candidate is not Level.READY):
@@ -229,84 +247,119 @@ def judge(report: Report, answers: AnswersResult | None = None) -> Verdict | Non
             break
         reasons = violations
 
-    advice = LONGER if level is Level.RECOVER and evidence.is_recovered else ADVICE[level]
+    advice = ADVICE[level]
+    if level is Level.RECOVER and evidence.is_recovered:
+        advice = LONGER
+
     worse, unsupported = _languages(report)
     return Verdict(level, advice, reasons, worse, unsupported, has_answers=evidence.answers is not None)
 
 
 def judged_domains(report: Report) -> Mapping[str, DomainResult]:
-    """Return the results that a model is judged by: those after training, if the original model was measured there."""
+    """Return the results by domain that the verdict is based on.
+
+    These are the results after training, if the original model was measured there.
+    """
     if report.recovery is not None and report.recovery.has_dense:
         return report.recovery.domains
     return report.domains
 
 
 def judged_unseen(report: Report) -> UnseenResult | None:
-    """Return the latest result on unseen text, with an interval that holds technical text after trimming."""
+    """Return the latest result on unseen text.
+
+    After vocabulary trimming its interval includes the loss that technical text may have.
+    """
     unseen = report.unseen
     split_words = None if unseen is None else unseen.split_words
     recovery = report.recovery
     if recovery is not None and recovery.unseen is not None and recovery.unseen.perplexity is not None:
         unseen = recovery.unseen
+
     if unseen is None or unseen.perplexity is None:
         return unseen
-    return replace(unseen, perplexity=with_technical_margin(unseen.perplexity, split_words), split_words=split_words)
+    perplexity = with_technical_margin(unseen.perplexity, split_words)
+    return replace(unseen, perplexity=perplexity, split_words=split_words)
 
 
 def _judge_vectors(report: Report) -> Verdict | None:
     """Return the verdict on an encoder by its vectors and by its loss, if it has one."""
-    lowest = {}
-    for name, domain in report.domains.items():
-        neighbours = None if domain.vectors is None else domain.vectors.neighbours
-        if neighbours is None or neighbours.pruned is None:
-            return None
-        lowest[name] = neighbours.pruned - (neighbours.margin or 0.0)
+    shares = _neighbour_shares(report)
+    if shares is None:
+        return None
+
+    mean_share = fmean(shares.values())
+    worst_domain = min(shares, key=lambda name: shares[name])
+    worst_share = shares[worst_domain]
 
     ratios = ratios_of(report.domains)
-    mean_loss = mean_ratio(ratios.values())[0] if ratios else 1.0
+    mean_loss = 1.0
+    if ratios:
+        mean_loss, _ = mean_ratio(ratios.values())
     worst_loss = max((figure.ratio or 1.0 for figure in ratios.values()), default=1.0)
-    worst_domain = min(lowest, key=lambda name: lowest[name])
 
     level = Level.UNUSABLE
-    for candidate, (least_mean, least_worst) in NEIGHBOUR_LIMITS.items():
+    for candidate, (min_mean, min_worst) in NEIGHBOUR_LIMITS.items():
         limits = LIMITS[candidate]
-        keeps_neighbours = fmean(lowest.values()) >= least_mean and lowest[worst_domain] >= least_worst
+        keeps_neighbours = mean_share >= min_mean and worst_share >= min_worst
         if keeps_neighbours and mean_loss <= limits.mean and worst_loss <= limits.worst:
             level = candidate
             break
 
     reasons = []
     if level is not Level.READY:
-        reasons = [
-            f"at least {fmean(lowest.values()):.0%} of the neighbours kept",
-            f"{lowest[worst_domain]:.0%} on {worst_domain}",
-        ]
+        reasons.append(f"at least {mean_share:.0%} of the neighbours kept")
+        reasons.append(f"{worst_share:.0%} on {worst_domain}")
+
     worse, unsupported = _languages(report)
     return Verdict(level, ADVICE[level], reasons, worse, unsupported)
 
 
-def _languages(report: Report) -> tuple[list[str], list[str]]:
-    """Return the names of the languages that got worse, and of the wanted ones that the original does not support.
+def _neighbour_shares(report: Report) -> dict[str, float] | None:
+    """Return the lower end of the share of common neighbours by domain, or None if a domain has no share."""
+    shares = {}
+    for name, domain in report.domains.items():
+        neighbours = None if domain.vectors is None else domain.vectors.neighbours
+        if neighbours is None or neighbours.pruned is None:
+            return None
+        shares[name] = neighbours.pruned - (neighbours.margin or 0.0)
+    return shares
 
-    A language got worse if it loses more than the worst calibration domain. If languages are named, only they count.
+
+def _languages(report: Report) -> tuple[list[str], list[str]]:
+    """Return the names of the languages that got worse, and of the requested ones without support in the original.
+
+    A language got worse if it loses more than the worst calibration domain. If the config names languages, only these
+    are judged.
     """
     languages: Mapping[str, LanguageResult] = report.languages
-    wanted = [code for code, result in languages.items() if result.wanted]
-    counted = wanted or list(languages)
+    requested = [code for code, result in languages.items() if result.wanted]
+    judged = requested or list(languages)
 
     limit = LANGUAGE_LIMIT
     if report.recovery is None:
-        bits = [domain.bits_per_byte for domain in report.domains.values()]
-        losses = [figure.ratio for figure in bits if figure is not None]
-        limit = max([limit, *(loss for loss in losses if loss is not None)])
+        limit = max(limit, _worst_bits_ratio(report.domains))
 
-    worse = [LANGUAGES[code] for code, ratio in known_languages(languages) if ratio > limit and code in counted]
-    unsupported = [LANGUAGES[code] for code in wanted if not languages[code].is_known]
+    worse = []
+    for code, ratio in known_languages(languages):
+        if ratio > limit and code in judged:
+            worse.append(LANGUAGES[code])
+
+    unsupported = [LANGUAGES[code] for code in requested if not languages[code].is_known]
     return worse, unsupported
+
+
+def _worst_bits_ratio(domains: Mapping[str, DomainResult]) -> float:
+    """Return the largest ratio of the bits per byte of the calibration domains, or 0 without any."""
+    figures = [domain.bits_per_byte for domain in domains.values()]
+    ratios = [figure.ratio for figure in figures if figure is not None]
+    return max((ratio for ratio in ratios if ratio is not None), default=0.0)
 
 
 def _some(names: list[str]) -> str:
     """Return a list of names in words; many are cut."""
-    shown = ", ".join(names[:MAX_NAMED_LANGUAGES])
-    rest = len(names) - MAX_NAMED_LANGUAGES
-    return f"{shown} and {rest} more" if rest > 0 else shown
+    text = ", ".join(names[:MAX_NAMED_LANGUAGES])
+    num_others = len(names) - MAX_NAMED_LANGUAGES
+    if num_others > 0:
+        text += f" and {num_others} more"
+    return text

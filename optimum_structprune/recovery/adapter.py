@@ -38,17 +38,20 @@ LIBRARY_ERRORS: tuple[type[Exception], ...] = (
 
 
 def lora_config(config: RecoveryConfig, model: PreTrainedModel, fewer_tokens: bool = False) -> LoraConfig:
-    """Return the adapter that a recovery trains: `config.lora` laid over the defaults.
+    """Return the config of the adapter that a recovery trains: the defaults, overridden by `config.lora`.
 
-    "all-linear" includes the stacked weights of experts, and leaves out linear layers that are not called.
+    "all-linear" includes the stacked weights of experts, and excludes linear layers that are not called.
 
     Args:
         config: How the model is trained.
         model: The model.
-        fewer_tokens: Whether tokens were removed. Then the rows of the kept tokens are trained too, because they stand
-            for more text than before.
+        fewer_tokens: Whether tokens were removed. Then the rows of the kept tokens are trained too, because the kept
+            tokens now spell more text.
     """
-    adapter: LoraConfig = build(LoraConfig, {**LORA, **config.lora})
+    settings = dict(LORA)
+    settings.update(config.lora)
+    adapter: LoraConfig = build(LoraConfig, settings)
+
     if fewer_tokens and adapter.trainable_token_indices is None and not adapter.modules_to_save:
         adapter.trainable_token_indices = _token_rows(model)
 
@@ -56,7 +59,7 @@ def lora_config(config: RecoveryConfig, model: PreTrainedModel, fewer_tokens: bo
         experts, routers = _expert_weights(model)
         # peft chooses the experts of some model types itself. Its stacked adapters support neither of these options.
         if adapter.target_parameters is None and not (adapter.lora_dropout or adapter.use_dora):
-            adapter.target_parameters = sorted(experts | routers) or None
+            adapter.target_parameters = sorted(experts.union(routers)) or None
         if adapter.exclude_modules is None:
             adapter.exclude_modules = _not_called(model, routers) or None
     return adapter
@@ -81,7 +84,7 @@ def _token_rows(model: PreTrainedModel) -> dict[str, list[int]]:
 def _expert_weights(model: PreTrainedModel) -> tuple[set[str], set[str]]:
     """Return the stacked weights of experts and the weights of their routers, by their names inside a layer.
 
-    They are found by their shapes, so that models without a description are trained too.
+    They are found by their shapes, so that models without a description can be trained too.
     """
     experts: set[str] = set()
     routers: set[str] = set()
@@ -89,6 +92,7 @@ def _expert_weights(model: PreTrainedModel) -> tuple[set[str], set[str]]:
         stacked = [leaf for leaf, weight in module.named_parameters(recurse=False) if weight.ndim == 3]
         if isinstance(module, nn.Conv1d) or not stacked:
             continue
+
         inside = re.sub(r"^.*?\.\d+\.", "", name)
         experts.update(f"{inside}.{leaf}" for leaf in stacked)
 
@@ -119,7 +123,7 @@ def trainable(model: PreTrainedModel, adapter: PeftConfig | None) -> Iterator[tu
 
     Args:
         model: The model.
-        adapter: The adapter; None trains all weights.
+        adapter: The config of the adapter, or None to train all weights.
 
     Yields:
         The trained model, and a function that restores the weights of the start. An error inside `with` restores them
@@ -158,13 +162,14 @@ def trainable(model: PreTrainedModel, adapter: PeftConfig | None) -> Iterator[tu
 
 
 def check_fits(model: PreTrainedModel, adapter: LoraConfig) -> None:
-    """Raise `StructPruneError` if an adapter cannot be put on a model. A model without weights is tried."""
+    """Raise `StructPruneError` if an adapter cannot be put on a model, by a trial on a model without weights."""
     adapter = deepcopy(adapter)
     adapter.init_lora_weights = True  # other initialisations read the weights
     try:
         empty = skeleton(model, deepcopy(model.config))
     except Exception:
         return  # the constructor of this class needs more than a config, so nothing can be tried
+
     with torch.device("meta"):
         adapted(empty, adapter)
 
@@ -176,11 +181,11 @@ def adapted(model: PreTrainedModel, adapter: PeftConfig) -> PeftModel:
         StructPruneError: If peft cannot place the adapter, or could not merge it afterwards.
     """
     with warnings.catch_warnings():
-        # peft warns of tied weights, and `_check_tied` refuses the harmful cases.
+        # peft warns of tied weights. `_check_tied` refuses the harmful cases.
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
-        # It finds out by itself how a module stores its weight, and warns of that.
+        # peft warns when it corrects the orientation of a weight.
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
-        # It has patterns for the experts of some model types, and does not use all of them.
+        # peft warns of unused patterns for the experts of some model types.
         warnings.filterwarnings("ignore", message=".*(rank|alpha)_pattern keys did not match.*")
 
         try:
@@ -193,9 +198,9 @@ def adapted(model: PreTrainedModel, adapter: PeftConfig) -> PeftModel:
 
 
 def _check_tied(model: PeftModel) -> None:
-    """Refuse an adapter on one of several names of the same weight.
+    """Raise if an adapter is on one of several modules that share a weight.
 
-    Merging changes the weight under all its names, and only one of them was trained. `ensure_weight_tying` of peft
+    Merging changes the weight of all these modules, and only one of them was trained. `ensure_weight_tying` of peft
     would merge twice. peft does tie the rows of tokens.
     """
     names_by_weight: dict[int, list[str]] = {}
@@ -208,9 +213,10 @@ def _check_tied(model: PeftModel) -> None:
         for short, full in zip(plain, names, strict=True):
             if short != full and ".token_adapter." not in full:
                 wrapped.append(short)
+
         if len(names) > 1 and wrapped:
             tied = ", ".join(name for name in plain if name != wrapped[0])
             raise StructPruneError(
-                f"The adapter would train {wrapped[0]}, which is one tensor with {tied}, and the merged model would "
-                "differ from the trained one. Leave it out of `target_modules` and `modules_to_save` in `lora`."
+                f"The adapter would train {wrapped[0]}, which shares its tensor with {tied}, so the merged model "
+                "would differ from the trained model. Remove it from `target_modules` and `modules_to_save` in `lora`."
             )

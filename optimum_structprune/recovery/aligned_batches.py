@@ -1,10 +1,10 @@
-"""Batches for a student with a trimmed vocabulary: each sample in the tokens of the student and of the teacher."""
+"""Make batches for a student with a trimmed vocabulary: each sample in the tokens of student and teacher."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -18,30 +18,29 @@ from .teacher import Predictions
 
 
 IGNORED = -100
-# A sample: lists of equal length by name. Those of the teacher's tokens have another length.
+# A sample: lists by name, in the tokens of the student and of the teacher. The two texts may have different lengths.
 Sample = dict[str, list[int]]
 
 
 def align_document(
-    alignment: TokenAlignment, ids: Sequence[int], counted: Sequence[bool], first_position: int = 0
+    alignment: TokenAlignment, ids: Sequence[int], is_counted: Sequence[bool], first_position: int = 0
 ) -> Sample:
     """Spell a document in the tokens of the teacher and of the student.
 
     Args:
         alignment: The spelling of the teacher's tokens.
         ids: The document in the teacher's tokens.
-        counted: Whether each token counts in the loss.
+        is_counted: Whether each token counts in the loss.
         first_position: The position of the first token.
 
     Returns:
-        `input_ids`, `labels` and `position_ids` in the student's tokens; `align_rows` with the number of the teacher's
-        token that each student token belongs to, among the counted tokens of the document, or -1; `align_nodes`, see
-        `TokenAlignment.align`; `teacher_input_ids`, `teacher_labels` and `teacher_position_ids` in the teacher's
-        tokens.
+        `input_ids`, `labels` and `position_ids` in the student's tokens. `align_rows` and `align_nodes`, the `row` and
+        the `node` of each student token; see `AlignedToken`. `teacher_input_ids`, `teacher_labels` and
+        `teacher_position_ids` in the teacher's tokens.
     """
     # The first token of a document has no prediction.
-    counted = [False, *counted[1:]]
-    parts = alignment.align(ids, counted)
+    has_label = [False] + list(is_counted[1:])
+    parts = alignment.align(ids, has_label)
     student_ids = [part for part, _, _ in parts]
     rows = [row for _, row, _ in parts]
 
@@ -52,36 +51,44 @@ def align_document(
         "align_rows": rows,
         "align_nodes": [node for _, _, node in parts],
         "teacher_input_ids": list(ids),
-        "teacher_labels": _labels(ids, counted),
+        "teacher_labels": _labels(ids, has_label),
         "teacher_position_ids": list(range(first_position, first_position + len(ids))),
     }
 
 
-def _labels(ids: Sequence[int], counted: Sequence[bool]) -> list[int]:
-    labels = []
-    for token, counts in zip(ids, counted, strict=True):
-        labels.append(token if counts else IGNORED)
+def _labels(ids: Sequence[int], has_label: Sequence[bool]) -> list[int]:
+    """Return the ids, with `IGNORED` for tokens without a label."""
+    labels = list(ids)
+    for place, keeps_id in enumerate(has_label):
+        if not keeps_id:
+            labels[place] = IGNORED
     return labels
 
 
 def join_documents(documents: Sequence[Sample]) -> Sample:
     """Pack the documents of one sample. Rows are numbered through all documents."""
     sample: Sample = {name: [] for name in documents[0]}
+    num_rows = 0
     for document in documents:
-        counted_before = sum(label != IGNORED for label in sample["teacher_labels"])
         for name, values in document.items():
-            if name == "align_rows":
-                values = [row + counted_before if row >= 0 else row for row in values]
-            sample[name] += values
+            if name != "align_rows":
+                sample[name] += values
+
+        for row in document.get("align_rows", ()):
+            if row >= 0:
+                row += num_rows
+            sample["align_rows"].append(row)
+
+        num_rows += sum(label != IGNORED for label in document["teacher_labels"])
     return sample
 
 
-# What fills up shorter rows of a batch.
+# The values that pad shorter rows of a batch.
 PADDING = {"labels": IGNORED, "teacher_labels": IGNORED, "align_rows": -1, "align_nodes": -1}
 
 
 def pad_samples(samples: Sequence[Sample]) -> dict[str, Tensor]:
-    """Stack samples to a batch; each value has the shape `(batch, longest)`, in its own tokens."""
+    """Stack samples to a batch. The values in the tokens of a model have the shape `(batch, longest)`."""
     batch: dict[str, Tensor] = {}
     for name in samples[0]:
         rows = [torch.tensor(sample[name], dtype=torch.int64) for sample in samples]
@@ -90,10 +97,10 @@ def pad_samples(samples: Sequence[Sample]) -> dict[str, Tensor]:
 
 
 class AlignedCollator:
-    """Add the teacher's tokens to the batches of another collator, whose ids are tokens of the student.
+    """A collator that adds the teacher's tokens to the batches of another collator in the student's tokens.
 
-    The text of each document is tokenized again with the teacher's tokenizer. If the student's tokenizer would spell
-    the result in other tokens than the batch has, each of the student's tokens stands for itself.
+    The text of each document is tokenized again with the teacher's tokenizer. If the student's spelling of the result
+    differs from the batch, the teacher reads the student's tokens one by one.
 
     Args:
         collator: The collator of the Trainer.
@@ -116,7 +123,7 @@ class AlignedCollator:
         self.teacher_tokenizer = teacher_tokenizer
         self.tokenizer = tokenizer
 
-        # The teacher's token that each student token is.
+        # The teacher's ids of the student's tokens.
         self.own_token: dict[int, int] = {}
         for token, parts in enumerate(alignment.spellings):
             if len(parts) == 1:
@@ -141,20 +148,22 @@ class AlignedCollator:
         mask = batch.get("attention_mask")
         if mask is None or mask.shape != ids.shape:  # a mask of packed documents has more dimensions
             mask = torch.ones_like(ids)
-        real = mask.bool()
+        is_token = mask.bool()
 
         samples = []
         for row in range(len(ids)):
+            row_ids = ids[row][is_token[row]].tolist()
+            row_labels = labels[row][is_token[row]].tolist()
             starts = None
             if positions is not None:
-                starts = (positions[row][real[row]] == 0).tolist()
-            samples.append(self._sample(ids[row][real[row]].tolist(), labels[row][real[row]].tolist(), starts))
+                starts = (positions[row][is_token[row]] == 0).tolist()
+            samples.append(self._sample(row_ids, row_labels, starts))
 
-        # The student's part of the batch keeps the collator's own padding, which may be on the left.
+        # The student's part of the batch has the padding of the other collator, which may be on the left.
         for name in ("labels", "align_rows", "align_nodes"):
             values = torch.full_like(ids, PADDING[name])
             for row, sample in enumerate(samples):
-                values[row, real[row]] = torch.tensor(sample[name], dtype=values.dtype)
+                values[row, is_token[row]] = torch.tensor(sample[name], dtype=values.dtype)
             batch[name] = values
 
         aligned = pad_samples(samples)
@@ -164,60 +173,63 @@ class AlignedCollator:
         return batch
 
     def _sample(self, ids: list[int], labels: list[int], starts: list[bool] | None) -> Sample:
-        """Spell the documents of one row. A document begins where the positions begin again."""
-        begins = [0]
+        """Spell the documents of one row. A position of 0 is the start of a document."""
+        bounds = []
         if starts is not None:
-            begins = [place for place, is_start in enumerate(starts) if is_start] or [0]
+            bounds = [place for place, is_start in enumerate(starts) if is_start]
+        if not bounds:
+            bounds = [0]
+        bounds.append(len(ids))
+
         documents = []
-        for begin, end in pairwise([*begins, len(ids)]):
-            documents.append(self._document(ids[begin:end], labels[begin:end]))
+        for start, end in pairwise(bounds):
+            documents.append(self._document(ids[start:end], labels[start:end]))
         return join_documents(documents)
 
     def _document(self, ids: list[int], labels: list[int]) -> Sample:
         teacher_ids = self._teacher_ids(ids)
-        counted = []
-        place = 0
+        is_counted = []
+        start = 0
         for token in teacher_ids:
-            end = place + len(self.alignment.spellings[token])
-            counted.append(all(label != IGNORED for label in labels[place:end]))
-            place = end
-        return align_document(self.alignment, teacher_ids, counted)
+            end = start + len(self.alignment.spellings[token])
+            is_counted.append(all(label != IGNORED for label in labels[start:end]))
+            start = end
+        return align_document(self.alignment, teacher_ids, is_counted)
 
     def _teacher_ids(self, ids: list[int]) -> list[int]:
-        """Return the teacher's tokens of a text, whose spelling is exactly `ids`."""
+        """Return the teacher's tokens of a text. Their spelling is exactly `ids`."""
         tokens: list[int] = []
-        run: list[int] = []
-        for token in [*ids, None]:
-            if token is not None and token not in self.special:
-                run.append(token)
-                continue
-
-            if run:
+        for is_special, group in groupby(ids, self.special.__contains__):
+            run = list(group)
+            if is_special:
+                tokens += [self.own_token[token] for token in run]
+            else:
                 tokens += self._run(run)
-                run = []
-
-            if token is not None:
-                tokens.append(self.own_token[token])
         return tokens
 
     def _run(self, ids: list[int]) -> list[int]:
         """Tokenize a run of text without special tokens again."""
-        alone = [self.own_token[token] for token in ids]
+        own_tokens = [self.own_token[token] for token in ids]
         if self.tokenizer is None or self.teacher_tokenizer is None:
-            return alone
+            return own_tokens
+
         text = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         tokens = self.teacher_tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        spelled = [part for token in tokens for part in self.alignment.spellings[token]]
-        return list(tokens) if spelled == ids else alone
+        spelling: list[int] = []
+        for token in tokens:
+            spelling += self.alignment.spellings[token]
+        if spelling != ids:
+            return own_tokens
+        return list(tokens)
 
 
 @dataclass
 class AlignedTargets:
-    """What the teacher's predictions say of the student's next tokens in a batch.
+    """The positions of a batch where a student with fewer tokens learns from the predictions of the teacher.
 
     Attributes:
         teacher_inputs: The batch in the teacher's tokens.
-        teacher_positions: The indices of the positions whose next token counts, in the flattened teacher's batch.
+        teacher_positions: The indices of the positions whose next token counts, in the teacher's flattened batch.
         rows: For each counted position of the student, the number of the teacher's token, shape `(positions,)`.
         nodes: For each counted position, the node of its next token; see `TokenAlignment.align`.
         chunks: The positions in chunks; see `split`.
@@ -246,23 +258,24 @@ class AlignedTargets:
             positions: The indices of the student's counted positions in the flattened batch.
         """
         labels = inputs["teacher_labels"]
-        counted = labels[:, 1:] != IGNORED
-        counted = torch.cat([counted, torch.zeros_like(counted[:, :1])], dim=1)
+        next_counts = labels[:, 1:] != IGNORED
+        next_counts = torch.cat([next_counts, torch.zeros_like(next_counts[:, :1])], dim=1)
+
         # Rows are numbered within each sample, because processes cut a batch into parts.
-        before = counted.sum(1).cumsum(0) - counted.sum(1)
-        rows = inputs["align_rows"] + before[:, None]
+        rows_of_sample = next_counts.sum(1)
+        first_rows = rows_of_sample.cumsum(0) - rows_of_sample
+        rows = inputs["align_rows"] + first_rows[:, None]
         rows = rows[:, 1:].reshape(-1)
         nodes = inputs["align_nodes"][:, 1:].reshape(-1)
 
-        # A position predicts the token after it, and the last position of a sample predicts none.
+        # A position predicts the token after it. The last position of a sample has no prediction.
         length = inputs["align_rows"].shape[1]
         places = positions - positions // length
-        return cls(
-            {"input_ids": inputs["teacher_input_ids"], "position_ids": inputs["teacher_position_ids"]},
-            counted.flatten().nonzero()[:, 0],
-            rows[places],
-            nodes[places],
-        )
+        teacher_inputs = {
+            "input_ids": inputs["teacher_input_ids"],
+            "position_ids": inputs["teacher_position_ids"],
+        }
+        return cls(teacher_inputs, next_counts.flatten().nonzero()[:, 0], rows[places], nodes[places])
 
     def split(self, alignment: TokenAlignment, size: int, device: torch.device) -> None:
         """Divide the positions into chunks of `size` positions, on the device of the student's logits."""
@@ -272,7 +285,7 @@ class AlignedTargets:
     def divergence(
         self, alignment: TokenAlignment, log_student: Tensor, predictions: Predictions, temperature: float, number: int
     ) -> Tensor:
-        """Return the KL divergence of the teacher's words in nats for one chunk, shape `(positions,)`, fp32.
+        """Return the KL divergence from teacher to student in nats for one chunk, shape `(positions,)`, fp32.
 
         Args:
             alignment: The spelling of the teacher's tokens.
@@ -283,29 +296,30 @@ class AlignedTargets:
         """
         if not len(log_student):
             return log_student.sum(-1)
+
         chunk = self.chunks[number]
         with torch.no_grad():
-            taught = predictions.logits(chunk.dense.start, chunk.dense.stop, log_student.device).float()
-            target, weight = alignment.next_part((taught / temperature).softmax(-1), chunk)
+            logits = predictions.logits(chunk.dense.start, chunk.dense.stop, log_student.device).float()
+            target, weight = alignment.next_part((logits / temperature).softmax(-1), chunk)
             negative_entropy = torch.special.xlogy(target, target).sum(-1)
         return weight * (negative_entropy - (target * log_student).sum(-1))
 
     def teacher_losses(self, predictions: Predictions, size: int) -> Tensor:
         """Return the teacher's own loss for each of its counted tokens, shape `(tokens,)`, fp32."""
         targets = self.next_teacher_tokens
-        losses = []
+        losses = [torch.zeros(0, device=targets.device)]
         for start in range(0, len(targets), size):
             logits = predictions.logits(start, start + size, targets.device).float()
             losses.append(cross_entropy(logits, targets[start : start + size], reduction="none"))
-        return torch.cat(losses) if losses else targets.float()
+        return torch.cat(losses)
 
     @property
     def next_teacher_tokens(self) -> Tensor:
-        """The teacher's token after each counted position, shape `(tokens,)`."""
+        """Return the teacher's token after each counted position, shape `(tokens,)`."""
         ids = self.teacher_inputs["input_ids"].flatten()
         return ids[self.teacher_positions + 1]
 
     @property
     def teacher_samples(self) -> Tensor:
-        """The number of the sample of each counted token of the teacher, shape `(tokens,)`."""
+        """Return the number of the sample of each counted token of the teacher, shape `(tokens,)`."""
         return self.teacher_positions // self.teacher_inputs["input_ids"].shape[1]

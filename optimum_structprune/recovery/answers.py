@@ -1,9 +1,10 @@
-"""Answers of a teacher to prompts, which are written once, kept on the disk, and packed into training samples."""
+"""Write the answers of a teacher to prompts once, cache them on the disk, and pack them into training samples."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -22,8 +23,8 @@ from ..system.stages import progress
 from .samples import Sample, SamplePacker
 
 
-# The largest number of tokens in an answer. An equal share of the samples has each of them: short answers come first,
-# because they seldom go astray.
+# The maximum numbers of tokens in an answer. Each of them has an equal share of the samples. Short answers come first,
+# because a teacher makes fewer mistakes in them.
 ANSWER_TOKENS = (16, 32, 64, 128)
 TEMPERATURE = 0.7
 PROMPTS_PER_BATCH = 32
@@ -49,7 +50,7 @@ def writer_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Wri
 class AnswerFile:
     """Batches of answers in a file of JSON lines. Only the places of the batches are in memory.
 
-    A process that was killed may have left half a line, so each batch begins a new line.
+    A process that was killed may have written only a part of a line, so each batch begins a new line.
     """
 
     def __init__(self, path: Path):
@@ -58,23 +59,25 @@ class AnswerFile:
         self._read_places()
 
     def _read_places(self) -> None:
+        """Find the places of the complete batches in the file."""
         if not self.path.is_file():
             return
+
+        place = 0
+
         with self.path.open("rb") as file:
-            while line := file.readline():
-                place = file.tell() - len(line)
-                try:
+            for line in file:
+                with suppress(ValueError):
                     name, _ = json.loads(line)
-                except ValueError:
-                    continue
-                self._places.setdefault(name, place)
+                    self._places.setdefault(name, place)
+                place += len(line)
 
     def __contains__(self, name: str) -> bool:
-        """Return whether the file has a batch."""
+        """Return whether the file has a batch of this name."""
         return name in self._places
 
     def read(self, name: str) -> list[list[int]]:
-        """Read a batch."""
+        """Return a batch by its name."""
         with self.path.open("rb") as file:
             file.seek(self._places[name])
             answers: list[list[int]] = json.loads(file.readline())[1]
@@ -108,8 +111,8 @@ class Answers:
 
     Args:
         prompts: Prompts of token ids.
-        write: Write answers to prompts.
-        file: The file that keeps them.
+        write: A function that writes answers to prompts; see `writer_of`.
+        file: The file of the answers.
         seed: The seed of the answers.
     """
 
@@ -120,13 +123,13 @@ class Answers:
         self.seed = seed
 
     def batch_prompts(self, length: int, number: int) -> list[Sequence[int]]:
-        """Return the prompts of a batch. Each length begins with other prompts."""
+        """Return the prompts of a batch. Each length begins at a different prompt."""
         first = ANSWER_TOKENS.index(length) * len(self.prompts) // len(ANSWER_TOKENS)
         first += number * PROMPTS_PER_BATCH
         return [self.prompts[place % len(self.prompts)] for place in range(first, first + PROMPTS_PER_BATCH)]
 
     def conversations(self, length: int) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
-        """Yield prompts and answers of at most `length` tokens, until each prompt was answered often enough."""
+        """Yield prompts and answers of at most `length` tokens, a limited number of times for each prompt."""
         share = MAX_ANSWERS_PER_PROMPT / len(ANSWER_TOKENS)
         batches = max(1, round(share * len(self.prompts) / PROMPTS_PER_BATCH))
         for number in range(batches):
@@ -147,36 +150,37 @@ class Answers:
         self.file.add(dict(gather_object([(name, answers)])))
 
     def samples(self, packer: SamplePacker, counts: Sequence[int]) -> Iterator[Sample]:
-        """Yield packed samples: for each length of `ANSWER_TOKENS`, at most as many as `counts` has for it."""
-        for length, most in zip(ANSWER_TOKENS, counts, strict=True):
-            yield from islice(packer.conversations(self.conversations(length)), most)
+        """Yield packed samples. `counts` has the maximum number of samples for each length of `ANSWER_TOKENS`."""
+        for length, count in zip(ANSWER_TOKENS, counts, strict=True):
+            yield from islice(packer.conversations(self.conversations(length)), count)
 
 
 def write_answers(answers: Answers, packer: SamplePacker, num_samples: int) -> list[int]:
     """Write the answers for `num_samples` samples, and return the number of samples by length.
 
-    There are fewer samples than asked for if each prompt was answered often enough.
+    A small number of prompts has fewer samples than `num_samples`, because each prompt is answered a limited number of
+    times.
     """
     counts = []
-
     bar = progress(range(num_samples), desc="Generating teacher answers", unit="sample")
     for index, length in enumerate(ANSWER_TOKENS):
-        most = num_samples * (index + 1) // len(ANSWER_TOKENS) - num_samples * index // len(ANSWER_TOKENS)
-        found = 0
-        packed = packer.conversations(answers.conversations(length))
-        while found < most and next(packed, None) is not None:
-            found += 1
+        start = num_samples * index // len(ANSWER_TOKENS)
+        end = num_samples * (index + 1) // len(ANSWER_TOKENS)
+
+        count = 0
+        for _ in islice(packer.conversations(answers.conversations(length)), end - start):
+            count += 1
             next(bar, None)
-        counts.append(found)
+        counts.append(count)
 
     if sum(counts) < num_samples:
         warn(
             f"{len(answers.prompts):,} prompts are answered at most {MAX_ANSWERS_PER_PROMPT} times each, which makes "
-            f"{sum(counts):,} of {num_samples:,} samples. The others are text; `prompts` takes a file with more."
+            f"{sum(counts):,} of {num_samples:,} samples. The others are text. Pass a file with more `prompts`."
         )
     return counts
 
 
 def answer_file(*depends_on: Any) -> AnswerFile:
-    """Return the file for answers that depend on these values."""
+    """Return the file of answers that depend on these values."""
     return AnswerFile(KeptText("answers", *depends_on).path)

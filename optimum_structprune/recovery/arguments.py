@@ -1,4 +1,4 @@
-"""The `TrainingArguments` of a recovery: the defaults for the hardware and the number of tokens."""
+"""Choose the `TrainingArguments` of a recovery by the hardware and the number of tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .chunked_loss import device_kind
 
 # A training has about this number of steps, as far as the batch size allows.
 STEPS = 200
-# The largest number of samples in a step, and the number that run at once, by the kind of device.
+# The maximum number of samples in a step, and the number of samples that run at once by the kind of device.
 MAX_BATCH_SAMPLES = 64
 SAMPLES_AT_ONCE = {"cpu": 4, "gpu": 8}
 # Evaluations take at most a tenth of the time. A forward pass of both models takes about half of a training step.
@@ -50,7 +50,7 @@ class TrainingSize:
 def training_arguments(
     config: RecoveryConfig, size: TrainingSize, seed: int, on_cpu: bool, scratch: str
 ) -> TrainingArguments:
-    """Return the arguments of the Trainer: `config.training` laid over the defaults.
+    """Return the arguments of the Trainer: the defaults, overridden by `config.training`.
 
     Args:
         config: How the model is trained.
@@ -62,7 +62,9 @@ def training_arguments(
     own = dict(config.training)
     if own.get("save_strategy") is False:  # YAML reads `no` as False
         own["save_strategy"] = "no"
-    device = torch.device("cpu" if on_cpu else "cuda")
+    device = torch.device("cuda")
+    if on_cpu:
+        device = torch.device("cpu")
 
     settings: dict[str, Any] = dict(TRAINING)
     settings["learning_rate"] = LEARNING_RATES[config.train]
@@ -70,9 +72,9 @@ def training_arguments(
     settings["use_cpu"] = on_cpu
     settings["bf16"] = not own.get("fp16") and computes_in_bf16(device.type)
 
-    # The columns of a sample are those of the collator, not of the model.
+    # The columns of a sample are inputs of the collator, not of the model.
     settings["remove_unused_columns"] = False
-    # Every process reads the stream and takes its part of each batch.
+    # Every process reads the stream and selects its part of each batch.
     settings["accelerator_config"] = {"dispatch_batches": False}
     settings["logging_nan_inf_filter"] = False
 
@@ -81,7 +83,7 @@ def training_arguments(
     settings.update(save_strategy=strategy, save_steps=interval, save_total_limit=1)
     settings.update(eval_strategy=strategy, eval_steps=interval, load_best_model_at_end=strategy != "no")
     if "output_dir" not in own:
-        # Nothing is resumed from a scratch folder.
+        # No training resumes from a scratch folder.
         settings.update(output_dir=scratch, save_only_model=True)
 
     settings.update(own)

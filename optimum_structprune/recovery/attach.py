@@ -40,28 +40,28 @@ def attach_teacher(
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
 ) -> TeacherLoss:
-    """Make a Trainer minimise the KL divergence from a teacher in place of its own loss.
+    """Make a Trainer minimise the KL divergence from a teacher instead of its own loss.
 
     The loss is `(1 - task_weight) * temperature**2 * KL(teacher || student) + task_weight * cross_entropy`, averaged
     over the tokens that `labels` count (Hinton et al., 2015, https://arxiv.org/abs/1503.02531, section 2). All other
     parts of the training are the Trainer's: data, packing, LoRA, gradient accumulation, mixed precision, schedulers,
     checkpoints and logs. The logs have `kl` and `eval_kl` in nats per token.
 
-    The teacher runs in each step. Under DDP every process holds it; FSDP and stage 3 of DeepSpeed's ZeRO shard it like
+    The teacher runs in each step. Under DDP every process holds it. FSDP and stage 3 of DeepSpeed's ZeRO shard it like
     the student. If the student's vocabulary was trimmed, the batches are spelled in the teacher's tokens too, and the
-    divergence is the divergence of the teacher's words.
+    divergence is computed per token of the teacher.
 
     Args:
         trainer: Any Trainer of a causal language model, such as TRL's `SFTTrainer`, before `train`.
-        teacher: A causal language model, or its id or folder; usually the dense model. A model in memory is used
-            itself, is put in eval mode, and is moved to `teacher_device`.
+        teacher: A causal language model, or its id or folder; usually the dense model. A model in memory is put in
+            eval mode and moved to `teacher_device`.
         temperature: The temperature of both distributions, above 0.
         task_weight: The weight of the cross-entropy with `labels`, from 0 to 1.
         teacher_device: The device of the teacher, such as `"cuda:1"`. `"offload"` keeps the weights in CPU memory and
-            moves each layer to the Trainer's device while it runs. None stands for the Trainer's device.
-        teacher_dtype: The dtype of the teacher's weights. By default, a teacher that is loaded gets bfloat16 if the
-            Trainer trains in bf16, and the dtype of the student otherwise; a model in memory keeps its dtype.
-        tokenizer: The tokenizer of the student. By default the Trainer's `processing_class`.
+            moves each layer to the Trainer's device while it runs. The default is the Trainer's device.
+        teacher_dtype: The dtype of the teacher's weights. By default, a teacher is loaded in bfloat16 if the Trainer
+            trains in bf16, and in the dtype of the student otherwise. A model in memory keeps its dtype.
+        tokenizer: The tokenizer of the student. The default is the Trainer's `processing_class`.
         teacher_tokenizer: The tokenizer of the teacher. By default it is read from the teacher's folder.
         trust_remote_code: Whether a teacher that is loaded may run code from its folder.
 
@@ -119,7 +119,7 @@ def check_weights(temperature: float, task_weight: float) -> None:
 
 
 def bare_model(model: Any) -> Any:
-    """Return a model without torch.compile, DDP and an adapter around it."""
+    """Return a model without the wrappers of torch.compile, DDP and an adapter."""
     model = getattr(model, "_orig_mod", model)
     model = getattr(model, "module", model)
     if isinstance(model, PeftModel):
@@ -145,14 +145,14 @@ def _check_trainer(trainer: Trainer, student: Any) -> None:
     if trainer.args.n_gpu > 1:
         raise StructPruneError(
             f"The Trainer would use `nn.DataParallel` on {trainer.args.n_gpu} GPUs, and a teacher needs one GPU per "
-            "process. "
-            "Start the script with `accelerate launch` or `torchrun`, or show one GPU with CUDA_VISIBLE_DEVICES=0."
+            "process. Start the script with `accelerate launch` or `torchrun`, or show one GPU with "
+            "CUDA_VISIBLE_DEVICES=0."
         )
 
 
 @dataclass
 class _Sums:
-    """The sums of KL divergence and tokens since the last log. They stay on the device, so that no step waits."""
+    """The sums of KL divergence and tokens since the last log, on the device, so that no step waits for the CPU."""
 
     kl: Tensor
     tokens: Tensor
@@ -173,8 +173,10 @@ class TeacherLoss:
         self.teacher = teacher
         self.temperature = temperature
         self.task_weight = task_weight
-        # Whether the head's output is the student's output; None before the first forward pass.
-        self._plain_head: bool | None = False if trainer.args.torch_compile else None
+        # Whether the output of the head is the output of the student, or None before the first forward pass.
+        self._plain_head: bool | None = None
+        if trainer.args.torch_compile:
+            self._plain_head = False
         self._sums: dict[str, _Sums] = {}
 
     def compute_loss(
@@ -188,8 +190,8 @@ class TeacherLoss:
 
         Args:
             model: The student, as the Trainer wraps it.
-            inputs: The batch. Its `labels`, shape `(batch, seq_length)`, say which tokens count; without labels, all
-                tokens under the `attention_mask` count.
+            inputs: The batch. Tokens count if their `labels`, shape `(batch, seq_length)`, are not -100. Without
+                labels, all tokens in the `attention_mask` count.
             return_outputs: Whether to return the model's outputs too. They only have logits if the Trainer computes
                 metrics.
             num_items_in_batch: The number of counted tokens in the accumulated batch of all processes.
@@ -212,13 +214,16 @@ class TeacherLoss:
         with torch.no_grad(), accelerator.autocast():
             predictions = self.teacher.predict(teacher_inputs, teacher_positions)
 
-        student_inputs = _without(inputs, (*LOSS_INPUTS, *AlignedTargets.INPUTS))
+        student_inputs = _without(inputs, LOSS_INPUTS + AlignedTargets.INPUTS)
         student_inputs = accepted_inputs(bare_model(model), student_inputs)
         batch = _Batch(positions, targets[positions], predictions, aligned)
         losses = self._losses(model, student_inputs, batch)
-        self._add("train" if model.training else "eval", losses)
-        loss = self._mean(losses.loss, num_items_in_batch)
+        if model.training:
+            self._add("train", losses)
+        else:
+            self._add("eval", losses)
 
+        loss = self._mean(losses.loss, num_items_in_batch)
         if not return_outputs:
             return loss
 
@@ -229,7 +234,7 @@ class TeacherLoss:
         return loss, outputs
 
     def evaluation_loop(self, evaluation_loop: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Evaluate without the losses that the model had in eval mode before, such as in trial steps."""
+        """Evaluate without earlier losses of the model in eval mode, such as the losses of trial steps."""
         self._sums.pop("eval", None)
         return evaluation_loop(*args, **kwargs)
 
@@ -247,22 +252,22 @@ class TeacherLoss:
         if sums is None:
             return
 
-        both = torch.stack([sums.kl, sums.tokens])[None]
-        kl, tokens = self.trainer.accelerator.gather(both).sum(0).tolist()
+        totals = torch.stack([sums.kl, sums.tokens])[None]
+        kl, tokens = self.trainer.accelerator.gather(totals).sum(0).tolist()
         logs[name] = round(kl / max(tokens, 1.0), 6)
 
     def _add(self, mode: str, losses: TokenLosses) -> None:
         device = self.trainer.args.device
         kl = losses.kl.detach().sum().to(device)
         tokens = torch.tensor(float(len(losses.kl)), device=device)
-        former = self._sums.get(mode)
-        if former is not None:
-            kl = kl + former.kl
-            tokens = tokens + former.tokens
+        sums = self._sums.get(mode)
+        if sums is not None:
+            kl = kl + sums.kl
+            tokens = tokens + sums.tokens
         self._sums[mode] = _Sums(kl, tokens)
 
     def _mean(self, losses: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-        """Average the losses of tokens, so that the sum over accumulated batches is the mean over all their tokens."""
+        """Average the losses of tokens. The sum over accumulated batches is then the mean over all their tokens."""
         total = losses.sum().to(self.trainer.args.device)
         if num_items_in_batch is None:
             return total / max(len(losses), 1)
@@ -291,8 +296,8 @@ class TeacherLoss:
     ) -> TokenLosses | None:
         """Compute the losses inside the student's head, where sharded weights are gathered.
 
-        The model returns the losses in place of logits. The result is None if the model changes the head's output, for
-        example caps it, so that the logits are needed.
+        The model returns the losses instead of logits. The result is None if the model changes the output of the head,
+        for example if it caps the logits. The logits are needed then.
         """
         project = head.forward
         computed: list[TokenLosses] = []
@@ -316,7 +321,7 @@ class TeacherLoss:
 
         if not self._plain_head:
             return None
-        # The gradient has to pass through the outputs of the wrappers around the model.
+        # The gradient must flow through the outputs of the wrappers around the model.
         places = batch.positions.to(output.device)
         return TokenLosses(output.flatten()[places], computed[0].kl)
 
@@ -358,8 +363,8 @@ class TeacherLoss:
     def _divergence(self, log_student: Tensor, predictions: Predictions, start: int, end: int) -> Tensor:
         """Return the KL divergence in nats for the positions `start` to `end`, shape `(end - start,)`, fp32."""
         with torch.no_grad():
-            taught = predictions.logits(start, end, log_student.device).float()
-            log_teacher = self._log_probabilities(taught)
+            teacher_logits = predictions.logits(start, end, log_student.device).float()
+            log_teacher = self._log_probabilities(teacher_logits)
             probabilities = log_teacher.exp()
             negative_entropy = (probabilities * log_teacher).sum(-1)
         return negative_entropy - (probabilities * log_student).sum(-1)

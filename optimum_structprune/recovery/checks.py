@@ -1,4 +1,4 @@
-"""Refuse a recovery that would fail later, before any text is read."""
+"""Check a recovery before any text is read."""
 
 from __future__ import annotations
 
@@ -31,27 +31,29 @@ def check_recovery(config: RecoveryConfig, pruning: StructPruneConfig, model: Pr
     Args:
         config: How the model is trained.
         pruning: How it was pruned.
-        model: The model, which may lie on the meta device.
+        model: The model. It may be on the meta device.
     """
     check_launch()
-    for name in ("fsdp", "deepspeed"):  # before transformers sets up anything for them
+    for name in ("fsdp", "deepspeed"):  # before transformers initializes them
         if config.training.get(name):
             raise StructPruneError(
                 f"`training` has {name}, but every process of a recovery holds the whole model. Leave it out; "
                 f"{MANY_GPUS}."
             )
+
     seq_length = sample_length(config, model)
     _check_model(model, config, seq_length)
     text = text_config(config, pruning, seq_length)
     if config.prompts is not None:
         read_prompts(config.prompts)
 
-    domains = texts_of(text)
+    domains = list(texts_of(text))
     if config.validation is not None:
-        domains = [*domains, DomainConfig(name=VALIDATION, source=config.validation)]
+        domains.append(DomainConfig(name=VALIDATION, source=config.validation))
     for domain in domains:
-        # Opening a source refuses a wrong name. Nothing is read before the first document.
+        # Opening a source raises if its name is wrong. Text is read with the first document.
         documents(domain, text.seed, None, lambda name, seed: iter(()))
+
     if config.train == "lora":
         check_fits(model, lora_config(config, model))
     size = TrainingSize(text.num_samples, seq_length)

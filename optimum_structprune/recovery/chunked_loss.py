@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 
-# Bytes of one chunk of logits in fp32. The loss of a chunk takes about five times as much.
+# Bytes of one chunk of logits in fp32. The loss of a chunk takes about five times this memory.
 CHUNK_BYTES = {"cpu": 2**25, "gpu": 2**27}
 MIN_CHUNK_TOKENS = 64
 
@@ -28,12 +28,12 @@ class TokenLosses(NamedTuple):
     kl: Tensor
 
 
-# Compute the losses of the tokens `start` to `end` from their inputs, shape `(end - start, features)`.
+# A function that computes the losses of the tokens `start` to `end` from their inputs, `(end - start, features)`.
 ChunkLoss = Callable[[Tensor, int, int], TokenLosses]
 
 
 def device_kind(device: torch.device) -> str:
-    """Return `cpu` or `gpu`, by which defaults are chosen."""
+    """Return the key of the defaults for a device, `cpu` or `gpu`."""
     if device.type == "cpu":
         return "cpu"
     return "gpu"
@@ -48,13 +48,13 @@ def chunk_tokens(vocab_size: int, device: torch.device) -> int:
 def chunked_losses(inputs: Tensor, chunk_loss: ChunkLoss, size: int, trains_head: bool) -> TokenLosses:
     """Compute the losses of tokens, `size` of them at a time.
 
-    The loss of a token depends on the token's own input alone. So the gradient of each input is computed together with
-    the loss, and only the inputs' gradients are kept. If `chunk_loss` uses trainable weights, their gradients need
-    the logits again, and the backward pass recomputes them chunk by chunk.
+    The loss of a token depends only on the token's own input. So the gradient of each input is computed together with
+    the loss, and only the gradients of the inputs are stored. If `chunk_loss` uses trainable weights, their gradients
+    need the logits again, and the backward pass recomputes them chunk by chunk.
 
     Args:
         inputs: Hidden states or logits, shape `(tokens, features)`.
-        chunk_loss: Compute the losses of a chunk.
+        chunk_loss: A function that computes the losses of a chunk.
         size: The number of tokens in a chunk.
         trains_head: Whether `chunk_loss` uses trainable weights.
     """
@@ -62,7 +62,8 @@ def chunked_losses(inputs: Tensor, chunk_loss: ChunkLoss, size: int, trains_head
         return _joined([chunk_loss(inputs[start:end], start, end) for start, end in _chunks(len(inputs), size)])
 
     if not trains_head:
-        return TokenLosses(*_LossWithGradient.apply(inputs, chunk_loss, size))
+        loss, kl = _LossWithGradient.apply(inputs, chunk_loss, size)
+        return TokenLosses(loss, kl)
 
     losses = []
     for start, end in _chunks(len(inputs), size):
@@ -72,7 +73,7 @@ def chunked_losses(inputs: Tensor, chunk_loss: ChunkLoss, size: int, trains_head
 
 
 def _chunks(count: int, size: int) -> list[tuple[int, int]]:
-    """Return the first and the last index of each chunk; a single empty one if there are no tokens."""
+    """Return the start and the end of each chunk. Without tokens, return one empty chunk."""
     starts = range(0, max(count, 1), size)
     return [(start, min(start + size, count)) for start in starts]
 

@@ -31,21 +31,24 @@ def lower_rate_of_token_rows_(trainer: Trainer) -> None:
         in_group = [weight for weight in group["params"] if id(weight) in rows]
         if in_group:
             group["params"] = [weight for weight in group["params"] if id(weight) not in rows]
-            optimizer.add_param_group({**group, "params": in_group, "lr": TOKEN_ROW_SHARE * group["lr"]})
+            row_group = dict(group)
+            row_group["params"] = in_group
+            row_group["lr"] = TOKEN_ROW_SHARE * group["lr"]
+            optimizer.add_param_group(row_group)
 
 
 def lower_learning_rate_(
     trainer: Trainer, batches: Sequence[dict[str, Tensor]], take_back: Callable[[], None]
 ) -> None:
-    """Set the learning rate to the best of five shares of it, by the loss after one step on a few samples.
+    """Multiply the learning rate by the best of five shares: the share with the smallest loss after a trial step.
 
-    The first step of Adam moves every weight by the rate, in the direction of the gradient's sign. Small models bear
+    The first step of Adam moves every weight by the rate, in the direction of the gradient's sign. Small models need
     smaller steps.
 
     Args:
         trainer: The Trainer, with its optimizer.
-        batches: Batches of one sample each.
-        take_back: Restore the weights.
+        batches: Batches of one sample each, for the trial steps.
+        take_back: A function that restores the weights.
     """
     model: Any = trainer.model
     assert trainer.optimizer is not None
@@ -63,16 +66,19 @@ def lower_learning_rate_(
             for weight in group["params"]:
                 if weight.grad is not None:
                     weight.sub_(weight.grad.sign(), alpha=share * group["lr"])
+
         loss = sum(loss_of(batch).item() for batch in batches)
         take_back()
-        return inf if isnan(loss) else loss
+        if isnan(loss):
+            return inf
+        return loss
 
     with evaluating(model):
         for batch in batches:
             loss_of(batch).backward()
-        best = broadcast_object_list([min(SHARES, key=loss_after_step)])[0]
+        best_share = broadcast_object_list([min(SHARES, key=loss_after_step)])[0]
 
     model.zero_grad()
-    trainer.args.learning_rate *= best
+    trainer.args.learning_rate *= best_share
     for group in groups:
-        group["lr"] *= best
+        group["lr"] *= best_share

@@ -22,8 +22,8 @@ from .teacher import Teacher, accepted_inputs
 from .text import OTHER_TEXT
 
 
-# Values by sample, each of shape `(samples,)`, fp64, on the CPU: `tokens`, the number of counted tokens, and the means
-# over them of `loss`, and with a teacher of `teacher`, its own loss, and `kl`, in nats.
+# Values by sample, each of shape `(samples,)`, fp64, on the CPU: the number of counted `tokens`, and means over these
+# tokens in nats, the `loss` of the model, and with a teacher the loss of the `teacher` and the divergence `kl`.
 Values = dict[str, Tensor]
 # Values by kind of text.
 Measurements = dict[str, Values]
@@ -57,7 +57,7 @@ def measure_samples(
     Args:
         model: The model.
         samples: The samples, in the teacher's tokens.
-        collator: It makes batches of them.
+        collator: The collator of the training.
         teacher: The teacher, or None.
         accelerator: The Accelerator of the training.
     """
@@ -66,19 +66,20 @@ def measure_samples(
     longest = max(len(sample["input_ids"]) for sample in samples)
     batch_size = max(1, BATCH_TOKENS[device_kind(accelerator.device)] // longest)
 
-    found: dict[str, list[Tensor]] = {}
+    by_name: dict[str, list[Tensor]] = {}
     with evaluating(model), accelerator.autocast():
         for start in range(0, len(samples), batch_size):
             batch = collator(samples[start : start + batch_size])
             values = _measure_batch(model, batch, teacher, accelerator.device)
             for name, value in values.items():
-                found.setdefault(name, []).append(value)
+                by_name.setdefault(name, []).append(value)
 
-    # One transfer for all batches, so that the device does not wait in between.
-    return {name: torch.cat(parts).double().cpu() for name, parts in found.items()}
+    # All batches are copied to the CPU at once, so that the device does not wait in between.
+    return {name: torch.cat(parts).double().cpu() for name, parts in by_name.items()}
 
 
 def _measure_batch(model: Any, batch: dict[str, Tensor], teacher: Teacher | None, device: torch.device) -> Values:
+    """Return the values of the samples of a batch, on the device."""
     batch = {name: value.to(device) for name, value in batch.items()}
     targets = next_tokens(batch).flatten()
     positions = (targets != IGNORED).nonzero()[:, 0]
@@ -110,9 +111,10 @@ def _measure_batch(model: Any, batch: dict[str, Tensor], teacher: Teacher | None
         if predictions is None or teacher is None:
             continue
         if aligned is None:
-            taught = predictions.logits(start, end, values.device).float()
-            losses.setdefault("kl", []).append(divergence(values, taught, mean=False))
-            losses.setdefault("teacher", []).append(cross_entropy(taught, targets[start:end], reduction="none"))
+            teacher_logits = predictions.logits(start, end, values.device).float()
+            teacher_loss = cross_entropy(teacher_logits, targets[start:end], reduction="none")
+            losses.setdefault("kl", []).append(divergence(values, teacher_logits, mean=False))
+            losses.setdefault("teacher", []).append(teacher_loss)
         else:
             assert teacher.alignment is not None
             kl = aligned.divergence(teacher.alignment, values.log_softmax(-1), predictions, 1.0, start // size)
@@ -128,51 +130,76 @@ def _measure_batch(model: Any, batch: dict[str, Tensor], teacher: Teacher | None
 
 
 def _means(by_position: dict[str, Tensor], rows: Tensor, samples: int, aligned: AlignedTargets | None) -> Values:
-    """Average values over the counted tokens of each sample; tokens are the teacher's if it has others."""
-    token_rows = rows if aligned is None else aligned.teacher_samples
-    tokens = torch.zeros(samples, device=rows.device).index_add(
-        0, token_rows, torch.ones_like(token_rows, dtype=torch.float32)
-    )
+    """Average values over the counted tokens of each sample. If the models have different tokens, count the teacher's.
+
+    Args:
+        by_position: The values by name, in the order of the positions.
+        rows: The number of the sample of each position of the student.
+        samples: The number of samples.
+        aligned: The positions of the teacher if it has other tokens.
+    """
+    token_rows = rows
+    if aligned is not None:
+        token_rows = aligned.teacher_samples
+    tokens = _sums_by_row(torch.ones_like(token_rows, dtype=torch.float32), token_rows, samples)
 
     means = {"tokens": tokens}
     for name, values in by_position.items():
-        value_rows = token_rows if name == "teacher" else rows
-        sums = torch.zeros(samples, device=rows.device).index_add(0, value_rows, values.float())
-        means[name] = sums / tokens.clamp(min=1)
-
+        value_rows = rows
+        if name == "teacher":
+            value_rows = token_rows
+        means[name] = _sums_by_row(values.float(), value_rows, samples) / tokens.clamp(min=1)
     return means
 
 
-def validation_loss(found: Measurements, kinds: Sequence[str], value: str) -> float:
+def _sums_by_row(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """Return the sum of the values of each row, shape `(num_rows,)`."""
+    return torch.zeros(num_rows, device=rows.device).index_add(0, rows, values)
+
+
+def validation_loss(measurements: Measurements, kinds: Sequence[str], value: str) -> float:
     """Return the mean of a value over all samples of some kinds of text."""
-    return float(torch.cat([found[kind][value] for kind in kinds]).mean())
+    return float(torch.cat([measurements[kind][value] for kind in kinds]).mean())
 
 
-def enter_measurements(report: RecoveryReport, before: Measurements, after: Measurements, chosen: set[str]) -> None:
+def enter_measurements(
+    report: RecoveryReport, pruned: Measurements, recovered: Measurements, chosen: set[str]
+) -> None:
     """Enter the figures of a model before and after a training into its report.
 
     Args:
         report: The report.
-        before: The measurements of the pruned model.
-        after: The measurements of the recovered model.
-        chosen: The kinds of text that checkpoints were compared by, which have no perplexity in the report.
+        pruned: The measurements of the pruned model.
+        recovered: The measurements of the recovered model.
+        chosen: The kinds of text that compared checkpoints. They have no perplexity in the report.
     """
-    for kind, pruned in before.items():
-        recovered = after[kind]
+    for kind, pruned_values in pruned.items():
         result = DomainResult()
         if kind not in chosen:
-            losses = {PRUNED: pruned["loss"], RECOVERED: recovered["loss"]}
-            if "teacher" in pruned:
-                losses = {DENSE: pruned["teacher"], **losses}
-            spread = KINDS_DIFFER if kind == OTHER_TEXT else 0.0
-            result = perplexity_result(losses, int(pruned["tokens"].sum()), spread=spread)
-        if "kl" in pruned:
-            result.divergence = Figure(pruned=float(pruned["kl"].mean()), recovered=float(recovered["kl"].mean()))
+            result = _perplexity(kind, pruned_values, recovered[kind])
+        if "kl" in pruned_values:
+            pruned_kl = float(pruned_values["kl"].mean())
+            recovered_kl = float(recovered[kind]["kl"].mean())
+            result.divergence = Figure(pruned=pruned_kl, recovered=recovered_kl)
 
         if kind == OTHER_TEXT:
             report.unseen = unseen_of(result, "")
         elif result != DomainResult():
             report.domains[kind] = result
+
+
+def _perplexity(kind: str, pruned: Values, recovered: Values) -> DomainResult:
+    """Return the perplexities of the teacher, the pruned and the recovered model on one kind of text."""
+    losses: dict[str, Tensor] = {}
+    if "teacher" in pruned:
+        losses[DENSE] = pruned["teacher"]
+    losses[PRUNED] = pruned["loss"]
+    losses[RECOVERED] = recovered["loss"]
+
+    spread = 0.0
+    if kind == OTHER_TEXT:
+        spread = KINDS_DIFFER
+    return perplexity_result(losses, int(pruned["tokens"].sum()), spread=spread)
 
 
 def enter_curve(report: RecoveryReport, log: Sequence[Mapping[str, Any]]) -> None:

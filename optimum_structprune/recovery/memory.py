@@ -20,13 +20,13 @@ from .text import SEQ_LENGTHS, sample_length
 
 
 FP32_BYTES = 4
-# Copies of the trained weights in fp32: the gradient, both moments of Adam, and the values to go back to.
+# Copies of the trained weights in fp32: the gradient, both moments of Adam, and the initial values.
 OPTIMIZER_COPIES = 4
-# Numbers that a layer keeps for the backward pass, per token, as multiples of the hidden size and of the FFN size: the
-# inputs of norms, projections and attention, and the factors and the product of a gated FFN.
-KEPT_HIDDEN = 12
-KEPT_FFN = 4
-# Copies of a chunk of logits in fp32: logits, log-probabilities, the teacher's, and gradients.
+# The activations per token that a layer stores for the backward pass, as multiples of the hidden size and of the FFN
+# size: the inputs of norms, projections and attention, and the factors and the product of a gated FFN.
+STORED_HIDDEN = 12
+STORED_FFN = 4
+# Copies of a chunk of logits in fp32: logits, log-probabilities, both again of the teacher, and gradients.
 LOGIT_COPIES = 6
 # Multiply-adds per weight and token: a forward pass of the teacher and of the student, and the backward pass through
 # the student's activations, and for trained weights through the weights too.
@@ -62,7 +62,7 @@ class RecoveryEstimate:
 
     @property
     def total(self) -> int:
-        """The sum of the memory."""
+        """Return the total memory."""
         return self.weights + self.teacher + self.trained + self.activations
 
     def __str__(self) -> str:
@@ -86,10 +86,9 @@ def estimate_recovery(
         config: How the model is trained.
         dense: The teacher, without weights.
         student: The trained model, without weights.
-        flops: Multiply-adds per second; by default they are measured for a tenth of a second.
+        flops: Multiply-adds per second. By default they are measured for a tenth of a second.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
+    device = _training_device()
     seq_length = sample_length(config, student)
     if config.seq_length is None:
         seq_length = int(min(seq_length, SEQ_LENGTHS[device_kind(device)], positions_of(student)))
@@ -97,42 +96,52 @@ def estimate_recovery(
     size = TrainingSize(config.tokens // seq_length, seq_length)
     at_once = int(config.training.get("per_device_train_batch_size") or min(batch_samples(size), 4))
 
-    mixed = computes_in_bf16(device.type) and config.training.get("bf16", True)
-    itemsize = 2 if mixed else student.dtype.itemsize
+    itemsize = student.dtype.itemsize
+    dtype = torch.float32
+    if computes_in_bf16(device.type) and config.training.get("bf16", True):
+        dtype = torch.bfloat16
+        itemsize = dtype.itemsize
 
     text = student.config.get_text_config()
-    tokens = at_once * seq_length
     hidden = text.hidden_size
-    # A config whose layers differ refuses the attribute; its dictionary has the largest width.
+    # The attribute is an error if layers differ. The dictionary has the largest width.
     ffn = text.to_dict().get("intermediate_size") or 4 * hidden
 
-    layer = KEPT_HIDDEN * hidden + KEPT_FFN * ffn
-    kept = text.num_hidden_layers * layer
+    per_layer = STORED_HIDDEN * hidden + STORED_FFN * ffn
+    per_token = text.num_hidden_layers * per_layer
     if config.training.get("gradient_checkpointing"):
-        kept = text.num_hidden_layers * hidden + layer
-
-    chunk = LOGIT_COPIES * FP32_BYTES * text.vocab_size * chunk_tokens(text.vocab_size, device)
-
-    teacher_size = dense.num_parameters()
+        per_token = text.num_hidden_layers * hidden + per_layer
+    activations = itemsize * at_once * seq_length * per_token
+    logits = LOGIT_COPIES * FP32_BYTES * text.vocab_size * chunk_tokens(text.vocab_size, device)
 
     backward = BACKWARD
     if config.train == "full":
         backward = 2 * BACKWARD
+    teacher_size = dense.num_parameters()
     work = config.tokens * (FORWARD * teacher_size + (FORWARD + backward) * student.num_parameters())
-    speed = flops or measured_throughput(device, torch.bfloat16 if mixed else torch.float32, hidden, ffn)
+    if flops is None:
+        flops = measured_throughput(device, dtype, hidden, ffn)
+
     return RecoveryEstimate(
         weights=student.num_parameters() * student.dtype.itemsize,
         teacher=teacher_size * itemsize,
         trained=_trained_weights(config, student) * FP32_BYTES * OPTIMIZER_COPIES,
-        activations=itemsize * tokens * kept + chunk,
-        seconds=work / (EFFICIENCY * speed),
+        activations=activations + logits,
+        seconds=work / (EFFICIENCY * flops),
         seq_length=seq_length,
         batch=batch_samples(size),
     )
 
 
+def _training_device() -> torch.device:
+    """Return the device that a recovery on this machine trains on."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("cpu")
+
+
 def _trained_weights(config: RecoveryConfig, student: PreTrainedModel) -> int:
-    """Count the trained weights: of the adapter, which is put on a model without weights, or all."""
+    """Count the trained weights: the weights of the adapter, on a copy of the model without weights, or all."""
     if config.train == "full":
         return student.num_parameters()
     try:
@@ -153,11 +162,11 @@ def check_recovery_memory(
         config: How the model is trained.
         dense: The teacher, or a model of its size.
         student: The trained model.
-        loaded: Whether both models are in memory, so that the free memory is without them.
+        loaded: Whether both models are already in memory, so that they need no free memory.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    free = free_bytes(device)
-    if free is None:
+    device = _training_device()
+    available = free_bytes(device)
+    if available is None:
         return
 
     estimate = estimate_recovery(config, dense, student, flops=1.0)
@@ -165,10 +174,10 @@ def check_recovery_memory(
     if not loaded:
         needed += estimate.weights + estimate.teacher
     needed = int((1 - MEMORY_ERROR) * needed)
-    if needed <= free:
+    if needed <= available:
         return
 
-    suggestions = ["`seq_length` below " + str(estimate.seq_length)]
+    suggestions = [f"`seq_length` below {estimate.seq_length}"]
     if config.train == "full":
         suggestions.append("`train`='lora'")
     if not config.training.get("gradient_checkpointing"):
@@ -178,5 +187,5 @@ def check_recovery_memory(
     raise StructPruneError(
         f"The recovery takes at least {readable_size(needed)} on {device.type} (optimizer "
         f"{readable_size(estimate.trained)}, activations {readable_size(estimate.activations)}), and "
-        f"{readable_size(free)} are free. Set {', or '.join(suggestions[:-1])}, or use {suggestions[-1]}."
+        f"{readable_size(available)} are free. Set {', or '.join(suggestions[:-1])}, or use {suggestions[-1]}."
     )

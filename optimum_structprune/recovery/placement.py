@@ -1,4 +1,4 @@
-"""Place a teacher beside the model that a Trainer trains: on a device, offloaded, or sharded over processes."""
+"""Place a teacher for a Trainer: on a device, offloaded, or sharded over processes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check_movable(model: nn.Module, device: str | torch.device | int | None) -> 
     if is_moved and _has_hooks(model):
         raise StructPruneError(
             f"`teacher_device`={device!r} cannot be used with a teacher that accelerate has spread over devices or "
-            "offloaded. Load the teacher without `device_map`, or leave `teacher_device` out."
+            "offloaded. Load the teacher without `device_map`, or remove `teacher_device`."
         )
 
 
@@ -69,15 +69,15 @@ def place_teacher(
     Args:
         model: The teacher. It is changed in place.
         accelerator: The Accelerator that trains the student.
-        device: A device; `"offload"` keeps the weights in CPU memory and moves each layer to the Accelerator's device
-            while it runs; None stands for the Accelerator's device, or for the present place of a model that
-            accelerate has placed.
+        device: A device. `"offload"` keeps the weights in CPU memory and moves each layer to the Accelerator's device
+            while it runs. By default a model that accelerate has placed is not moved, and any other model is moved to
+            the Accelerator's device.
 
     Returns:
         The teacher to call.
 
     Raises:
-        StructPruneError: If a sharded teacher gets a device of its own.
+        StructPruneError: If the teacher is sharded and `device` is set.
     """
     model.eval()
 
@@ -85,7 +85,7 @@ def place_teacher(
         if device is not None:
             raise StructPruneError(
                 f"`teacher_device`={device!r} cannot be used with {accelerator.distributed_type}, which shards the "
-                "teacher over the processes. Leave `teacher_device` out."
+                "teacher over the processes. Remove `teacher_device`."
             )
         model.requires_grad_(False)
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -98,7 +98,11 @@ def place_teacher(
         return cpu_offload(model, execution_device=accelerator.device)
     if device is None and _is_placed(model):
         return model
-    return model.to(accelerator.device if device is None else device)  # type: ignore[arg-type]
+    if device == OFFLOAD:
+        return cpu_offload(model, execution_device=accelerator.device)
+    if device is None:
+        device = accelerator.device
+    return model.to(device)  # type: ignore[arg-type]
 
 
 def _fsdp(model: PreTrainedModel, accelerator: Accelerator) -> Any:

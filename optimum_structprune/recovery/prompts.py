@@ -1,11 +1,11 @@
-"""The prompts that a teacher answers: built in, from a file, or openings of the training text."""
+"""Read the prompts that a teacher answers: built-in prompts, prompts from a file, or openings of the text."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterable, Sequence
-from itertools import product, zip_longest
+from itertools import product
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -25,19 +25,19 @@ from ..written import whole_lines
 Messages = list[dict[str, str]]
 
 QUESTIONS = Path(__file__).parents[1] / "evaluation" / "questions.jsonl"
-# The number of tokens in an opening, which is the prompt of a model without a chat template.
+# The number of tokens in an opening. Openings are the prompts of a model without a chat template.
 OPENING_TOKENS = 24
 MAX_PROMPT_TOKENS = 128
-# The number of built-in prompts of each kind.
+# The maximum number of built-in prompts of each kind.
 MAX_PROMPTS_PER_KIND = 400
 # Built-in prompts in a language are used if the tokenizer needs at most this multiple of the tokens for English.
 MAX_TOKEN_RATIO = 1.6
-# A prompt whose words agree with a built-in question to this Jaccard index would make the question useless.
+# Training on a prompt would make a built-in question useless if the Jaccard index of their words is at least this.
 MAX_LIKENESS = 0.7
 
 
 def builtin_prompts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the built-in prompts in the languages that a tokenizer spells with few tokens, all kinds in turn."""
+    """Return the built-in prompts in the languages that need few tokens. The kinds of prompts take turns."""
     tokens = {language: len(ids) for language, ids in tokens_by_language(tokenizer).items()}
 
     kinds: list[list[str]] = []
@@ -47,19 +47,20 @@ def builtin_prompts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
             kinds.append(_filled_templates(entry))
 
     prompts: dict[str, None] = {}
-    for turn in zip_longest(*kinds):
-        for prompt in turn:
-            if prompt is not None:
-                prompts[prompt] = None
+    for place in range(max(map(len, kinds), default=0)):
+        for kind in kinds:
+            if place < len(kind):
+                prompts[kind[place]] = None
     return list(prompts)
 
 
 def _filled_templates(entry: dict[str, Any]) -> list[str]:
-    """Return a sample of the prompts that the templates of one kind make with all combinations of their values."""
+    """Return a sample of the prompts from the templates of one kind, filled with all combinations of their values."""
     rows: list[tuple[str, dict[str, str]]] = []
     for template in entry["ask"]:
         names = list(dict.fromkeys(template_fields(template)))
-        for values in product(*(entry[name] for name in names)):
+        columns = [entry[name] for name in names]
+        for values in product(*columns):
             rows.append((template, dict(zip(names, values, strict=True))))
 
     Random(0).shuffle(rows)
@@ -75,7 +76,10 @@ def read_prompts(path: str) -> list[Messages]:
     is_json = path.endswith((".jsonl", ".json"))
 
     def conversation(line: str) -> Messages:
-        messages = question_messages(json.loads(line) if is_json else {"prompt": line})
+        row: Any = {"prompt": line}
+        if is_json:
+            row = json.loads(line)
+        messages = question_messages(row)
         while messages and messages[-1]["role"] == "assistant":  # the teacher answers the last question
             messages.pop()
         return messages
@@ -84,7 +88,9 @@ def read_prompts(path: str) -> list[Messages]:
     conversations = [messages for messages in read_lines(Path(path), conversation, message) if messages]
 
     if len(conversations) < 2:
-        count = "no prompts" if not conversations else "one prompt"
+        count = "no prompts"
+        if conversations:
+            count = "one prompt"
         raise StructPruneError(
             f"The file {path} has {count}. Add some: some prompts are trained on, and the others measure the result."
         )
@@ -99,12 +105,12 @@ def prompts_of(
     seed: int,
     max_tokens: int = MAX_PROMPT_TOKENS,
 ) -> list[list[int]]:
-    """Return the token ids of prompts in an order that the seed chooses.
+    """Return the token ids of prompts in random order.
 
-    Prompts that are like a built-in question are left out, because the questions measure the result.
+    Prompts that are like a built-in question are skipped, because the questions measure the result.
 
     Args:
-        path: A file of prompts; None stands for the built-in prompts.
+        path: A file of prompts. The default is the built-in prompts.
         model: The teacher.
         tokenizer: Its tokenizer. Without a chat template and a file, the prompts are openings of `texts`.
         texts: Samples of text as token ids.
@@ -118,17 +124,9 @@ def prompts_of(
     if path is None and not tokenizer.chat_template:
         candidates = _openings(texts, tokenizer, min(OPENING_TOKENS, longest))
     else:
-        if path is None:
-            conversations = [[{"role": "user", "content": text}] for text in builtin_prompts(tokenizer)]
-        else:
-            conversations = read_prompts(path)
-        candidates = []
-        for messages in conversations:
-            text = messages[-1]["content"]
-            candidates.append((text, prompt_ids(messages, text, tokenizer)))
+        candidates = _conversation_prompts(path, tokenizer)
 
     questions = _question_words()
-
     prompts: dict[tuple[int, ...], None] = {}
     for text, ids in candidates:
         if 1 < len(ids) <= longest and not _is_like(_words(text), questions):
@@ -145,15 +143,29 @@ def prompts_of(
     return shuffled
 
 
+def _conversation_prompts(path: str | None, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, list[int]]]:
+    """Return the last questions of conversations, and the token ids of the conversations up to them."""
+    if path is not None:
+        conversations = read_prompts(path)
+    else:
+        conversations = [[{"role": "user", "content": text}] for text in builtin_prompts(tokenizer)]
+
+    prompts = []
+    for messages in conversations:
+        text = messages[-1]["content"]
+        prompts.append((text, prompt_ids(messages, text, tokenizer)))
+    return prompts
+
+
 def _openings(
     texts: Iterable[Sequence[int]], tokenizer: PreTrainedTokenizerBase, length: int
 ) -> list[tuple[str, list[int]]]:
-    """Return openings of texts, each behind the first token of the text."""
+    """Return openings of texts and their token ids. Each opening begins with the first token of its text."""
     openings = []
     for ids in texts:
         for start in range(0, len(ids), length):
             part = list(ids[start : start + length])
-            opening = [ids[0], *part][:length]
+            opening = [ids[0]] + part[: length - 1]
             openings.append((str(tokenizer.decode(part)), opening))
     return openings
 
@@ -172,7 +184,8 @@ def _words(text: str) -> set[str]:
 
 
 def _is_like(words: set[str], questions: Sequence[set[str]]) -> bool:
+    """Return whether the Jaccard index of words and a question is at least `MAX_LIKENESS`."""
     for question in questions:
-        if len(words & question) >= MAX_LIKENESS * len(words | question):
+        if len(words & question) >= MAX_LIKENESS * len(words.union(question)):
             return True
     return False

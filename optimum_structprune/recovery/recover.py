@@ -45,17 +45,17 @@ __all__ = ["NothingGainedWarning", "Recovery", "check_recovery", "recover"]
 
 
 class Recovery:
-    """Train a pruned causal language model.
+    """A recovery of a pruned causal language model by training.
 
     After `recover_model`, `report` has the figures of the run, and `entries` the text that it used.
 
     Args:
         config: How the model is trained.
-        pruning: How the model was pruned. It has the domains, the sample length and the seed that `config` leaves
-            open, and its seed decides which documents are held out.
+        pruning: How the model was pruned. Its domains and its seed are the defaults for `config`, and its seed
+            determines the documents that are held out.
         callbacks: Further callbacks for the Trainer.
-        pruned: The folder of the pruned model. `save` copies its pruning config, plan, report and manifest, as they
-            are when the `Recovery` is made.
+        pruned: The folder of the pruned model. `save` copies its pruning config, plan, report and manifest, which the
+            constructor reads.
 
     Raises:
         StructPruneError: If `config` is not a `RecoveryConfig`.
@@ -71,7 +71,7 @@ class Recovery:
         if not isinstance(config, RecoveryConfig):
             raise StructPruneError(f"`config` must be a RecoveryConfig, got {type(config).__name__}.")
         self.config = config
-        self.callbacks = callbacks
+        self.callbacks = list(callbacks)
         self.pruning = pruning or StructPruneConfig(sparsity=0.5)  # the amount is not used
 
         self.entries: list[Entry] = []
@@ -85,13 +85,16 @@ class Recovery:
             self._read_records(Path(pruned))
 
     def _read_records(self, folder: Path) -> None:
+        """Read the records of a pruned model, and the configs of earlier recoveries."""
         for name in RECORD_NAMES:
             if (folder / name).is_file():
                 self._records[name] = (folder / name).read_bytes()
+
         path = folder / RECOVERY_REPORT_NAME
         if path.is_file():
             report = RecoveryReport.load(path)
-            self._earlier = [] if report is None else list(report.earlier)
+            if report is not None:
+                self._earlier += report.earlier
             self._earlier.append(dict(read_json(folder / RECOVERY_CONFIG_NAME)))
 
     @own_settings()
@@ -106,41 +109,40 @@ class Recovery:
     ) -> PreTrainedModel:
         """Train a model; see `recover`."""
         config = self.config
-        check_kinds(model, tokenizer)
-        check_changeable(model)
-        check_recovery(config, self.pruning, model)
-        check_tokens(model, tokenizer)
-        dense = teacher if isinstance(teacher, PreTrainedModel) else model
-        check_recovery_memory(config, dense, model, loaded=True)
+        self._check(model, tokenizer, teacher)
 
         seq_length = sample_length(config, model)
         size = TrainingSize(config.tokens // seq_length, seq_length)
-        seed = self.pruning.seed if config.seed is None else config.seed
-        seen = self._seen_by(model)
+        seed = self.pruning.seed
+        if config.seed is not None:
+            seed = config.seed
+
+        earlier = self._seen_by(model)
         with ExitStack() as stack:
             scratch = ""
             if "output_dir" not in config.training:
                 scratch = stack.enter_context(tempfile.TemporaryDirectory())
-            # Making the arguments starts the communication of several processes, which write answers together.
+            # The arguments start the communication of several processes, which write answers together.
             arguments = training_arguments(config, size, seed, trains_on_cpu(model), scratch)
 
             loaded = None
             name = None
             if teacher is not None:
-                # A teacher in memory keeps its dtype.
-                dtype = torch.bfloat16 if arguments.bf16 and isinstance(teacher, (str, Path)) else None
+                dtype = None  # a teacher in memory keeps its dtype
+                if arguments.bf16 and isinstance(teacher, (str, Path)):
+                    dtype = torch.bfloat16
                 loaded = load_teacher(teacher, model, tokenizer, teacher_tokenizer, trust_remote_code, dtype)
                 name = loaded.model.name_or_path or ""
                 stack.enter_context(evaluating(loaded.model))
 
             inputs = TrainingInputs.of(replace(config, seed=seed, seq_length=seq_length), model, name)
-            folder = str(broadcast_object_list([arguments.output_dir])[0])  # all processes use the first one's folder
+            folder = str(broadcast_object_list([arguments.output_dir])[0])  # the folder of the first process
             checkpoint = None
             if resume:
                 checkpoint = inputs.last_checkpoint(folder)
 
             with stage("domains", {}):
-                data = RecoveryData(config, self.pruning, seq_length, model, tokenizer, loaded, seen)
+                data = RecoveryData(config, self.pruning, seq_length, model, tokenizer, loaded, earlier)
 
             # The number of evaluations depends on the number of validation samples.
             size = replace(size, num_validation=len(data.validation))
@@ -150,17 +152,34 @@ class Recovery:
             wait_for_everyone()
 
         report = replace(report, teacher=name or "", earlier=self._earlier)
-        self._record(recovered, tokenizer, data, report, seen)
+        self._record(recovered, tokenizer, data, report, earlier)
         if report.stopped or not report.kept_step:
             warn(report.stopped or report.kept, NothingGainedWarning)
         return recovered
 
+    def _check(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        teacher: PreTrainedModel | str | None,
+    ) -> None:
+        """Raise `StructPruneError` if the model cannot be trained, before the teacher is loaded."""
+        check_kinds(model, tokenizer)
+        check_changeable(model)
+        check_recovery(self.config, self.pruning, model)
+        check_tokens(model, tokenizer)
+        # A teacher in a folder is assumed to be as large as the model.
+        dense = model
+        if isinstance(teacher, PreTrainedModel):
+            dense = teacher
+        check_recovery_memory(self.config, dense, model, loaded=True)
+
     def _seen_by(self, model: PreTrainedModel) -> Manifest | None:
         """Return the text that the model has seen, from memory or from the folder of the pruned model."""
-        seen = Manifest.seen_by(model)
-        if seen is None and MANIFEST_NAME in self._records:
-            seen = Manifest.load(str(self._pruned))
-        return seen
+        manifest = Manifest.seen_by(model)
+        if manifest is None and MANIFEST_NAME in self._records:
+            return Manifest.load(str(self._pruned))
+        return manifest
 
     def _trained(
         self,
@@ -174,38 +193,42 @@ class Recovery:
     ) -> tuple[PreTrainedModel, RecoveryReport]:
         """Train a model, and return it with the weights of the best checkpoint, or unchanged if none is better."""
         config = self.config
-        alignment = None if teacher is None else teacher.alignment
+        alignment = None
+        value = "loss"
+        if teacher is not None:
+            alignment = teacher.alignment
+            value = "kl"
         collator = SampleCollator(alignment, positions_of(model))
         adapter = None
         if config.train == "lora":
             adapter = lora_config(config, model, alignment is not None)
 
         stopper = StopAtNaN()
+        callbacks = self.callbacks + [inputs, stopper]
         set_seed(seed)  # for the values of the adapter
         with trainable(model, adapter) as (trained, take_back):
-            trainer = recovery_trainer(trained, arguments, data, collator, teacher, [*self.callbacks, inputs, stopper])
-            before = measure_all(trained, data.measured, collator, teacher, trainer.accelerator)
+            trainer = recovery_trainer(trained, arguments, data, collator, teacher, callbacks)
+            pruned = measure_all(trained, data.measured, collator, teacher, trainer.accelerator)
 
-            # Trial steps keep all activations, and activation checkpointing means that there is no room for them.
+            # Trial steps store all activations, which do not fit if the training needs activation checkpointing.
             if "learning_rate" not in config.training and not arguments.gradient_checkpointing:
                 batches = [collator([sample]) for sample in islice(data.stream, NUM_TRIAL_SAMPLES)]
                 lower_learning_rate_(trainer, batches, take_back)
             seconds = train(trainer, checkpoint)
 
-            after = measure_all(trained, data.measured, collator, teacher, trainer.accelerator)
+            recovered = measure_all(trained, data.measured, collator, teacher, trainer.accelerator)
             kinds = [kind for kind, samples in data.measured.items() if samples and samples[0] in data.validation]
-            value = "loss" if teacher is None else "kl"
-            gained = validation_loss(after, kinds, value) < validation_loss(before, kinds, value)
-            if not gained:  # also if a loss is NaN
+            is_better = validation_loss(recovered, kinds, value) < validation_loss(pruned, kinds, value)
+            if not is_better:  # also if a loss is NaN
                 take_back()
-                after = before
+                recovered = pruned
 
         if adapter is not None:
             trained = trained.merge_and_unload()
 
         steps = trainer.state.global_step
         kept_step = 0
-        if gained:
+        if is_better:
             kept_step = trainer.state.best_global_step or steps
         report = RecoveryReport(
             tokens=steps * _samples_per_step(arguments) * data.stream.text.config.seq_length,
@@ -215,7 +238,7 @@ class Recovery:
             stopped=stopper.message,
             learning_rate=arguments.learning_rate,
         )
-        enter_measurements(report, before, after, {VALIDATION, ANSWERS})
+        enter_measurements(report, pruned, recovered, {VALIDATION, ANSWERS})
         enter_curve(report, trainer.state.log_history)
         return trained, report
 
@@ -225,13 +248,14 @@ class Recovery:
         tokenizer: PreTrainedTokenizerBase | None,
         data: RecoveryData,
         report: RecoveryReport,
-        seen: Manifest | None,
+        earlier: Manifest | None,
     ) -> None:
+        """Store the report and the text of the run, and attach the manifest to the model."""
         self.report = report
         if self.report.unseen is not None:
             self.report.unseen.source = data.other.source
         self.entries = data.entries
-        manifest = seen or Manifest.of(self.pruning, [], tokenizer)
+        manifest = earlier or Manifest.of(self.pruning, [], tokenizer)
         self._manifest = manifest.with_entries(self.entries)
         remember_text(model, tokenizer, self._manifest)
 
@@ -247,12 +271,12 @@ class Recovery:
         Args:
             model: The recovered model.
             save_directory: The folder to write to. It appears only after the result has been read back.
-            tokenizer: The tokenizer that is saved beside the model.
+            tokenizer: The tokenizer to save with the model.
             overwrite: Whether an existing folder is replaced.
 
         Raises:
             StructPruneError: If the folder exists, this `Recovery` has not trained the model, the tokenizer has other
-                tokens than the one that read the text, or the saved model differs from the model in memory.
+                tokens than the tokenizer that read the text, or the saved model differs from the model in memory.
         """
         report = self.report
         if report is None or Manifest.seen_by(model) is not self._manifest:
@@ -289,10 +313,10 @@ def recover(
     trust_remote_code: bool = False,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PreTrainedModel:
-    """Train a pruned model in one call. `Recovery` does the same, keeps the figures and saves.
+    """Train a pruned model in one call. Use `Recovery` for the figures of the run, and to save the result.
 
     Args:
-        pruned: A causal language model. It is trained itself and returned; a failure leaves it as it was.
+        pruned: A causal language model. It is changed in place and returned. If the training fails, it is unchanged.
         tokenizer: The model's tokenizer, which reads the domains.
         config: How the model is trained.
         teacher: A model, or its id or folder, whose predictions the model learns; usually the dense model.
@@ -307,13 +331,13 @@ def recover(
         The model, with the adapter merged.
 
     Raises:
-        StructPruneError: If the config cannot be followed (see `check_recovery`), there is too little text, the
-            teacher has other tokens or is the model itself, peft cannot place the adapter, or there is no checkpoint
-            to resume from.
+        StructPruneError: If the config cannot be used (see `check_recovery`), there is too little text, the teacher
+            has other tokens or is the model itself, peft cannot place the adapter, or no checkpoint to resume from
+            exists.
 
     Warns:
         NothingGainedWarning: If no checkpoint is nearer to the teacher than the pruned model, which is then returned
-            as it was, or if the training ended early.
+            unchanged, or if the training ended early.
     """
     config = config or RecoveryConfig()
     if domains is not None and config.domains is None:

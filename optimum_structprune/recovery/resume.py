@@ -1,4 +1,4 @@
-"""Record how a training began, so that it is never resumed from a checkpoint of another training."""
+"""Record the inputs of a training, so that it never resumes from a checkpoint of another training."""
 
 from __future__ import annotations
 
@@ -46,20 +46,23 @@ class TrainingInputs(TrainerCallback, ExportableState):
         and is skipped.
 
         Raises:
-            StructPruneError: If there is none, or the last one belongs to another training.
+            StructPruneError: If the folder has no checkpoint, or the last checkpoint belongs to another training.
         """
         for checkpoint in reversed(sort_checkpoints(folder)):
             try:
                 callbacks = read_json(Path(checkpoint, TRAINER_STATE_NAME))["stateful_callbacks"]
                 stored = callbacks[type(self).__name__]["args"]["inputs"]
             except (StructPruneError, LookupError, TypeError) as error:
-                warn(f"{checkpoint} is passed over: {error}.")
+                warn(f"{checkpoint} is skipped: {error}.")
                 continue
+
             self._check(checkpoint, stored)
             return checkpoint
-        raise StructPruneError(f"There is no checkpoint in {folder} to resume from. Start without resuming.")
+
+        raise StructPruneError(f"{folder} has no checkpoint to resume from. Start without resuming.")
 
     def _check(self, checkpoint: str, stored: Mapping[str, Any]) -> None:
+        """Raise if the inputs in a checkpoint differ from the inputs of this training."""
         differences = []
         for name, value in self.inputs.items():
             if stored.get(name) != value:

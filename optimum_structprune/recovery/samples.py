@@ -1,9 +1,10 @@
-"""Training samples: token ids, positions and labels of equal length, and their batches."""
+"""Make training samples of token ids, positions and labels, and batches of samples."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,49 +16,51 @@ from .aligned_batches import IGNORED, align_document, join_documents, pad_sample
 
 
 # `input_ids`, `position_ids` and `labels`, lists of equal length. Positions begin at 0 with each conversation, so that
-# models tell packed conversations apart. Labels are -100 where a token does not count.
+# models can distinguish packed conversations. The label of a token that does not count is -100.
 Sample = dict[str, list[int]]
 
 
 def text_sample(ids: Sequence[int] | Tensor) -> Sample:
-    """Return the sample of a text, in which every token counts."""
-    tokens = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+    """Return the sample of a text. All its tokens count in the loss."""
+    if isinstance(ids, Tensor):
+        ids = ids.tolist()
+    tokens = list(ids)
     return {"input_ids": tokens, "position_ids": list(range(len(tokens))), "labels": list(tokens)}
 
 
 @dataclass(frozen=True)
 class SamplePacker:
-    """Pack prompts and answers into samples.
+    """A packer of prompts and answers into samples.
 
     Attributes:
         seq_length: The number of tokens in a sample.
-        counts_prompts: Whether the tokens of prompts count in the loss too. They are read anyway, and the teacher's
-            predictions for them are as good as for any other text.
+        counts_prompts: Whether the tokens of prompts count in the loss too. Both models read them anyway, and the
+            predictions of the teacher are as good as for any other text.
     """
 
     seq_length: int
     counts_prompts: bool = True
 
     def conversations(self, pairs: Iterable[tuple[Sequence[int], Sequence[int]]]) -> Iterator[Sample]:
-        """Yield full samples of prompts and answers as token ids. A conversation that does not fit is cut."""
+        """Yield full samples of prompts and answers as token ids. The end of a conversation is cut off if needed."""
         sample: Sample = {"input_ids": [], "position_ids": [], "labels": []}
         for prompt, answer in pairs:
-            labels = [IGNORED] * len(prompt)
+            ids = list(prompt) + list(answer)
+            labels = [IGNORED] * len(prompt) + list(answer)
             if self.counts_prompts:
-                labels[1:] = prompt[1:]  # the first token has no prediction
-            ids = [*prompt, *answer]
+                labels[1:] = ids[1:]  # the first token has no prediction
 
             room = self.seq_length - len(sample["input_ids"])
             sample["input_ids"] += ids[:room]
             sample["position_ids"] += list(range(len(ids)))[:room]
-            sample["labels"] += [*labels, *answer][:room]
+            sample["labels"] += labels[:room]
             if len(sample["input_ids"]) == self.seq_length:
                 yield sample
                 sample = {"input_ids": [], "position_ids": [], "labels": []}
 
 
 class SampleCollator:
-    """Make batches of samples, in the tokens of the student and, with an alignment, of the teacher too.
+    """A collator that makes batches in the tokens of the student and, with an alignment, of the teacher too.
 
     Args:
         alignment: The spelling of the teacher's tokens if the student lacks some of them.
@@ -90,13 +93,14 @@ class SampleCollator:
 def aligned_sample(sample: Mapping[str, Any], alignment: TokenAlignment) -> Sample:
     """Spell a sample of the teacher's tokens in the student's tokens too; see `align_document`."""
     ids = sample["input_ids"]
-    counted = [label != IGNORED for label in sample["labels"]]
+    is_counted = [label != IGNORED for label in sample["labels"]]
 
-    begins = [place for place, position in enumerate(sample["position_ids"]) if position == 0]
+    bounds = [place for place, position in enumerate(sample["position_ids"]) if position == 0]
+    bounds.append(len(ids))
 
     documents = []
-    for begin, end in zip(begins, [*begins[1:], len(ids)], strict=True):
-        documents.append(align_document(alignment, ids[begin:end], counted[begin:end]))
+    for start, end in pairwise(bounds):
+        documents.append(align_document(alignment, ids[start:end], is_counted[start:end]))
     return join_documents(documents)
 
 
@@ -107,4 +111,7 @@ def counted_tokens(sample: Mapping[str, Any]) -> int:
 
 def to_tensors(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """Stack samples of equal length."""
-    return {name: torch.tensor([sample[name] for sample in samples]) for name in samples[0]}
+    batch = {}
+    for name in samples[0]:
+        batch[name] = torch.tensor([sample[name] for sample in samples])
+    return batch

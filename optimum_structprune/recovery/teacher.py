@@ -1,4 +1,4 @@
-"""The teacher of a recovery: a frozen causal language model and its predictions."""
+"""Load the teacher of a recovery, a frozen causal language model, and compute its predictions."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def load_teacher(
         tokenizer: The tokenizer of `model`.
         teacher_tokenizer: The tokenizer of the teacher. By default it is read from the teacher's folder.
         trust_remote_code: Whether a teacher that is loaded may run code from its folder.
-        dtype: The dtype of the teacher's weights. None keeps the dtype of a model in memory; a teacher that is loaded
-            gets the dtype of `model`, and the attention implementation if it has the same type. It is spread over
-            several devices if `model` is.
+        dtype: The dtype of the teacher's weights. By default a model in memory keeps its dtype, and a teacher is
+            loaded in the dtype of `model`. It also gets the attention implementation of `model` if both models have
+            the same type, and it is spread over several devices if `model` is.
         device: The device of the teacher; see `place_teacher`.
 
     Raises:
@@ -51,8 +51,10 @@ def load_teacher(
     """
     check_device(device)
     if isinstance(teacher, (str, Path)):
-        # Beside a model that one device cannot hold, the teacher needs several devices too.
-        device_map = "auto" if device is None and is_spread(model) else None
+        device_map = None
+        if device is None and is_spread(model):
+            # One device cannot hold the model, so the teacher needs several devices too.
+            device_map = "auto"
         teacher = _loaded(teacher, dtype or model.dtype, trust_remote_code, device_map)
         if teacher.config.model_type == model.config.model_type:
             teacher.set_attn_implementation(model.config._attn_implementation)
@@ -68,7 +70,7 @@ def load_teacher(
     check_movable(teacher, device)
     if teacher is model or _same_weights(teacher, model):
         raise StructPruneError(
-            "`teacher` and the trained model are the same model. Pass the dense model, or leave the teacher out."
+            "`teacher` and the trained model are the same model. Pass the dense model, or remove `teacher`."
         )
 
     reader, alignment = tokens_of_teacher(teacher, model, tokenizer, teacher_tokenizer, trust_remote_code)
@@ -87,14 +89,19 @@ def _loaded(name: str | Path, dtype: torch.dtype, trust_remote_code: bool, devic
 
 def _same_weights(teacher: nn.Module, model: nn.Module) -> bool:
     """Return whether two models have the same weights. The comparison ends at the first difference."""
-    theirs = dict(teacher.named_parameters())
-    ours = dict(model.named_parameters())
-    if theirs.keys() != ours.keys() or any(theirs[name].shape != ours[name].shape for name in ours):
+    teacher_weights = dict(teacher.named_parameters())
+    weights = dict(model.named_parameters())
+    if teacher_weights.keys() != weights.keys():
         return False
-    for name, weight in ours.items():
-        if weight.is_meta or theirs[name].is_meta:
+    # Shapes are compared first, because values of offloaded or large models take time to copy.
+    if any(teacher_weights[name].shape != weight.shape for name, weight in weights.items()):
+        return False
+
+    for name, weight in weights.items():
+        teacher_weight = teacher_weights[name]
+        if weight.is_meta or teacher_weight.is_meta:
             return False
-        if not torch.equal(weight.detach().float().cpu(), theirs[name].detach().float().cpu()):
+        if not torch.equal(weight.detach().float().cpu(), teacher_weight.detach().float().cpu()):
             return False
     return True
 
@@ -108,20 +115,19 @@ def tokens_of_teacher(
 ) -> tuple[PreTrainedTokenizerBase | None, TokenAlignment | None]:
     """Return the tokenizer of a teacher, and the alignment of its tokens if the model lacks some of them.
 
-    The models need no weights. If neither tokenizer is known, equal sizes of the vocabularies stand for equal tokens.
+    The models need no weights. If a tokenizer is unknown, vocabularies of equal size are assumed to be equal.
 
     Raises:
-        StructPruneError: If the teacher has other tokens, or its tokens are not known.
+        StructPruneError: If the teacher has other tokens, or its tokens are unknown.
     """
-    taught_size = teacher.config.get_text_config().vocab_size
+    teacher_size = teacher.config.get_text_config().vocab_size
     size = model.config.get_text_config().vocab_size
     reader = teacher_tokenizer or tokenizer_of(teacher, trust_remote_code)
-    if taught_size == size and (reader is None or tokenizer is None):
-        return tokenizer, None
-
     if reader is None or tokenizer is None:
+        if teacher_size == size:
+            return tokenizer, None
         raise StructPruneError(
-            f"The teacher has a vocabulary of {taught_size} tokens and the model one of {size}, and the tokenizer of "
+            f"The teacher has a vocabulary of {teacher_size} tokens and the model one of {size}, and the tokenizer of "
             "one of them is not known. Save the teacher's tokenizer into its folder, or pass `teacher_tokenizer`."
         )
 
@@ -136,8 +142,8 @@ class Predictions:
     """The next-token predictions of a teacher at some positions.
 
     Attributes:
-        values: Hidden states in front of the head, or logits, shape `(positions, features)`.
-        head: Compute logits from hidden states; None if `values` are logits.
+        values: The inputs of the head, or logits, shape `(positions, features)`.
+        head: The head, or None if `values` are logits.
     """
 
     values: Tensor
@@ -152,20 +158,21 @@ class Predictions:
 
 
 def accepted_inputs(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Select the inputs that a model's `forward` takes, and turn its cache off.
+    """Select the inputs that a model's `forward` takes, and disable its cache.
 
-    transformers only tells packed documents apart where there is no cache.
+    transformers can only separate packed documents without a cache.
     """
     parameters = signature(type(model).forward).parameters
     takes_all = any(parameter.kind == Parameter.VAR_KEYWORD for parameter in parameters.values())
-    selected = {**inputs, "use_cache": False}
+    selected = dict(inputs)
+    selected["use_cache"] = False
     if takes_all:
         return selected
     return {name: value for name, value in selected.items() if name in parameters}
 
 
 class Teacher:
-    """Predict next tokens with a frozen causal language model.
+    """A frozen causal language model that predicts next tokens.
 
     Attributes:
         model: The teacher.
@@ -186,11 +193,11 @@ class Teacher:
         self.device = device
         self._placed: Any = None
         self._sharded = False
-        # Whether the head's output is the model's output; None before the first forward pass.
+        # Whether the output of the head is the output of the model, or None before the first forward pass.
         self._plain_head: bool | None = None
 
     def place(self, accelerator: Accelerator) -> None:
-        """Place the teacher beside the model that an Accelerator trains; see `place_teacher`."""
+        """Place the teacher for an Accelerator before the first use; see `place_teacher`."""
         if self._placed is None:
             self._sharded = is_sharded(accelerator)
             self._placed = place_teacher(self.model, accelerator, self.device)
@@ -203,7 +210,9 @@ class Teacher:
             inputs: The inputs of the teacher in its own tokens, each of shape `(batch, seq_length)`.
             positions: The indices of the positions to predict from, in the flattened batch.
         """
-        caller = self.model if self._placed is None else self._placed
+        caller: Any = self.model
+        if self._placed is not None:
+            caller = self._placed
         arguments = self._arguments(inputs)
 
         head: Any = self.model.get_output_embeddings()

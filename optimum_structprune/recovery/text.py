@@ -1,12 +1,12 @@
-"""The text of a recovery: a stream of training samples, held-out text, and validation text."""
+"""Read the text of a recovery: a stream of training samples, held-out text, and validation text."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from math import ceil
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from ..arch.meta import positions_of
 from ..config.domains import BUILTIN, GENERAL, DomainConfig, written_by_model
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
-from ..domains.load import WRITTEN, builtin_beside, load_domains, split_samples, texts_of
+from ..domains.load import WRITTEN, builtin_source_except, load_domains, split_samples, texts_of
 from ..domains.manifest import TRAINED, Entry, Manifest
 from ..domains.packing import HELDOUT, Domain, SampleFormat, check_vocabulary, tokenised
 from ..domains.sources import documents, endless, resolve
@@ -29,9 +29,9 @@ HELDOUT_TOKENS = 1_024
 VALIDATION_TOKENS = 2_048
 VALIDATION = "validation text"
 OTHER_TEXT = "other text"
-# The kind of text that validates where the training text is of all built-in kinds.
+# The kind of validation text if the training text has all other built-in kinds.
 OTHER_KIND = f"{BUILTIN}news"
-# Text is read at most this number of times; more passes teach little (Muennighoff et al., 2023, arXiv 2305.16264).
+# The maximum number of passes over a text. More passes teach little (Muennighoff et al., 2023, arXiv 2305.16264).
 MAX_PASSES = 4
 # The default length of a sample by the kind of device.
 SEQ_LENGTHS = {"cpu": 512, "gpu": 1_024}
@@ -41,9 +41,13 @@ MIN_SEQ_LENGTH = 64
 
 
 def sample_length(config: RecoveryConfig, model: PreTrainedModel) -> int:
-    """Return the number of tokens in a sample: as set, or by the device, the positions and the number of tokens."""
+    """Return the number of tokens in a sample.
+
+    The default depends on the device, the positions of the model and the number of training tokens.
+    """
     if config.seq_length is not None:
         return config.seq_length
+
     kind = device_kind(model.device)
     if model.device.type == "meta" and not torch.cuda.is_available():
         kind = "cpu"
@@ -54,17 +58,16 @@ def sample_length(config: RecoveryConfig, model: PreTrainedModel) -> int:
 def text_config(config: RecoveryConfig, pruning: StructPruneConfig, seq_length: int) -> StructPruneConfig:
     """Return the config that reads the training text, in samples of `seq_length` tokens.
 
-    The seed of the pruning decides which documents are held out.
+    The seed of the pruning determines the documents that are held out.
 
     Raises:
-        StructPruneError: If the tokens do not give each domain a sample.
+        StructPruneError: If there are not enough tokens for one sample of each domain.
     """
-    no_general_text: dict[str, Any] = {"general_share": 0.0, "general_text": None}
-    if pruning.general_text == WRITTEN:  # the model needs long to write it, and it helped nothing (benchmarks/LOG.md)
-        pruning = replace(pruning, **no_general_text)
+    if pruning.general_text == WRITTEN:
+        # It takes long to write, and it did not help (benchmarks/LOG.md).
+        pruning = replace(pruning, general_share=0.0, general_text=None)
 
     domains = resolve(config.domains or texts_of(pruning))
-
     if config.validation is None and _is_mixed(domains):
         without = f"-{OTHER_KIND.removeprefix(BUILTIN)}"
         for place, domain in enumerate(domains):
@@ -74,13 +77,19 @@ def text_config(config: RecoveryConfig, pruning: StructPruneConfig, seq_length: 
     samples = config.tokens // seq_length
     if samples < len(domains):
         raise StructPruneError(
-            f"`tokens`={config.tokens} gives less than one sample of {seq_length} tokens to each of the "
+            f"`tokens`={config.tokens} is less than one sample of {seq_length} tokens for each of the "
             f"{len(domains)} domains. Set `tokens` to at least {seq_length * len(domains)}."
         )
 
-    # No text is set aside for choices, because nothing is chosen.
-    fixed = {**no_general_text, "allocation": "uniform"}
-    return replace(pruning, domains=domains, num_samples=samples, seq_length=seq_length, **fixed)
+    return replace(
+        pruning,
+        domains=domains,
+        num_samples=samples,
+        seq_length=seq_length,
+        general_share=0.0,
+        general_text=None,
+        allocation="uniform",  # reserves no probe text, because a recovery chooses no widths
+    )
 
 
 def _is_mixed(domains: Sequence[DomainConfig]) -> bool:
@@ -96,7 +105,7 @@ class TextStream:
         config: The config of the text; see `text_config`.
         tokenizer: The tokenizer that reads it.
         model: The model that writes domains of its own text.
-        seen: The text that an earlier run has used.
+        earlier: The text that an earlier run has used.
 
     Attributes:
         heldout: The held-out samples of each domain, and a first sample of the training text.
@@ -107,12 +116,12 @@ class TextStream:
         config: StructPruneConfig,
         tokenizer: PreTrainedTokenizerBase | None,
         model: PreTrainedModel,
-        seen: Manifest | None = None,
+        earlier: Manifest | None = None,
     ):
         domains = config.domains or []
-        heldout = max(1, min(8, HELDOUT_TOKENS // config.seq_length))
-        first = replace(config, num_samples=len(domains))
-        self.heldout: list[Domain] = load_domains(first, tokenizer, model, heldout, seen)
+        num_heldout = max(1, min(8, HELDOUT_TOKENS // config.seq_length))
+        one_sample_each = replace(config, num_samples=len(domains))
+        self.heldout: list[Domain] = load_domains(one_sample_each, tokenizer, model, num_heldout, earlier)
 
         assert tokenizer is not None  # or the domains could not be read
         self.config = config
@@ -129,11 +138,11 @@ class TextStream:
 
         for domain in self.heldout:
             self._skipped.update(domain.heldout_documents)
-        if seen is not None:
-            self._skipped.update(name for name, use in seen.uses().items() if use == HELDOUT)
+        if earlier is not None:
+            self._skipped.update(name for name, use in earlier.uses().items() if use == HELDOUT)
 
     def skip(self, hashes: Iterable[str]) -> None:
-        """Leave out documents that are used otherwise."""
+        """Skip further documents, which have another use."""
         self._skipped.update(hashes)
 
     def entries(self) -> list[Entry]:
@@ -155,33 +164,28 @@ class TextStream:
         """
         weights = [domain.weight for domain in self.domains]
         for domain in self.domains:
-            need = ceil(num_samples * domain.weight / sum(weights))
             if endless(domain) or written_by_model(domain):
                 continue
 
-            found = 0
-            for _ in self._one_pass(domain, 0):
-                found += 1
-                if found == need:
-                    break
-
-            if found * MAX_PASSES < need:
-                possible = int(found * MAX_PASSES * sum(weights) / domain.weight) * self.config.seq_length
+            need = ceil(num_samples * domain.weight / sum(weights))
+            count = sum(1 for _ in islice(self._one_pass(domain, 0), need))
+            if count * MAX_PASSES < need:
+                possible = int(count * MAX_PASSES * sum(weights) / domain.weight) * self.config.seq_length
                 raise StructPruneError(
-                    f"The domain {domain.name!r} has {found:,} samples of {self.config.seq_length} tokens to train "
+                    f"The domain {domain.name!r} has {count:,} samples of {self.config.seq_length} tokens to train "
                     f"on, and {need:,} are needed, which is more than {MAX_PASSES} passes. Add text to it, or set "
                     f"`tokens` to at most {possible}."
                 )
-            if found < need:
-                warn(f"The text of the domain {domain.name!r} is read {-(-need // found)} times.")
+            if count < need:
+                warn(f"The text of the domain {domain.name!r} is read {-(-need // count)} times.")
 
     def samples(self, num_samples: int) -> Iterator[list[int]]:
-        """Yield samples of token ids; the domains take turns by their weights."""
+        """Yield samples of token ids. The domains take turns by their weights."""
         streams = [self._repeated(domain) for domain in self.domains]
         weights = [domain.weight for domain in self.domains]
         counts = [0] * len(streams)
         for _ in range(num_samples):
-            # The next sample is of the domain that is furthest behind its weight.
+            # The next sample comes from the domain with the smallest part of its share so far.
             index = min(range(len(streams)), key=lambda place: (counts[place] + 0.5) / weights[place])
             counts[index] += 1
             yield next(streams[index])
@@ -203,19 +207,24 @@ class TextStream:
             need = self.config.num_samples * self.config.seq_length
             write = partial(self_documents, self.model, self.tokenizer, tokens=need)
         texts = documents(domain, self.config.seed + number, self.tokenizer, write)
-        prefix = [] if self.frame.prefix is None else [self.frame.prefix]
+
+        prefix: list[int] = []
+        if self.frame.prefix is not None:
+            prefix = [self.frame.prefix]
         buffer: list[int] = []
         for document in tokenised(texts, self.tokenizer):
             if document.hash in self._skipped:
                 continue
+
             check_vocabulary(max(document.ids), self.vocab_size)
             self.documents[domain.name][document.hash] = None
             if buffer and self.frame.eos is not None:
                 buffer.append(self.frame.eos)
             buffer += document.ids
+
             start = 0
             while len(buffer) - start >= self.frame.body:
-                yield [*prefix, *buffer[start : start + self.frame.body]]
+                yield prefix + buffer[start : start + self.frame.body]
                 start += self.frame.body
             del buffer[:start]
 
@@ -233,7 +242,7 @@ def validation_text(
         config: The config of the recovery.
         text: The config of the training text.
         tokenizer: The tokenizer that reads it.
-        trained: The hashes of documents that are used otherwise.
+        trained: The hashes of documents with another use.
         num_samples: The number of samples.
 
     Returns:
@@ -241,13 +250,14 @@ def validation_text(
     """
     domains = text.domains or []
     source = config.validation
-    if source is None:
-        source = OTHER_KIND if _is_mixed(domains) else builtin_beside(domains)
+    if source is None and _is_mixed(domains):
+        source = OTHER_KIND
+    elif source is None:
+        source = builtin_source_except(domains)
 
     frame = SampleFormat.of(tokenizer, text.seq_length)
-    read = tokenised(documents(DomainConfig(name=VALIDATION, source=source), text.seed, tokenizer), tokenizer)
-    unused = (document for document in read if document.hash not in trained)
-
+    texts = documents(DomainConfig(name=VALIDATION, source=source), text.seed, tokenizer)
+    unused = (document for document in tokenised(texts, tokenizer) if document.hash not in trained)
     samples, names = frame.pack(frame.take(unused, num_samples * frame.body), num_samples)
 
     if not len(samples):

@@ -1,4 +1,4 @@
-"""Run the Trainer of a recovery: any failure leaves the model as it was before."""
+"""Run the Trainer of a recovery. If the training fails, the model is unchanged."""
 
 from __future__ import annotations
 
@@ -22,41 +22,41 @@ from .training_data import RecoveryData
 
 
 class NothingGainedWarning(UserWarning):
-    """A training brought a model no nearer to its teacher, or ended early."""
+    """A training did not bring a model nearer to its teacher, or ended early."""
 
 
 class StopAtNaN(TrainerCallback):
     """End a training whose loss is not finite, as soon as the loss is logged.
 
     Attributes:
-        message: Why the training ended; empty if it did not end early.
+        message: The reason for the end of the training, or an empty text if it did not end early.
     """
 
     def __init__(self) -> None:
         self.message = ""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Look at the loss. All processes log the same mean loss, so that they end at the same step."""
+        """End the training if the loss is not finite. All processes log the same mean loss, so they all end."""
         loss = (logs or {}).get("loss", 0.0)
-        if not isfinite(loss) and not self.message:
-            first = max(1, state.global_step - args.logging_steps + 1)
-            steps = (
-                f"step {state.global_step}"
-                if first >= state.global_step
-                else f"steps {first:.0f} to {state.global_step}"
-            )
-            self.message = (
-                f"The loss of {steps} is {loss:g}, and training stopped there. Lower `learning_rate` in `training`, "
-                "or train in float32 or bfloat16."
-            )
-            control.should_training_stop = True
+        if isfinite(loss) or self.message:
+            return
+
+        steps = f"step {state.global_step}"
+        start = max(1, state.global_step - args.logging_steps + 1)
+        if start < state.global_step:
+            steps = f"steps {start:.0f} to {state.global_step}"
+        self.message = (
+            f"The loss of {steps} is {loss:g}, and training stopped there. Lower `learning_rate` in `training`, "
+            "or train in float32 or bfloat16."
+        )
+        control.should_training_stop = True
 
 
 class EvaluateLastStep(TrainerCallback):
     """Evaluate after the last step too, so that it can be the best checkpoint."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for an evaluation and a checkpoint if the training ends."""
+        """Request an evaluation and a checkpoint if the training ends."""
         is_last = state.global_step >= state.max_steps or control.should_training_stop
         if is_last and args.eval_strategy == IntervalStrategy.STEPS:
             control.should_evaluate = True
@@ -77,6 +77,8 @@ def recovery_trainer(
         StructPruneError: If the Trainer refuses the arguments.
     """
     use_cache = getattr(model.config, "use_cache", None)
+    all_callbacks = list(callbacks)
+    all_callbacks.append(EvaluateLastStep())
 
     try:
         trainer = Trainer(
@@ -85,11 +87,11 @@ def recovery_trainer(
             train_dataset=data.stream,  # type: ignore[arg-type]
             eval_dataset=data.validation,  # type: ignore[arg-type]
             data_collator=collator,
-            callbacks=[*callbacks, EvaluateLastStep()],
+            callbacks=all_callbacks,
         )
 
         if use_cache is not None:
-            model.config.use_cache = use_cache  # the Trainer turns it off for good
+            model.config.use_cache = use_cache  # the Trainer turns it off and does not restore it
         if teacher is not None:
             attach_loaded_teacher(trainer, teacher)
         lower_rate_of_token_rows_(trainer)
@@ -112,8 +114,10 @@ def train(trainer: Trainer, checkpoint: str | None) -> float:
         StructPruneError: If the settings, the text, a checkpoint or the disk end the training.
     """
     model: Any = trainer.model
-    bare: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    if bare is model:
+    if isinstance(model, PeftModel):
+        base_model = model.get_base_model()
+    else:
+        base_model = model
         # The Trainer loads a checkpoint by the model's own names. The published format has other names for experts.
         model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
 
@@ -129,20 +133,23 @@ def train(trainer: Trainer, checkpoint: str | None) -> float:
         # accelerate leaves a `forward` that computes in mixed precision on the model itself.
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         if trainer.args.gradient_checkpointing:
-            _end_checkpointing(bare)
+            _end_checkpointing(base_model)
     return float(output.metrics["train_runtime"])
 
 
 def _advice(error: Exception, trainer: Trainer, checkpoint: str | None) -> str:
+    """Return the message for an error of a training."""
     message = (
         f"Training stopped at step {trainer.state.global_step}, {type(error).__name__}: {one_line(error)}. The model "
         "is as it was."
     )
+
     if checkpoint:
-        message += f" If {checkpoint} is damaged, remove it to resume from the checkpoint before it."
+        message += f" If {checkpoint} is damaged, remove it to resume from the previous checkpoint."
     if is_write_error(error):
         message += (
-            f" If {trainer.args.output_dir} has no room for checkpoints, make some, or set `save_strategy` to 'no'."
+            f" If {trainer.args.output_dir} has no room for checkpoints, free some space, or set `save_strategy` to "
+            "'no'."
         )
     return message
 

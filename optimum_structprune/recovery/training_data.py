@@ -1,4 +1,4 @@
-"""The data of a recovery: a stream of training samples, and the samples that measure the model."""
+"""Make the data of a recovery: a stream of training samples, and the samples that measure the model."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from .text import OTHER_TEXT, VALIDATION, VALIDATION_TOKENS, TextStream, text_co
 
 
 ANSWERS = "answers"
-# The largest length of the answers that a model is measured on.
+# The maximum number of tokens in the answers that measure a model.
 MEASURED_ANSWER_TOKENS = 64
 MAX_MEASURED_PROMPTS = 32
-# Samples of text whose openings are prompts for a model without a chat template.
+# The maximum number of text samples whose openings are prompts for a model without a chat template.
 MAX_OPENING_SAMPLES = 512
-# Of so many training tokens, one is a token of validation text, between the minimum and `VALIDATION_TOKENS`.
+# The number of training tokens per token of validation text, between the minimum and `VALIDATION_TOKENS`.
 TRAINING_PER_VALIDATION = 50
 MIN_VALIDATION_TOKENS = 512
 
@@ -53,9 +53,9 @@ class SampleStream(IterableDataset[Sample]):
             answers = self.answers.samples(self.packer, self.answer_counts)
 
         for number in range(self.num_samples):
-            before = number * num_answers // self.num_samples
-            after = (number + 1) * num_answers // self.num_samples
-            if after > before:
+            answers_so_far = number * num_answers // self.num_samples
+            answers_due = (number + 1) * num_answers // self.num_samples
+            if answers_due > answers_so_far:
                 yield next(answers)
             else:
                 yield text_sample(next(texts))
@@ -71,15 +71,15 @@ class RecoveryData:
         model: The model.
         tokenizer: Its tokenizer.
         teacher: The teacher, or None.
-        seen: The text that an earlier run has used.
+        earlier: The text that an earlier run has used.
         counts_prompts: See `SamplePacker`.
 
     Attributes:
         stream: The training samples.
-        measured: The samples that measure the model, by kind of text; no training step reads them.
-        validation: The samples that checkpoints are compared by: validation text and answers by their shares of the
-            training, or without a teacher, held-out text.
-        other: Other text, by which nothing is chosen.
+        measured: The samples that measure the model, by kind of text. No training step reads them.
+        validation: The samples that compare checkpoints: validation text and answers, in the proportions of
+            the training, or held-out text without a teacher.
+        other: Unseen text, which has no influence on the training.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class RecoveryData:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None,
         teacher: Teacher | None,
-        seen: Manifest | None,
+        earlier: Manifest | None,
         counts_prompts: bool = True,
     ):
         text = text_config(config, pruning, seq_length)
@@ -98,14 +98,17 @@ class RecoveryData:
         reader: Any = model
         reader_tokenizer = tokenizer
         if teacher is not None:
-            # The teacher reads and writes in its own tokens, also if the student has lost some.
+            # The teacher reads and writes in its own tokens, even if the student lacks some of them.
             reader = teacher.model
             reader_tokenizer = teacher.tokenizer
-        stream = TextStream(text, reader_tokenizer, reader, seen)
+        stream = TextStream(text, reader_tokenizer, reader, earlier)
+
         self.measured: dict[str, list[Sample]] = {}
+        self.validation: list[Sample] = []
         for domain in stream.heldout:
-            self.measured[domain.name] = [text_sample(ids) for ids in domain.heldout]
-        self.validation: list[Sample] = [sample for kind in self.measured.values() for sample in kind]
+            samples = [text_sample(ids) for ids in domain.heldout]
+            self.measured[domain.name] = samples
+            self.validation += samples
         self.other = OtherText("")
 
         answers: Answers | None = None
@@ -122,8 +125,10 @@ class RecoveryData:
 
     @property
     def entries(self) -> list[Entry]:
-        """The used text, for the manifest. Documents are known once they were read."""
-        return [*self.stream.text.entries(), *self.other.entries]
+        """Return the entries of the manifest for all text, with the documents that were read so far."""
+        entries = self.stream.text.entries()
+        entries += self.other.entries
+        return entries
 
     def _add_validation(
         self,
@@ -133,16 +138,17 @@ class RecoveryData:
         teacher: Teacher,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
+        """Read the validation text and the unseen text, whose documents the training skips."""
         tokens = max(MIN_VALIDATION_TOKENS, min(VALIDATION_TOKENS, config.tokens // TRAINING_PER_VALIDATION))
         count = max(2, tokens // text.seq_length)
         self.num_measured_answers = round(config.answer_share * count)
 
-        used: set[str] = set()
+        hashes: set[str] = set()
         for domain in stream.heldout:
-            used.update(domain.documents, domain.heldout_documents)
+            hashes.update(domain.documents, domain.heldout_documents)
 
         num_texts = max(1, count - self.num_measured_answers)
-        samples, names = validation_text(config, text, tokenizer, used, num_texts)
+        samples, names = validation_text(config, text, tokenizer, hashes, num_texts)
         stream.skip(names)
         self.measured[VALIDATION] = [text_sample(ids) for ids in samples]
         self.validation = self.measured[VALIDATION]
@@ -156,15 +162,16 @@ class RecoveryData:
     def _add_answers(
         self, config: RecoveryConfig, text: StructPruneConfig, stream: TextStream, packer: SamplePacker
     ) -> tuple[Answers, list[int]]:
-        """Write the answers. Those to some prompts are set aside and measure the model."""
+        """Write the answers. The answers to some prompts measure the model and are not trained on."""
         assert self.teacher is not None and self.teacher.tokenizer is not None
-        model, tokenizer = self.teacher.model, self.teacher.tokenizer
+        model = self.teacher.model
+        tokenizer = self.teacher.tokenizer
         num_samples = max(1, round(config.answer_share * text.num_samples))
 
         openings = list(stream.samples(min(num_samples, MAX_OPENING_SAMPLES)))
         max_tokens = min(MAX_PROMPT_TOKENS, text.seq_length // 2)
         prompts = prompts_of(config.prompts, model, tokenizer, openings, text.seed, max_tokens)
-        aside_count = min(MAX_MEASURED_PROMPTS, len(prompts) // 2)
+        num_measured_prompts = min(MAX_MEASURED_PROMPTS, len(prompts) // 2)
         write = writer_of(model, tokenizer)
 
         depends_on = [
@@ -174,13 +181,15 @@ class RecoveryData:
         def answers_to(part: Sequence[list[int]]) -> Answers:
             return Answers(part, write, answer_file(*depends_on, part), text.seed)
 
-        aside = answers_to(prompts[:aside_count])
-        most = max(1, self.num_measured_answers)
-        counts = [most if length == MEASURED_ANSWER_TOKENS else 0 for length in ANSWER_TOKENS]
-        measured = list(aside.samples(SamplePacker(packer.seq_length, counts_prompts=False), counts))
-        if measured:
-            self.measured[ANSWERS] = measured
-            self.validation = measured if config.answer_share == 1 else [*self.measured[VALIDATION], *measured]
+        counts = [0] * len(ANSWER_TOKENS)
+        counts[ANSWER_TOKENS.index(MEASURED_ANSWER_TOKENS)] = max(1, self.num_measured_answers)
+        measured_answers = answers_to(prompts[:num_measured_prompts])
+        samples = list(measured_answers.samples(SamplePacker(packer.seq_length, counts_prompts=False), counts))
+        if samples:
+            self.measured[ANSWERS] = samples
+            self.validation = list(samples)
+            if config.answer_share < 1:
+                self.validation = self.measured[VALIDATION] + samples
 
-        asked = answers_to(prompts[aside_count:])
-        return asked, write_answers(asked, packer, num_samples)
+        training_answers = answers_to(prompts[num_measured_prompts:])
+        return training_answers, write_answers(training_answers, packer, num_samples)

@@ -1,1 +1,1 @@
-"""Writing a result that plain `from_pretrained` has read back, in other forms, and to the Hub."""
+"""Saving of a result, with a check by plain `from_pretrained`, its export and its upload to the Hub."""

@@ -1,4 +1,4 @@
-"""Writes the model card of a result, which the Hub shows, from its records."""
+"""Write the model card of a result from its records."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ FENCE_TICKS = 3
 
 def _escape(value: Any) -> Any:
     """Escape a value for Markdown, unless the template marked it as safe."""
-    return value if hasattr(value, "__html__") else table.escaped(str(value))
+    if hasattr(value, "__html__"):
+        return value
+    return table.escaped(str(value))
 
 
 TEMPLATES = Environment(
@@ -55,7 +57,7 @@ TEMPLATES.filters["table"] = table.markdown
 
 @dataclass(frozen=True)
 class DenseCard:
-    """The original model as a card names it.
+    """The facts that a card states about the original model.
 
     Attributes:
         name: Its id on the Hub or the name of its folder; empty where it is unknown.
@@ -74,9 +76,9 @@ class DenseCard:
         """Read the card of the original model.
 
         Args:
-            source: Its id on the Hub, or its folder, as the records name it.
-            report: The report, in which the user may have named the id and the licence.
-            folder: The folder that the model was loaded from. Records name folders without their path.
+            source: Its id on the Hub, or its folder, from the records.
+            report: The report, which has the id and the licence if the user has given them.
+            folder: The folder that the model was loaded from. Records have only the names of folders.
         """
         fields = _card_fields(source)
         if not fields and folder is not None:
@@ -86,51 +88,84 @@ class DenseCard:
         if report.model.license:
             licence = {"license": report.model.license}
 
-        base: Any = short_name(source)
-        if Path(source).is_dir() and not HUB_CACHE.search(source):
-            # A folder has no id, but the card of an earlier result in it names the base model.
-            base = fields.get("base_model") if written_files(Path(source)) else None
-        base = report.model.base_model or base
-        return cls(str(base or short_name(source)), base if _is_id(base) else None, licence, fields)
+        base: Any = report.model.base_model or _base_model(source, fields)
+        name = str(base or short_name(source))
+        if not _is_id(base):
+            base = None
+        return cls(name, base, licence, fields)
+
+
+def _base_model(source: str, fields: Mapping[str, Any]) -> Any:
+    """Return the id of the original model on the Hub, or None if it has none.
+
+    Args:
+        source: Its id, or its folder.
+        fields: The fields of its card.
+    """
+    if not Path(source).is_dir() or HUB_CACHE.search(source):
+        return short_name(source)
+
+    # A folder has no id, but the card of an earlier result in it names the base model.
+    if written_files(Path(source)):
+        return fields.get("base_model")
+    return None
 
 
 def _card_fields(source: str) -> dict[str, Any]:
-    """Return the fields of a model card that are texts or lists of texts; nothing if it cannot be read."""
+    """Return the fields of a model card that are texts or lists of texts, or nothing if it cannot be read."""
     folder = Path(source)
     fields: dict[str, Any] = {}
-    # The network, the Hub or the YAML of others may fail. The licence is then unknown.
+
+    # The network or the Hub may fail, and the YAML may be invalid. The licence is then unknown.
     with suppress(Exception):
         if source and not folder.is_dir():
             fields = ModelCard.load(source).data.to_dict()
         elif source and (folder / CARD).is_file():
             fields = ModelCard.load(folder / CARD).data.to_dict()
+
     # Aliases in YAML can turn a few lines into very large nested lists.
     return {name: value for name, value in fields.items() if _is_text(value)}
 
 
 def _is_text(value: Any) -> bool:
     """Return whether a value is a text or a list of texts."""
-    values = value if isinstance(value, list) else [value]
-    return all(isinstance(item, str) for item in values)
+    if isinstance(value, list):
+        return all(isinstance(item, str) for item in value)
+    return isinstance(value, str)
 
 
 def loader_of(folder: str | Path, config: PretrainedConfig, arch_file: str | Path | None = None) -> str:
-    """Return the callable that loads a result; with modules of its own, a class of sentence-transformers."""
+    """Return the callable that loads a result.
+
+    It is a `from_pretrained`, or a class of sentence-transformers if the folder has modules around the model.
+    """
     if not Path(folder, "modules.json").is_file():
         return f"{model_class(config, arch_file).__name__}.from_pretrained"
+
     path = Path(folder, "config_sentence_transformers.json")
-    kind = read_json(path).get("model_type") if path.is_file() else None
-    return kind if kind in SENTENCE_CLASSES else SENTENCE_CLASSES[0]
+    if path.is_file():
+        kind = read_json(path).get("model_type")
+        if kind in SENTENCE_CLASSES:
+            return str(kind)
+    return SENTENCE_CLASSES[0]
 
 
 def leave_card(folder: Path, output: str | Path, model: PreTrainedModel, arch_file: str | None) -> None:
-    """Write the card of a result and its chart in the working folder; an error only causes a warning."""
+    """Write the card of a result and its chart. An error only causes a warning.
+
+    Args:
+        folder: The working folder of the result.
+        output: The folder that the result is moved to.
+        model: The model.
+        arch_file: The file that describes the architecture.
+    """
     with warn_on_error(output, CARD):
         dense = model.name_or_path
         if dense and Path(dense).is_dir():
             dense = str(modules_root(Path(dense)))
         text = model_card(folder, resolved(output).name, model.config, dense, arch_file)
         replace_text(folder / CARD, text)
+
         chart = loss_chart(Records.read(folder).report)
         if chart:
             replace_text(folder / CHART_NAME, chart)
@@ -155,6 +190,7 @@ def model_card(
     kind = loader.removesuffix(".from_pretrained")
     dense_path = origin.base_model or "ORIGINAL"
     view = view_of(records, name, origin.name, dense_path, folder=".", output="again")
+    needs_writer, gguf_refusal = _llama_cpp(config, report)
 
     text = TEMPLATES.get_template("result.md.jinja").render(
         view=view,
@@ -172,33 +208,59 @@ def model_card(
         uneven=any(len(set(widths.values())) > 1 for widths in report.widths.values()),
         has_code="auto_map" in read_json(folder / "config.json"),
         trims_vocabulary=VOCAB in report.widths,
-        fence=_fence([name, *view.commands]),
+        fence=_fence(name, view.commands),
         shell_name=quote(name),
         version=__version__,
-        **_llama_cpp(config, report),
+        by_layer=needs_writer,
+        gguf_refusal=gguf_refusal,
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-def _fence(texts: Iterable[str]) -> str:
-    """Return a code fence with more backticks than stand together in any of the texts."""
-    longest = max(len(ticks) for text in texts for ticks in re.findall("`+|$", text))
+def _fence(title: str, commands: Iterable[str]) -> str:
+    """Return a code fence with more backticks than any sequence of backticks in the title or the commands."""
+    longest = _longest_ticks(title)
+    for command in commands:
+        longest = max(longest, _longest_ticks(command))
+
     return "`" * max(FENCE_TICKS, longest + 1)
 
 
+def _longest_ticks(text: str) -> int:
+    """Return the length of the longest sequence of backticks in a text."""
+    return max((len(ticks) for ticks in re.findall("`+", text)), default=0)
+
+
 def _card_data(records: Records, origin: DenseCard, kind: str) -> ModelCardData:
-    """Return the metadata of the card. The Hub finds models of sentence-transformers by the original's fields."""
+    """Return the metadata of the card.
+
+    For a model of sentence-transformers, the card has the fields of the original card, because the Hub uses them to
+    find such models.
+
+    Args:
+        records: The records of the result.
+        origin: The original model.
+        kind: The class that loads the result.
+    """
     fields: Mapping[str, Any] = {}
-    pipeline = "text-generation" if kind == "AutoModelForCausalLM" else None
     library = "transformers"
-    if kind in SENTENCE_CLASSES:
+    pipeline = None
+    if kind == "AutoModelForCausalLM":
+        pipeline = "text-generation"
+    elif kind in SENTENCE_CLASSES:
         fields = origin.fields
         library = fields.get("library_name", "sentence-transformers")
         pipeline = fields.get("pipeline_tag")
+
+    tags = list(TAGS)
+    for tag in fields.get("tags", ()):
+        if tag not in tags:
+            tags.append(tag)
+
     return ModelCardData(
         base_model=origin.base_model,
         library_name=library,
-        tags=list(dict.fromkeys([*TAGS, *fields.get("tags", ())])),
+        tags=tags,
         datasets=_datasets(records) or None,
         language=origin.fields.get("language"),
         pipeline_tag=pipeline,
@@ -207,11 +269,17 @@ def _card_data(records: Records, origin: DenseCard, kind: str) -> ModelCardData:
 
 
 def _datasets(records: Records) -> list[str]:
-    """Return the data sets of the Hub that the run read."""
+    """Return the datasets of the Hub that the run read."""
     sources = {str(entry.origin.get("source", "")) for entry in records.domains if not entry.place_sha256}
-    sources.update(str(domain.get("source", "")) for domain in records.training.get("domains") or ())
-    on_hub = [name for name in sources if _is_id(name) and Path(name).suffix not in FORMATS]
-    return sorted(name for name in on_hub if not os.path.exists(name))
+    for domain in records.training.get("domains") or ():
+        sources.add(str(domain.get("source", "")))
+
+    datasets = []
+    for name in sorted(sources):
+        is_file = Path(name).suffix in FORMATS or os.path.exists(name)
+        if _is_id(name) and not is_file:
+            datasets.append(name)
+    return datasets
 
 
 def _is_id(name: Any) -> bool:
@@ -222,11 +290,14 @@ def _is_id(name: Any) -> bool:
     return False
 
 
-def _llama_cpp(config: PretrainedConfig, report: Report) -> dict[str, Any]:
-    """Return whether llama.cpp needs our own writer, and why it cannot run the model."""
+def _llama_cpp(config: PretrainedConfig, report: Report) -> tuple[bool, str]:
+    """Return whether a GGUF file requires our own writer, and the reason if llama.cpp cannot run the model."""
     spaces = set(report.widths)
-    if not config.get_text_config().is_heterogeneous and spaces and spaces <= {"mlp", VOCAB}:
-        return {"by_layer": False, "gguf_refusal": ""}
-    from ..arch.llama_cpp import BY_LAYER, gguf_architecture, gguf_refusal
+    is_uniform = not config.get_text_config().is_heterogeneous
+    if is_uniform and spaces and spaces <= {"mlp", VOCAB}:
+        return False, ""
 
-    return {"by_layer": gguf_architecture(config) in BY_LAYER.values(), "gguf_refusal": gguf_refusal(config)}
+    from ..arch.llama_cpp import BY_LAYER, gguf_architecture, gguf_refusal  # imported here, as few cards need it
+
+    needs_writer = gguf_architecture(config) in BY_LAYER.values()
+    return needs_writer, gguf_refusal(config) or ""

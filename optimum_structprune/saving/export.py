@@ -21,7 +21,7 @@ from .save import RECORD_NAMES, save_checked
 
 @dataclass(frozen=True)
 class Padding:
-    """Describe the cost of padding.
+    """The cost of padding.
 
     Attributes:
         before: The number of parameters before padding.
@@ -38,12 +38,13 @@ class Padding:
     def __str__(self) -> str:
         """Return the cost in one sentence."""
         added = self.after - self.before
-        size = f"{self.bytes / 1e6:,.1f} MB, {added / self.before:.1%} of {self.before:,}"
+        share = added / self.before
+        size = f"{self.bytes / 1e6:,.1f} MB, {share:.1%} of {self.before:,}"
         text = f"padding adds {added:,} zero parameters ({size})"
 
         if self.dense is not None and self.dense > self.before:
-            share = added / (self.dense - self.before)
-            text += f", {share:.1%} of the parameters that pruning had removed"
+            share_of_removed = added / (self.dense - self.before)
+            text += f", {share_of_removed:.1%} of the parameters that pruning had removed"
         return text
 
 
@@ -97,7 +98,10 @@ def export_uniform(
 
 def _copy_records(source: Path, target: Path) -> None:
     """Copy the records of pruning and recovery that a folder has."""
-    for name in (*RECORD_NAMES, RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME):
+    names = list(RECORD_NAMES)
+    names += [RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME]
+
+    for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 
@@ -108,4 +112,7 @@ def _dense_parameters(folder: str | None) -> int | None:
         report = Report.load(Path(folder or "", REPORT_NAME))
     except StructPruneError:
         return None
-    return None if report is None else report.dense.parameters
+
+    if report is None:
+        return None
+    return report.dense.parameters

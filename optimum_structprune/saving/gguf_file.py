@@ -31,13 +31,13 @@ TYPE_OF_DTYPE = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """Describe a GGUF file.
+    """A description of a GGUF file.
 
     Attributes:
         architecture: llama.cpp's name of the architecture.
         dtype: llama.cpp's name of the data type of the matrices.
         parameters: The number of values in all tensors.
-        in_16_bits: How many of them are in 16 bits, because their rows are not multiples of 32.
+        in_16_bits: The number of values in 16 bits, because their rows are not multiples of 32.
         bytes: The size of the file.
     """
 
@@ -53,7 +53,7 @@ class GGUFFile:
 
     @property
     def size(self) -> str:
-        """The size of the file, and the reason if it is larger than its data type suggests."""
+        """Return the size of the file, and the reason if it is larger than its data type suggests."""
         text = f"{self.bytes / 1e6:,.1f} MB"
 
         if self.in_16_bits:
@@ -64,12 +64,12 @@ class GGUFFile:
 
 @dataclass(frozen=True)
 class _StoredTensor:
-    """Describe a tensor of a GGUF file by the parameters of the model that it is computed from.
+    """A tensor of a GGUF file, which is computed from parameters of the model.
 
     Attributes:
         name: The name in the file.
         parameters: The names of the parameters, which are concatenated along the rows.
-        module_name: The name that tells the halves of a divided parameter apart.
+        module_name: The name that distinguishes the halves of a divided parameter.
         layer_config: The config of the tensor's layer; None outside the layers.
     """
 
@@ -86,7 +86,9 @@ class _StoredTensor:
             rows = weights[parameter].detach().to(device, torch.float32)
             parts.append(llama_cpp.in_file_order(parameter, rows, self.layer_config, architecture, self.module_name))
 
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts)
 
 
 def export_gguf(
@@ -187,7 +189,9 @@ def _tensor_types(shapes: Mapping[str, tuple[int, ...]], kind: str) -> dict[str,
         kind: The data type of the matrices.
     """
     types = {}
-    head = "output.weight" if "output.weight" in shapes else "token_embd.weight"
+    head = "output.weight"
+    if head not in shapes:
+        head = "token_embd.weight"
 
     for name, shape in shapes.items():
         tensor_type = gguf.GGMLQuantizationType[kind]
@@ -217,7 +221,7 @@ def _write(model: PreTrainedModel, path: Path, tokenizer: PreTrainedTokenizerBas
     """
     architecture = str(llama_cpp.gguf_architecture(model.config))
     weights = dict(model.named_parameters())
-    tensors = [*_stored_tensors(model, architecture)]
+    tensors = list(_stored_tensors(model, architecture))
     shapes = {}
 
     for tensor in tensors:

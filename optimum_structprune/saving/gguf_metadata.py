@@ -22,7 +22,7 @@ SPACE = "\u2581"
 # Special tokens that some tokenizers do not mark as special.
 CONTROL = re.compile(r"<pad>|<mask>|<[|｜](.*[|｜])?>", re.DOTALL)
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-# The pre-tokenizers of the tokenizers library that `PRE_TOKENIZERS` knows: its name there, and the field that matters.
+# The pre-tokenizers of the tokenizers library that `PRE_TOKENIZERS` has: their names there, and the compared field.
 STEPS = {"Digits": ("digits", "individual_digits"), "ByteLevel": ("bytes", "use_regex"), "Split": ("split", "pattern")}
 # The score of a token that no merge produces.
 LOWEST_SCORE = -1e6

@@ -1,4 +1,4 @@
-"""Writes the page of a result, an HTML file that needs no other file and no network."""
+"""Write the page of a result, an HTML file that needs no other file and no network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from .. import __version__
 from ..errors import StructPruneError
-from ..record.report import REPORT_NAME
+from ..record.report import REPORT_NAME, CurvePoint
 from ..record.verdict import judge
 from ..system.processes import is_first_rank
 from ..written import replace_text, warn_on_error
@@ -31,7 +31,7 @@ TEMPLATES = Environment(
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart in two widths, for wide and for narrow windows; empty where there is nothing to draw."""
+    """A chart for wide and for narrow windows. Both are empty if there is nothing to draw."""
 
     wide: str
     narrow: str
@@ -45,7 +45,7 @@ class Chart:
 def check_result(folder: str | Path) -> None:
     """Raise `StructPruneError` if a folder has no report of a pruning."""
     if not Path(folder, REPORT_NAME).is_file():
-        raise StructPruneError(f"{folder} has no {REPORT_NAME}; name a folder that `structprune prune` wrote.")
+        raise StructPruneError(f"{folder} has no {REPORT_NAME}. Pass a folder that `structprune prune` has written.")
 
 
 def page(folder: str | Path, dense: str = "") -> str:
@@ -58,13 +58,17 @@ def page(folder: str | Path, dense: str = "") -> str:
     check_result(folder)
     records = Records.read(folder, dense)
     report = records.report
-    curve = [] if report.recovery is None else report.recovery.curve
+    curve: list[CurvePoint] = []
+    if report.recovery is not None:
+        curve = report.recovery.curve
 
     name = report.model.base_model or short_name(records.dense)
     dense_path = name or "ORIGINAL"
     title = Path(folder).absolute().name
     view = view_of(records, title, name, dense_path, title, f"{title}-again")
-    verdict = judge(report, None if records.evaluation is None else records.evaluation.answers)
+    later_answers = None if records.evaluation is None else records.evaluation.answers
+    verdict = judge(report, later_answers)
+
     return TEMPLATES.get_template("page.html.jinja").render(
         view=view,
         level="" if verdict is None else int(verdict.level),

@@ -1,4 +1,4 @@
-"""Reads the records in the folder of a result."""
+"""Read the records in the folder of a result."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ..domains.manifest import EARLIER, JUDGED, MANIFEST_NAME, Entry, Manifest
 from ..record.evaluation import Evaluation
 from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME, RecoveryReport, Report
 from ..record.speed import Speed
+from ..written import without_folders
 from .names import EVALUATION_NAME, SPEED_NAME
 
 
@@ -26,9 +27,9 @@ class Records:
         report: The report of the pruning, with the training after it; without sizes where there is none.
         config: The config of the pruning; empty where there is none.
         domains: The text that the model has seen.
-        training: The config of a training that is not part of the config of the pruning; empty where there is none.
-        evaluation: What was measured later; None where nothing was.
-        speed: How fast the model is; None where it was not measured.
+        training: The config of a training that was a run of its own; empty where there is none.
+        evaluation: The evaluation that `structprune evaluate` added; None where there is none.
+        speed: The speed that `structprune evaluate` measured; None where it was not measured.
         dense: The id or the folder of the original model; empty where it is unknown.
     """
 
@@ -54,11 +55,14 @@ class Records:
         folder = Path(folder)
         report = Report.load(folder / REPORT_NAME) or Report("", "")
         report.recovery = RecoveryReport.load(folder / RECOVERY_REPORT_NAME) or report.recovery
-        has_manifest = (folder / MANIFEST_NAME).is_file()
+        domains: Sequence[Entry] = []
+        if (folder / MANIFEST_NAME).is_file():
+            domains = Manifest.load(folder).domains
+
         return cls(
             report=report,
             config=_read_config(folder / CONFIG_NAME),
-            domains=Manifest.load(folder).domains if has_manifest else [],
+            domains=domains,
             training=_read_config(folder / RECOVERY_CONFIG_NAME),
             evaluation=Evaluation.load(folder / EVALUATION_NAME),
             speed=Speed.load(folder / SPEED_NAME),
@@ -72,8 +76,8 @@ class Records:
     def commands(self, folder: str, dense: str, output: str) -> list[str]:
         """Return the commands that repeat the run from the configs in a folder.
 
-        There are none if a program gave the text, or if several trainings followed, because the folder has the config
-        of the last one only.
+        A run cannot be repeated by commands if a program passed text that has no name, or if the model was trained
+        more than once, because the folder has the config of the last training only.
 
         Args:
             folder: The folder with the configs.
@@ -86,28 +90,46 @@ class Records:
         if recovery is not None and recovery.earlier:
             return []
 
-        prune = ["prune", dense, output, "--config", f"{folder}/{CONFIG_NAME}"]
-        if self.report.model.dtype:
-            prune += ["--dtype", self.report.model.dtype]
-        commands = [prune]
+        commands = [self._prune_command(folder, dense, output)]
         if self.training and recovery is not None:
-            recover = ["recover", output, output, "--overwrite", "--config", f"{folder}/{RECOVERY_CONFIG_NAME}"]
-            if recovery.has_dense:
-                is_same = recovery.teacher in ("", self.dense)
-                recover += ["--teacher", dense if is_same else recovery.teacher]
-            if self.config.get("arch_file"):
-                recover += ["--arch", self.config["arch_file"]]
-            commands.append(recover)
-        return [join(["structprune", *command]) for command in commands]
+            commands.append(self._recover_command(recovery, folder, dense, output))
+        return commands
+
+    def _prune_command(self, folder: str, dense: str, output: str) -> str:
+        """Return the command that repeats the pruning."""
+        command = ["structprune", "prune", dense, output, "--config", f"{folder}/{CONFIG_NAME}"]
+        dtype = self.report.model.dtype
+        if dtype:
+            command += ["--dtype", dtype]
+        return join(command)
+
+    def _recover_command(self, recovery: RecoveryReport, folder: str, dense: str, output: str) -> str:
+        """Return the command that repeats the training."""
+        config = f"{folder}/{RECOVERY_CONFIG_NAME}"
+        command = ["structprune", "recover", output, output, "--overwrite", "--config", config]
+
+        if recovery.has_dense:
+            # The card is published, so it names a folder without its path.
+            teacher = without_folders(recovery.teacher)
+            is_dense = teacher in ("", without_folders(self.dense))
+            command += ["--teacher", dense if is_dense else teacher]
+        if self.config.get("arch_file"):
+            command += ["--arch", self.config["arch_file"]]
+        return join(command)
 
     def _has_unnamed_text(self) -> bool:
-        """Return whether a program gave text that has no name."""
-        if any(not entry.origin for entry in self.domains if entry.use not in (JUDGED, EARLIER)):
-            return True
-        named = [*(self.config.get("domains") or ()), *(self.training.get("domains") or ())]
-        return any(str(domain.get("source", "")).startswith(IN_MEMORY) for domain in named)
+        """Return whether a program passed text that has no name."""
+        for entry in self.domains:
+            if not entry.origin and entry.use not in (JUDGED, EARLIER):
+                return True
+
+        domains = list(self.config.get("domains") or ())
+        domains += self.training.get("domains") or ()
+        return any(str(domain.get("source", "")).startswith(IN_MEMORY) for domain in domains)
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:
     """Return the fields of a config, or none if there is no file."""
-    return read_json(path) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    return read_json(path)

@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -54,7 +54,7 @@ OWN_FILES = re.compile(
 )
 # Heads of other libraries, which read the channels of the model.
 HEAD_FILES = re.compile(r"\w+_linear\.pt")
-# Files that a tokenizer writes beside its vocabulary.
+# Files that a tokenizer writes in addition to its vocabulary.
 TOKENIZER_FILES = re.compile(r"(special_tokens_map|added_tokens|tokenizer(_config)?)\.json|chat_template\.jinja")
 # The vocabulary in other forms, which still have removed tokens.
 VOCABULARY_FILES = re.compile(r".*\.(model|tiktoken)|vocab.*\.(json|txt)|merges\.txt|(tekken|unigram)\.json")
@@ -74,28 +74,31 @@ def save_pruned(
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Save a pruned model with its records, card and tokenizer. The records say whether weights have changed since."""
-    from .card import leave_card  # imported here, since only a save needs it
+    """Save a pruned model with its records, its card and its tokenizer.
+
+    The report notes if the weights have changed since they were measured.
+    """
+    from .card import leave_card  # imported here because its libraries take long to import
 
     config = records.config
-    report = records.report
-    used = [model.name_or_path, *used_paths(config)]
+    report = replace(records.report, pruned=replace(records.report.pruned, bytes=model_bytes(model)))
     if checksums(model) != records.checksums:
         warn(f"{save_directory}: {CHANGED}; `structprune evaluate` measures those that are saved.")
-        report = replace(report, changed=True)
+        report.changed = True
 
-    def write(folder: Path) -> None:
+    def write_records(folder: Path) -> None:
         config.save_pretrained(folder)
         records.plan.save(folder / PLAN_NAME)
-        size = replace(report.pruned, bytes=model_bytes(model))
-        replace(report, pruned=size).save(folder / REPORT_NAME)
-        # A model that was trained since has a manifest with the training text.
+        report.save(folder / REPORT_NAME)
+        # A model that was trained after pruning has a manifest that includes the training text.
         manifest = Manifest.seen_by(model) or records.manifest
         manifest.save(folder / MANIFEST_NAME)
         leave_card(folder, save_directory, model, config.arch_file)
 
-    kept = records.plan.keep.get((MODEL, VOCAB))
-    save_checked(model, save_directory, tokenizer, overwrite, write, used, kept_tokens=kept)
+    input_paths: list[str | Path | None] = [model.name_or_path]
+    input_paths.extend(used_paths(config))
+    kept_tokens = records.plan.keep.get((MODEL, VOCAB))
+    save_checked(model, save_directory, tokenizer, overwrite, write_records, input_paths, kept_tokens=kept_tokens)
 
 
 def save_checked(
@@ -103,8 +106,8 @@ def save_checked(
     save_directory: str | Path,
     tokenizer: PreTrainedTokenizerBase | None,
     overwrite: bool,
-    write: Callable[[Path], None],
-    used: Iterable[str | Path | None] = (),
+    write_records: Callable[[Path], None],
+    input_paths: Iterable[str | Path | None] = (),
     like: PreTrainedModel | None = None,
     kept_tokens: Sequence[int] | None = None,
 ) -> None:
@@ -113,10 +116,10 @@ def save_checked(
     Args:
         model: The model.
         save_directory: The folder, which appears only after the check; see `Output`.
-        tokenizer: The tokenizer, which is saved beside the model.
-        overwrite: Whether a folder that exists is replaced.
-        write: Writes further files into a folder.
-        used: Files and folders that the run reads, and that the folder must not replace.
+        tokenizer: The tokenizer to save with the model.
+        overwrite: Whether to replace an existing folder.
+        write_records: A function that writes the other files of the result into a folder.
+        input_paths: Files and folders that the run reads. The output must not replace them.
         like: The model whose outputs the saved model must have; by default `model`.
         kept_tokens: The ids in the dense model of the tokens that a trimming has kept.
 
@@ -124,37 +127,47 @@ def save_checked(
         StructPruneError: If the folder cannot be written, the tokenizer does not fit, or the outputs differ.
     """
     check_tokens(model, tokenizer)
-    with Output(save_directory, overwrite, used).staged(model_bytes(model)) as staging:
+
+    with Output(save_directory, overwrite, input_paths).staged(model_bytes(model)) as staging:
         if not is_first_rank():
             return
 
         _save_model(model, staging)
         if tokenizer is not None:
-            if hasattr(tokenizer, "legacy"):  # LlamaTokenizer reads this field and does not write it
-                tokenizer.init_kwargs["legacy"] = tokenizer.legacy
-            tokenizer.save_pretrained(staging)
+            _save_tokenizer(tokenizer, staging)
         if model.name_or_path:
             copy_extra_files(model, staging, tokenizer, kept_tokens)
-
         for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
             settle(staging / name, type(model.config))
-        write(staging)
+
+        write_records(staging)
         _remove_folders(staging)
         check_reload(like or model, staging)
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the files of a tokenizer."""
+    # LlamaTokenizer reads this field and does not write it.
+    if hasattr(tokenizer, "legacy"):
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy
+    tokenizer.save_pretrained(folder)
 
 
 def _save_model(model: PreTrainedModel, folder: Path) -> None:
     """Write the config and the weights of a model."""
     options: dict[str, Any] = {}
     device_map: AbstractContextManager[None] = nullcontext()
+
     if is_offloaded(model):
         # Offloaded weights are read into memory shard by shard, and tied weights once.
-        tied = getattr(model, "all_tied_weights_keys", {})
+        tied_names = getattr(model, "all_tied_weights_keys", {})
+        weights = model.state_dict()
         options["max_shard_size"] = "2GB"
-        options["state_dict"] = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+        options["state_dict"] = {name: tensor for name, tensor in weights.items() if name not in tied_names}
         device_map = declared(model)
+
     if is_quantized(model):
-        # transformers 5 cannot convert bitsandbytes' tensors back from the form in which it runs them.
+        # transformers 5 cannot convert bitsandbytes' tensors back to the original format.
         options["save_original_format"] = False
 
     with heterogeneous(), device_map, warnings.catch_warnings():
@@ -163,35 +176,49 @@ def _save_model(model: PreTrainedModel, folder: Path) -> None:
 
 
 def settle(path: Path, kind: type[PretrainedConfig]) -> None:
-    """Make a saved config readable for other versions of transformers and without files that are not there.
+    """Make a saved config readable for other versions of transformers and independent of missing files.
 
-    Code files that the config names and its folder lacks are dropped, except files on the Hub. Fields that
-    transformers 4 knows by other names are added under these names, if transformers 5 goes on to read the same.
+    Code files that the config names are dropped unless they are in its folder or on the Hub. Fields that transformers
+    4 knows by other names are added under these names, if this does not change how transformers 5 reads the config.
+
+    Args:
+        path: The file of the config.
+        kind: The class of the model's config.
     """
     if not path.is_file():
         return
-    config = json.loads(path.read_text(encoding="utf-8"))
-    settled = dict(config)
-    for name in ("is_local", "local_files_only"):  # a tokenizer notes here where it was loaded
-        settled.pop(name, None)
-    if isinstance(settled.get("auto_map"), dict):
-        auto_map = _present_code(settled.pop("auto_map"), path.parent)
-        if auto_map:
-            settled["auto_map"] = auto_map
-    if settled.get("tokenizer_class") == "TokenizersBackend":
-        settled["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(settled.get("extra_special_tokens"), list):
-        settled["additional_special_tokens"] = settled.pop("extra_special_tokens")
-    if settled != config:
-        replace_json(path, settled)
 
-    former = with_former_rope(settled)
-    if former != settled:
-        before = kind.from_json_file(path).to_dict()
-        replace_json(path, former)
-        after = kind.from_json_file(path).to_dict()
-        if after | before != after:
-            replace_json(path, settled)
+    config = json.loads(path.read_text(encoding="utf-8"))
+    cleaned = _without_missing_files(config, path.parent)
+    if cleaned.get("tokenizer_class") == "TokenizersBackend":
+        cleaned["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(cleaned.get("extra_special_tokens"), list):
+        cleaned["additional_special_tokens"] = cleaned.pop("extra_special_tokens")
+    if cleaned != config:
+        replace_json(path, cleaned)
+
+    extended = with_former_rope(cleaned)
+    if extended != cleaned:
+        fields = kind.from_json_file(path).to_dict()
+        replace_json(path, extended)
+        extended_fields = kind.from_json_file(path).to_dict()
+        if not fields.items() <= extended_fields.items():
+            replace_json(path, cleaned)
+
+
+def _without_missing_files(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a config without the code files that are missing from a folder, and without its own origin."""
+    fields = dict(config)
+
+    # A tokenizer notes in these fields from where it was loaded.
+    for name in ("is_local", "local_files_only"):
+        fields.pop(name, None)
+
+    if isinstance(fields.get("auto_map"), dict):
+        auto_map = _present_code(fields.pop("auto_map"), folder)
+        if auto_map:
+            fields["auto_map"] = auto_map
+    return fields
 
 
 def _present_code(auto_map: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -203,19 +230,19 @@ def _present_code(auto_map: dict[str, Any], folder: Path) -> dict[str, Any]:
         module = reference.rpartition(".")[0]
         return (folder / f"{module}.py").is_file()
 
-    present = {}
+    entries = {}
     for name, value in auto_map.items():
         references = value if isinstance(value, list) else [value]
         if all(is_present(reference) for reference in references):
-            present[name] = value
-    return present
+            entries[name] = value
+    return entries
 
 
 @own_settings()
 @torch.no_grad()
 def check_reload(model: PreTrainedModel, folder: str | Path) -> None:
     """Raise `StructPruneError` if a saved model has other logits, or other hidden states, than the model."""
-    # A config on disk does not name the kernels that ran, and other kernels round differently.
+    # A config on disk does not name the kernels of the model, and other kernels round differently.
     kernels: dict[str, Any] = {}
     for name in ("attn_implementation", "experts_implementation"):
         kernels[name] = _kernels(model.config, name)
@@ -226,6 +253,7 @@ def check_reload(model: PreTrainedModel, folder: str | Path) -> None:
             reloaded = type(model).from_pretrained(
                 folder, dtype=model.dtype, device_map=_placement(model), offload_folder=scratch, **kernels
             )
+
         inputs = random_inputs(model)
         expected = outputs_for(model, inputs).float()
         actual = outputs_for(reloaded, inputs).float().to(expected.device)
@@ -241,24 +269,30 @@ def check_reload(model: PreTrainedModel, folder: str | Path) -> None:
 
 
 def _placement(model: PreTrainedModel) -> Any:
-    """Return the `device_map` by which a saved model is read back beside the model itself.
+    """Return the `device_map` to read a saved model back while the model itself is in memory.
 
-    It is the placement of the model. Where the model does not fit twice, layers are read from the disk one at a time.
+    It is the placement of the model. If the model does not fit twice, layers are read from the disk one at a time.
     """
-    sizes = bytes_by_device(model)
     if is_offloaded(model):
         return places(model)
+
+    sizes = bytes_by_device(model)
     for device, size in sizes.items():
-        free = free_bytes(device)
-        if free is not None and size > free and not is_quantized(model):
-            with suppress(StructPruneError):  # its layers may not be described
+        available = free_bytes(device)
+        if available is not None and size > available and not is_quantized(model):
+            # The layers of some models are not described.
+            with suppress(StructPruneError):
                 return layer_device_map(model.config, str(model.device), "disk")
-    return places(model) if len(sizes) > 1 else model.device
+
+    if len(sizes) > 1:
+        return places(model)
+    return model.device
 
 
 def _kernels(config: PretrainedConfig, name: str) -> dict[str, Any]:
     """Return the implementation of attention or experts in a config and in its parts, by the name of the part."""
     kernels: dict[str, Any] = {"": getattr(config, f"_{name}", None)}
+
     for key in config.sub_configs:
         part = getattr(config, key, None)
         if part is not None:
@@ -272,7 +306,7 @@ def _remove_folders(staging: Path) -> None:
         if not RECORDS.fullmatch(path.name):
             continue
 
-        # A copied record may be of another program.
+        # Another program may have written a copied file of this name.
         with suppress(ValueError):
             replace_json(path, without_folders(json.loads(path.read_text(encoding="utf-8"))))
 
@@ -285,52 +319,66 @@ def copy_extra_files(
 ) -> None:
     """Copy the other files of the dense model's folder into a result, and log the names of files that are not copied.
 
-    These are files of modules around the model, licences and the like. Files of a vocabulary or of heads that no
-    longer fit are left out. transformers copies code where it is used.
+    Examples are the files of modules around the model and licences. Files of a vocabulary or of heads that do not fit
+    the pruned model are left out. transformers copies the code of the model itself.
+
+    Args:
+        model: The model, whose `name_or_path` names the folder.
+        folder: The folder of the result.
+        tokenizer: The tokenizer that was saved in the folder.
+        kept_tokens: The ids in the dense model of the tokens that a trimming has kept.
     """
     source = _source_folder(model)
-    sizes = _sizes(source)
-    changed = {name for name, _ in sizes ^ _sizes(folder)}
-
     root = modules_root(source)
-    files = {name: source for name in _extra_files(source)}
+    sizes = _sizes(source)
+    changed_fields = {name for name, _ in sizes ^ _sizes(folder)}
+
+    folder_of_file = {name: source for name in _extra_files(source)}
     if root != source:
-        inside = f"{source.name}/"
-        files.update({name: root for name in _extra_files(root) if not name.startswith(inside)})
+        for name in _extra_files(root):
+            if not name.startswith(f"{source.name}/"):
+                folder_of_file[name] = root
 
     candidates = []
-    for name in files:
+    for name in folder_of_file:
         is_tokenizers = isinstance(tokenizer, PreTrainedTokenizerBase) and _belongs_to(tokenizer, name)
-        is_outdated = "vocab_size" in changed and VOCABULARY_FILES.fullmatch(name)
+        is_outdated = "vocab_size" in changed_fields and VOCABULARY_FILES.fullmatch(name)
         if not ((folder / name).exists() or is_tokenizers or is_outdated):
             candidates.append(name)
 
-    copied = [name for name in candidates if (files[name] / name).is_file() and not name.endswith(".py")]
+    copied = [name for name in candidates if (folder_of_file[name] / name).is_file() and not name.endswith(".py")]
     # Files that a user has added to a result are not part of it.
-    written = written_files(source)
-    if written:
-        copied = [name for name in copied if name in written]
-    if "hidden_size" in changed:
+    result_files = written_files(source)
+    if result_files:
+        copied = [name for name in copied if name in result_files]
+    if "hidden_size" in changed_fields:
         copied = [name for name in copied if not HEAD_FILES.fullmatch(name)]
 
     omitted = [name for name in candidates if name not in copied]
     if omitted:
         logger.warning("Not copied from %s: %s.", root, some_of(omitted))
+
     for name in copied:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(files[name] / name, folder / name)
+        shutil.copyfile(folder_of_file[name] / name, folder / name)
+
     if root != source:
         _move_transformer(folder / MODULES, source.name)
-    modules = [name for name in copied if "/" in name]
-    if modules:
-        _fit_modules(model, folder, modules, sizes, kept_tokens)
+    module_files = [name for name in copied if "/" in name]
+    if module_files:
+        _fit_modules(model, folder, module_files, sizes, kept_tokens)
 
 
-def _move_transformer(path: Path, former: str) -> None:
-    """Write the root of a result as the folder of the transformer into its list of modules."""
+def _move_transformer(path: Path, dense_folder: str) -> None:
+    """Change the folder of the transformer in a list of modules to the root of the result.
+
+    Args:
+        path: The list of modules.
+        dense_folder: The folder of the transformer in the dense model.
+    """
     modules = json.loads(path.read_text(encoding="utf-8"))
     for module in modules:
-        if module["path"] == former:
+        if module["path"] == dense_folder:
             module["path"] = ""
     replace_json(path, modules)
 
@@ -340,7 +388,9 @@ def _source_folder(model: PreTrainedModel) -> Path:
     name = str(model.name_or_path)
     if Path(name).is_dir():
         return Path(name)
-    with suppress(Exception):  # errors of the network or of the Hub, which the model may not need any more
+
+    # The network or the Hub may fail. The result is complete without these files.
+    with suppress(Exception):
         commit = getattr(model.config, "_commit_hash", None)
         return Path(snapshot_download(name, revision=commit, allow_patterns=SMALL_FILES))
     return Path(name)
@@ -359,22 +409,32 @@ def _fit_modules(
     sizes: Set[tuple[str, str]],
     kept_tokens: Sequence[int] | None,
 ) -> None:
-    """Write the present sizes and token ids into the configs of modules, and log weights that no longer fit."""
-    config = model.config.get_text_config()
-    number_of = _new_numbers(kept_tokens)
+    """Write the sizes and token ids of the pruned model into the configs of modules, and log weights that do not fit.
 
+    Args:
+        model: The pruned model.
+        folder: The folder of the result.
+        names: The copied files of modules.
+        sizes: The sizes in the config of the dense model; see `_sizes`.
+        kept_tokens: The ids in the dense model of the tokens that a trimming has kept.
+    """
+    config = model.config.get_text_config()
+    new_id = _new_ids(kept_tokens)
     is_narrower = False
+
     for name in names:
         if not name.endswith(".json"):
             continue
+
         path = folder / name
         text = path.read_text(encoding="utf-8", errors="surrogateescape")
         reads_logits = any(("vocab_size", number) in sizes for _, number in WIDTH_FIELD.findall(text))
         width = config.vocab_size if reads_logits else config.hidden_size
+
         fitted = WIDTH_FIELD.sub(rf"\g<1>{width}", text)
         if fitted != text and not reads_logits:
             is_narrower = True
-        fitted = MODULE_IDS.sub(lambda field: re.sub(r"\d+", lambda old: number_of(old[0]), field[0]), fitted)
+        fitted = MODULE_IDS.sub(lambda field: re.sub(r"\d+", new_id, field[0]), fitted)
         path.write_text(fitted, encoding="utf-8", errors="surrogateescape")
 
     weights = [name for name in names if name.endswith((".safetensors", ".bin"))]
@@ -382,10 +442,13 @@ def _fit_modules(
         logger.warning("Made for more channels than the model has now, so fit them again: %s.", some_of(weights))
 
 
-def _new_numbers(kept_tokens: Sequence[int] | None) -> Callable[[str], str]:
-    """Return a function from the dense model's token ids to the present ids. Other ids stay the same."""
-    new = {str(old): str(number) for number, old in enumerate(kept_tokens or ())}
-    return lambda old: new.get(old, old)
+def _new_ids(kept_tokens: Sequence[int] | None) -> Callable[[re.Match[str]], str]:
+    """Return a replacement function for `re.sub` that maps token ids of the dense model to ids of the pruned model.
+
+    The ids of removed tokens are not changed.
+    """
+    new_ids = {str(dense_id): str(new_id) for new_id, dense_id in enumerate(kept_tokens or ())}
+    return lambda match: new_ids.get(match[0], match[0])
 
 
 def _sizes(folder: Path) -> set[tuple[str, str]]:
@@ -397,18 +460,24 @@ def _sizes(folder: Path) -> set[tuple[str, str]]:
 
 
 def _extra_files(source: Path) -> Iterator[str]:
-    """Yield the files that may be copied, also from folders of modules. Names of other folders end in a slash."""
+    """Yield the files that may be copied, including files in folders of modules. Other folders end in a slash."""
     if not source.is_dir():
         return
-    modules: set[str] = set()
-    with suppress(OSError, ValueError, KeyError, TypeError):  # only sentence-transformers has such a file
-        listed = json.loads((source / MODULES).read_text(encoding="utf-8"))
-        modules = {str(module["path"]).partition("/")[0] for module in listed}
+    module_folders = _module_folders(source)
 
     for path in sorted(source.iterdir()):
-        if path.is_dir() and path.name in modules:
+        if path.is_dir() and path.name in module_folders:
             for file in sorted(path.rglob("*")):
                 if file.is_file():
                     yield file.relative_to(source).as_posix()
         elif not OWN_FILES.fullmatch(path.name):
             yield f"{path.name}/" if path.is_dir() else path.name
+
+
+def _module_folders(source: Path) -> set[str]:
+    """Return the folders with the modules of a model of sentence-transformers; none for other models."""
+    try:
+        modules = json.loads((source / MODULES).read_text(encoding="utf-8"))
+        return {str(module["path"]).partition("/")[0] for module in modules}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()

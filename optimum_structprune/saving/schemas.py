@@ -1,4 +1,4 @@
-"""JSON schemas of the files of a result, made from the dataclasses that write them.
+"""Generate the JSON schemas of the files of a result from the dataclasses that write them.
 
 `python -m optimum_structprune.saving.schemas FOLDER` writes one file for each.
 """
@@ -24,9 +24,9 @@ from ..written import FORMAT_VERSION, RECORD_VERSION, VERSION_KEY, replace_json
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 PLAIN_TYPES = {int: "integer", str: "string", bool: "boolean", NoneType: "null"}
-# A description in a docstring: `name: text`, with the lines that continue it.
+# A description in a docstring: `name: text`, with its continuation lines.
 DESCRIPTION = re.compile(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
-# The dataclass of each file, with the version of its form.
+# The dataclass and the schema version of each file.
 FILES: dict[str, tuple[type, int]] = {
     "structprune_config": (StructPruneConfig, FORMAT_VERSION),
     "calibration_manifest": (Manifest, FORMAT_VERSION),
@@ -67,8 +67,9 @@ PLAN_SCHEMA = {
 
 def schemas() -> dict[str, dict[str, Any]]:
     """Return the JSON schema of each file of a result, by its name without the extension."""
-    found = {name: schema_of(kind, f"{name}.json", version) for name, (kind, version) in FILES.items()}
-    return {**found, "pruning_plan": PLAN_SCHEMA}
+    schemas = {name: schema_of(kind, f"{name}.json", version) for name, (kind, version) in FILES.items()}
+    schemas["pruning_plan"] = PLAN_SCHEMA
+    return schemas
 
 
 def schema_of(kind: type, title: str, version: int) -> dict[str, Any]:
@@ -77,43 +78,64 @@ def schema_of(kind: type, title: str, version: int) -> dict[str, Any]:
     Args:
         kind: The dataclass.
         title: The name of the file.
-        version: The version of its form.
+        version: The schema version of the file.
     """
     definitions: dict[str, Any] = {}
     schema = _object(kind, definitions)
-    schema["properties"] = {VERSION_KEY: {"const": version}, **schema["properties"]}
-    document = {"$schema": DRAFT, "title": title, **schema}
+    properties = {VERSION_KEY: {"const": version}}
+    properties.update(schema["properties"])
+
+    document: dict[str, Any] = {"$schema": DRAFT, "title": title}
+    document.update(schema)
+    document["properties"] = properties
     if definitions:
         document["$defs"] = dict(sorted(definitions.items()))
     return document
 
 
 def _object(kind: type, definitions: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of a dataclass, and add those of the dataclasses in it to the definitions."""
-    documentation = getdoc(kind) or ""
-    descriptions = {}
-    for ancestor in reversed([base for base in kind.__mro__ if is_dataclass(base)]):
-        for name, text in DESCRIPTION.findall(getdoc(ancestor) or ""):
-            descriptions[name] = " ".join(text.split())
+    """Return the schema of a dataclass, and add the schemas of the dataclasses in it to the definitions."""
     types = get_type_hints(kind)
-    properties = {}
+    descriptions = _descriptions(kind)
+    properties: dict[str, dict[str, Any]] = {}
     required = []
+
     for field in fields(kind):
-        properties[field.name] = _type(types[field.name], definitions)
-        if field.name in descriptions:
-            properties[field.name] = {"description": descriptions[field.name], **properties[field.name]}
+        field_schema: dict[str, Any] = {}
+        description = descriptions.get(field.name)
+        if description is not None:
+            field_schema["description"] = description
+        field_schema.update(_type(types[field.name], definitions))
+        properties[field.name] = field_schema
         if field.default is MISSING and field.default_factory is MISSING:
             required.append(field.name)
 
-    schema: dict[str, Any] = {"type": "object", "description": documentation.partition("\n")[0]}
-    schema |= {"properties": properties, "additionalProperties": False}
-    return {**schema, "required": required} if required else schema
+    summary = (getdoc(kind) or "").partition("\n")[0]
+    schema: dict[str, Any] = {
+        "type": "object",
+        "description": summary,
+        "properties": properties,
+        "additionalProperties": False,
+    }
+    if required:
+        schema["required"] = required
+    return schema
+
+
+def _descriptions(kind: type) -> dict[str, str]:
+    """Return the description of each field in the docstrings of a dataclass and of the classes that it extends."""
+    descriptions = {}
+    for ancestor in reversed(kind.__mro__):
+        if not is_dataclass(ancestor):
+            continue
+
+        for name, text in DESCRIPTION.findall(getdoc(ancestor) or ""):
+            descriptions[name] = " ".join(text.split())
+    return descriptions
 
 
 def _type(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
     """Return the schema of a type."""
-    origin = get_origin(kind)
-    arguments = get_args(kind)
     if kind is Any:
         return {}
     if is_dataclass(kind):
@@ -123,11 +145,14 @@ def _type(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
     if kind is float:
         # A number that is not finite is null.
         return {"type": ["number", "null"]}
+
+    origin = get_origin(kind)
+    arguments = get_args(kind)
     if origin in (Union, UnionType):
-        options = [_type(argument, definitions) for argument in arguments]
-        return {"anyOf": [option for number, option in enumerate(options) if option not in options[:number]]}
+        return _union(arguments, definitions)
     if origin is Literal:
         return {"enum": list(arguments)}
+
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return _mapping(arguments, definitions)
     if isinstance(origin, type) and issubclass(origin, (Sequence, set, frozenset)):
@@ -135,20 +160,31 @@ def _type(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def _union(arguments: tuple[Any, ...], definitions: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a union, in which equal schemas occur once."""
+    options: list[dict[str, Any]] = []
+    for argument in arguments:
+        option = _type(argument, definitions)
+        if option not in options:
+            options.append(option)
+    return {"anyOf": options}
+
+
 def _mapping(arguments: tuple[Any, ...], definitions: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of a mapping; JSON writes keys that are numbers as strings."""
+    """Return the schema of a mapping, in which JSON writes numeric keys as strings."""
     key, value = arguments
     schema: dict[str, Any] = {"type": "object", "additionalProperties": _type(value, definitions)}
+
     if key is int:
         schema["propertyNames"] = {"pattern": "^-?[0-9]+$"}
     return schema
 
 
 def _reference(kind: type, definitions: dict[str, Any]) -> dict[str, Any]:
-    """Return a reference to the definition of a dataclass, which is added once."""
+    """Return a reference to the definition of a dataclass, and add the definition if it is missing."""
     name = kind.__name__
     if name not in definitions:
-        definitions[name] = {}
+        definitions[name] = {}  # so that a class that contains itself ends the recursion
         definitions[name] = _object(kind, definitions)
     return {"$ref": f"#/$defs/{name}"}
 

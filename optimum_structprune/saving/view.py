@@ -14,7 +14,7 @@ from ..domains.sources import FORMATS
 from ..errors import one_line
 from ..record.answers import answers_line, answers_warning, outcome, sample_questions
 from ..record.evaluation import MeasuredModel, Measurement
-from ..record.figures import AnsweredQuestion, AnswersResult
+from ..record.figures import DENSE, AnsweredQuestion
 from ..record.measured import measurement_table, speed_note
 from ..record.report import RECOVERY_CONFIG_NAME
 from ..record.summary import (
@@ -45,7 +45,7 @@ class ShownAnswer:
     Attributes:
         model: The name of the model.
         text: The beginning of the answer.
-        outcome: Whether it is right, and its other faults.
+        outcome: Whether it is right, and its faults.
         is_right: Whether it is right.
     """
 
@@ -65,27 +65,26 @@ class ShownQuestion:
 
 @dataclass
 class View:
-    """The content of a card or a page.
+    """The content of a card or a page. A table is a list of rows; the first row is the head.
 
     Attributes:
         title: The name of the result.
-        introduction: What the result is, in one sentence.
-        verdict: What the model can be used for; empty where no loss was measured.
-        sizes: The table of sizes; tables are lists of rows, the first of which is the head.
+        introduction: A description of the result in a few sentences.
+        verdict: The verdict; empty where no loss was measured.
+        sizes: The table of sizes.
         losses: The table of losses by domain.
         notes: Sentences about the losses.
-        later: The table of what was measured later.
-        later_notes: Sentences about it.
+        evaluation: The table of the figures that `evaluate` has added to the result.
+        evaluation_notes: Sentences about these figures.
         answers_notes: Sentences about the answers.
         questions: Some questions with their answers.
         calibrated_on: The table of calibration domains.
         trained_on: The table of training text.
         training: The cost of the training; empty where there was none.
-        has_training_config: Whether the training has a config of its own.
-        spent: The duration of the run; empty where it is unknown.
+        duration: The duration of the run; empty where it is unknown.
         is_resumed: Whether the run continued an interrupted one.
         configs: The names of the config files.
-        commands: The commands that repeat the run and measure more.
+        commands: The commands that repeat the run and evaluate the result.
     """
 
     title: str
@@ -94,14 +93,14 @@ class View:
     sizes: list[list[str]] = field(default_factory=list)
     losses: list[list[str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    later: list[list[str]] = field(default_factory=list)
-    later_notes: list[str] = field(default_factory=list)
+    evaluation: list[list[str]] = field(default_factory=list)
+    evaluation_notes: list[str] = field(default_factory=list)
     answers_notes: list[str] = field(default_factory=list)
     questions: list[ShownQuestion] = field(default_factory=list)
     calibrated_on: list[list[str]] = field(default_factory=list)
     trained_on: list[list[str]] = field(default_factory=list)
     training: str = ""
-    spent: str = ""
+    duration: str = ""
     is_resumed: bool = False
     configs: list[str] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)
@@ -119,149 +118,191 @@ def view_of(records: Records, title: str, dense: str, dense_path: str, folder: s
         output: The folder of a repeated result in commands.
     """
     report = records.report
-    recovery = report.recovery
-    evaluation = records.evaluation
-    later_answers = None if evaluation is None else evaluation.answers
-    answers = later_answers or (None if recovery is None else recovery.answers) or report.answers
-    verdict = judge(report, later_answers)
-
     view = View(title, _introduction(records, dense))
-    view.verdict = "" if verdict is None else sentence(str(verdict))
     view.sizes = size_table(report)
     view.losses = loss_table(report)
     view.notes = _notes(records)
-    if evaluation is not None or records.speed is not None:
-        view.later = _later_table(records)
-        view.later_notes = _later_notes(records)
+    view.is_resumed = report.resumed
+
+    later_answers = None if records.evaluation is None else records.evaluation.answers
+    verdict = judge(report, later_answers)
+    if verdict is not None:
+        view.verdict = sentence(str(verdict))
+
+    answers = later_answers or report.latest_answers
     if answers is not None:
-        view.answers_notes = [sentence(line) for line in [answers_line(answers), *answers_warning(answers)]]
-        view.questions = _questions(answers)
+        lines = [answers_line(answers)]
+        lines += answers_warning(answers)
+        view.answers_notes = [sentence(line) for line in lines]
+        view.questions = [_shown_question(question) for question in sample_questions(answers)]
+
+    if records.evaluation is not None or records.speed is not None:
+        view.evaluation = _evaluation_table(records)
+        view.evaluation_notes = _evaluation_notes(records)
+
     view.calibrated_on = _domain_table(records, CALIBRATED)
     view.trained_on = _domain_table(records, TRAINED)
-    if recovery is not None:
-        view.training = sentence(training_line(recovery))
+    if report.recovery is not None:
+        view.training = sentence(training_line(report.recovery))
+    view.duration = _duration(records)
 
-    seconds = sum(report.seconds.values())
-    if records.training and recovery is not None:
-        seconds += recovery.seconds
-    view.spent = str(timedelta(seconds=round(seconds))) if seconds else ""
-    view.is_resumed = report.resumed
-    view.configs = [CONFIG_NAME] if records.config else []
-    view.configs += [RECOVERY_CONFIG_NAME] if records.training else []
-    view.commands = [*records.commands(folder, dense_path, output), *_measure_command(records, folder, dense_path)]
+    if records.config:
+        view.configs.append(CONFIG_NAME)
+    if records.training:
+        view.configs.append(RECOVERY_CONFIG_NAME)
+    view.commands = records.commands(folder, dense_path, output)
+    view.commands += _evaluate_command(records, folder, dense_path)
     return view
 
 
 def _introduction(records: Records, dense: str) -> str:
-    """Return what the result is: `This is NAME, pruned and recovered: …`."""
+    """Return a description of the result: `This is NAME, pruned and recovered. …`."""
     report = records.report
     recovery = report.recovery
-    is_recovered = recovery is not None and bool(recovery.kept_step)
-    text = f"This is {dense or 'a model'}, pruned{' and recovered' if is_recovered else ''}."
+    steps = "pruned"
+    if recovery is not None and recovery.kept_step:
+        steps = "pruned and recovered"
+
+    sentences = [f"This is {dense or 'a model'}, {steps}."]
     if report.dense.parameters:
-        share = f"{report.removed:.1%} fewer parameters ({report.dense.parameters:,} → {report.pruned.parameters:,})"
-        text += f" It has {share}."
-    phrases = [sentence(phrase) for phrase in width_phrases(report).values()]
-    return " ".join([text, *phrases])
+        sentences.append(
+            f"It has {report.removed:.1%} fewer parameters "
+            f"({report.dense.parameters:,} → {report.pruned.parameters:,})."
+        )
+    sentences += [sentence(phrase) for phrase in width_phrases(report).values()]
+    return " ".join(sentences)
 
 
 def _notes(records: Records) -> list[str]:
     """Return sentences about the losses."""
     report = records.report
-    notes = [f"warning: {CHANGED}"] if report.changed else []
-    notes += [request_line(report), *loss_notes(report), *vocabulary_lines(report)]
-    notes += [*language_lines(report.languages), *details(report)]
+    notes = []
+    if report.changed:
+        notes.append(f"warning: {CHANGED}")
+
+    request = request_line(report)
+    if request:
+        notes.append(request)
+    notes += loss_notes(report)
+    notes += vocabulary_lines(report)
+    notes += language_lines(report.languages)
+    notes += details(report)
+
     if any(domain.perplexity is not None for domain in report.domains.values()):
         notes.append(_overlap(records))
-    return [sentence(note) for note in notes if note]
+    return [sentence(note) for note in notes]
 
 
 def _overlap(records: Records) -> str:
     """Return whether held-out documents were used for anything else."""
-    held_out: set[str] = set()
-    used: set[str] = set()
+    heldout_documents: set[str] = set()
+    other_documents: set[str] = set()
+
     for entry in records.domains:
-        held_out.update(entry.heldout_documents)
-        used.update(entry.documents)
-        used.update(entry.probe_documents)
-    if held_out & used:
+        heldout_documents.update(entry.heldout_documents)
+        other_documents.update(entry.documents)
+        other_documents.update(entry.probe_documents)
+
+    if heldout_documents & other_documents:
         return "Some held-out documents were used for the pruning too"
     return "No held-out document was used for anything else"
 
 
-def _later_table(records: Records) -> list[list[str]]:
-    """Return the table of what was measured later."""
+def _evaluation_table(records: Records) -> list[list[str]]:
+    """Return the table of the figures that `evaluate` has added to the result."""
     models = {}
     if records.evaluation is not None:
         models["pruned"] = MeasuredModel("", evaluation=records.evaluation)
     elif records.speed is not None:
         models = {name: MeasuredModel(name) for name in records.speed.models}
+
     return measurement_table(Measurement(models, records.speed))
 
 
-def _later_notes(records: Records) -> list[str]:
-    """Return sentences about what was measured later."""
+def _evaluation_notes(records: Records) -> list[str]:
+    """Return sentences about the figures that `evaluate` has added to the result."""
     notes = []
     if records.evaluation is not None:
         notes += [f"warning: {warning}" for warning in records.evaluation.warnings]
     if records.speed is not None:
         notes.append(speed_note(records.speed))
+
     return [sentence(note) for note in notes]
 
 
-def _questions(answers: AnswersResult) -> list[ShownQuestion]:
-    """Return a few questions with the answers of all models."""
-    return [_shown(question) for question in sample_questions(answers)]
-
-
-def _shown(question: AnsweredQuestion) -> ShownQuestion:
+def _shown_question(question: AnsweredQuestion) -> ShownQuestion:
     """Return a question as the card and the page show it."""
-    names = {"dense": "original"}
-    shown = []
+    answers = []
     for name, answer in question.answers.items():
-        shown.append(ShownAnswer(names.get(name, name), _beginning(answer.text), outcome(answer), answer.right))
-    return ShownQuestion(_beginning(question.prompt), shown)
+        model = "original" if name == DENSE else name
+        answers.append(ShownAnswer(model, _beginning(answer.text), outcome(answer), answer.right))
+
+    return ShownQuestion(_beginning(question.prompt), answers)
 
 
 def _beginning(text: str) -> str:
     """Return the first 200 characters of a text in one line."""
     line = one_line(text)
-    return line if len(line) <= MAX_ANSWER else f"{line[: MAX_ANSWER - 1]}…"
+    if len(line) > MAX_ANSWER:
+        line = f"{line[: MAX_ANSWER - 1]}…"
+    return line
 
 
 def _domain_table(records: Records, use: str) -> list[list[str]]:
-    """Return the domains that were used in one way."""
-    rows = [["domain", "source", "share", "tokens"]]
+    """Return the table of the domains that were used in one way, or nothing if there are none."""
+    rows = []
     for entry in records.of_use(use):
-        parts = [str(entry.origin[key]) for key in ("source", "dataset_config") if entry.origin.get(key)]
-        source = short_name(" ".join(parts)) or "given inputs"
+        fields = [str(entry.origin[name]) for name in ("source", "dataset_config") if entry.origin.get(name)]
+        source = short_name(" ".join(fields)) or "given inputs"
         rows.append([entry.name, source, f"{entry.weight:.2f}", f"{entry.calibration_tokens:,}"])
-    return rows if len(rows) > 1 else []
+
+    if rows:
+        rows.insert(0, ["domain", "source", "share", "tokens"])
+    return rows
 
 
-def _measure_command(records: Records, folder: str, dense: str) -> list[str]:
-    """Return the command that measures more text, for models that read text."""
+def _duration(records: Records) -> str:
+    """Return the duration of the pruning and of the training after it, or nothing if it is unknown."""
     report = records.report
-    has_vectors = any(domain.vectors is not None for domain in report.domains.values())
-    has_loss = any(domain.perplexity is not None for domain in report.domains.values())
-    read_text = any(entry.origin for entry in records.domains)
-    if not has_loss and not (has_vectors and read_text):
+    seconds = sum(report.seconds.values())
+    # The duration of a training without a config of its own is part of the stages of the pruning.
+    if records.training and report.recovery is not None:
+        seconds += report.recovery.seconds
+
+    if not seconds:
+        return ""
+    return str(timedelta(seconds=round(seconds)))
+
+
+def _evaluate_command(records: Records, folder: str, dense: str) -> list[str]:
+    """Return the command that evaluates the result on more text, if the model reads text."""
+    domains = records.report.domains.values()
+    has_vectors = any(domain.vectors is not None for domain in domains)
+    has_loss = any(domain.perplexity is not None for domain in domains)
+    has_text = any(entry.origin for entry in records.domains)
+    if not has_loss and not (has_vectors and has_text):
         return []
 
     command = f"structprune evaluate {quote(folder)} --against {quote(dense)} --domain NAME=SOURCE --html"
-    return [command if has_vectors else f"{command} --speed"]
+    if not has_vectors:
+        command += " --speed"
+    return [command]
 
 
 def sentence(text: str) -> str:
-    """Return a remark as a sentence."""
+    """Return a remark as a sentence: with a capital letter and a full stop."""
     return f"{text[:1].upper()}{text[1:].rstrip('.')}."
 
 
 def short_name(source: str) -> str:
     """Return the usual name of a model or text: its id on the Hub, or the name of its file or folder."""
-    cached = HUB_CACHE.search(source)
-    if cached is not None:
-        return "/".join(cached.groups())
+    match = HUB_CACHE.search(source)
+    if match is not None:
+        return "/".join(match.groups())
+    if not source:
+        return ""
+
     path = Path(source)
-    is_local = path.is_absolute() or path.exists() or path.suffix in FORMATS
-    return path.resolve().name if source and is_local else source
+    if path.is_absolute() or path.exists() or path.suffix in FORMATS:
+        return path.resolve().name
+    return source

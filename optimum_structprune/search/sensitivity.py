@@ -62,6 +62,7 @@ def choose_shape(state: RunState, config: StructPruneConfig) -> Widths:
         trials = search.trials()
         curves = trials.curves(trials.losses())
         candidates = broadcast_object(search.candidates(curves))
+
         losses = [0.0]
         if len(candidates) > 1:
             probe = Probe.of(state.model, state.arch, state.data)
@@ -126,6 +127,7 @@ class Search:
             Candidate("halfway", halfway, predicted_loss(curves, halfway)),
             Candidate("one width", self.plain),
         ]
+
         different: dict[str, Candidate] = {}
         for candidate in proposed:
             different.setdefault(repr(sorted(candidate.widths.items())), candidate)
@@ -134,6 +136,7 @@ class Search:
     def _unit_scores(self, key: Key, curve: Sequence[float]) -> Tensor:
         """Return the loss by each removed unit, shape `(width,)`, per parameter or per unit of the budget."""
         params = sum(space.unit_params * space.scale for space in self.spaces[key])
+
         saved_per_parameter = 1.0
         if self.config.budget is not None:
             budget = budget_of(self.config, self.arch, self.model, list(self.plain))
@@ -141,10 +144,11 @@ class Search:
             narrowest = {name: self.legal[name][0]}
             saved = budget.dense - budget.cost(narrowest)
             saved_per_parameter = saved / max(removed_parameters(self.arch, narrowest), 1)
+
         return torch.tensor(curve, dtype=torch.float64).diff() / (saved_per_parameter * params)
 
     def _halfway_scores(self, scores: dict[Key, Tensor], by_layer: Widths) -> dict[Key, Tensor]:
-        """Return scores with which units above the middle of two shapes are removed first.
+        """Return scores that remove the units above the middle of two shapes first.
 
         The losses of single layers do not add up for large cuts, so the best ranking may differ too much from one
         width.
@@ -153,11 +157,13 @@ class Search:
         halfway: dict[Key, Tensor] = {}
         for key, unit_scores in scores.items():
             space = self.spaces[key][0]
+
             # The width once each unit is removed.
             widths = torch.arange(len(unit_scores)).flip(0)
             # Steps that end below the middle follow in the order of their scores.
             is_below = 2 * widths < space.width_in(self.plain) + space.width_in(by_layer)
             halfway[key] = (highest + unit_scores) * is_below
+
         return halfway
 
     def loss(self, widths: Widths, probe: Probe) -> float:
@@ -172,10 +178,12 @@ class Search:
 def predicted_loss(curves: Curves, widths: Widths) -> float:
     """Return the sum of the measured losses of the removed units over layers and kinds of space."""
     total = 0.0
+
     for (layer, name), curve in curves.items():
         dense_width = len(curve) - 1
         width = widths[name]
         if not isinstance(width, int):
             width = width.get(layer, dense_width)
+
         total += curve[max(dense_width - width, 0)]
     return total

@@ -1,1 +1,1 @@
-"""Reads the text of a run, and gives the activations of a model on it, wherever its layers are."""
+"""Read the text of a run, and compute the activations of a model on it, also for offloaded layers."""

@@ -33,18 +33,24 @@ REFITS.register("least_squares")(least_squares)
 if TYPE_CHECKING:
     from .whole_model import WholeModel
 
-# The weight of text in the languages to keep, beside all domains.
+# The weight of text in the configured languages. All other domains share the remaining weight.
 LANGUAGES_WEIGHT = 0.1
 
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """The samples of a run by domain, and the weights of the domains."""
+    """The samples of a run by domain, and the weights of the domains.
+
+    Attributes:
+        config: The config of the run.
+        domains: The domains of the calibration text.
+        options: The runtime options.
+        cache: Values that registered criteria store during the run, by name.
+    """
 
     config: StructPruneConfig
     domains: Sequence[Domain]
     options: RunOptions = field(default_factory=RunOptions)
-    # Values that registered criteria keep during the run, by a name of their own.
     cache: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -59,15 +65,15 @@ class CalibrationData:
     ) -> CalibrationData:
         """Read the text of a config. Documents of `earlier` runs keep their use.
 
-        The config of the result is the config of the run from there on: it also names the general text that was read.
+        The result contains the config of the run. It also names the general text that was read.
         """
         options = options or RunOptions()
         if inputs is not None:
             domains = given_domains(inputs, config.holdout, probe=config.allocation != "uniform")
             return cls(config, domains, options)
 
+        # A copy is dequantized, because the run may still fail for lack of text.
         if any(written_by_model(domain) for domain in texts_of(config)):
-            # A copy is unpacked, because the run may still be refused for lack of text.
             model = dequantized(model, inplace=False)
         config, domains = calibration_domains(config, model, tokenizer, earlier=earlier)
         return cls(config, domains, options)
@@ -78,16 +84,20 @@ class CalibrationData:
         return tuple(domain.weight for domain in self.domains)
 
     def with_languages(self, tokenizer: PreTrainedTokenizerBase | None) -> CalibrationData:
-        """Return the data with a further domain of text in the languages to keep. None of it is held out."""
+        """Return the data with a further domain of text in the configured languages, without held-out text."""
         from ..vocabulary.languages import samples_of
 
-        codes = self.config.languages or ()
         if tokenizer is None:
             return self
+
+        domains = []
+        for domain in self.domains:
+            domains.append(replace(domain, weight=(1 - LANGUAGES_WEIGHT) * domain.weight))
+
+        codes = self.config.languages or ()
         rows = samples_of(tokenizer, codes, self.config.seq_length)
-        domain = Domain(f"languages {','.join(codes)}", LANGUAGES_WEIGHT, rows, rows[:0])
-        domains = [replace(given, weight=(1 - LANGUAGES_WEIGHT) * given.weight) for given in self.domains]
-        return replace(self, domains=[*domains, domain])
+        domains.append(Domain(f"languages {','.join(codes)}", LANGUAGES_WEIGHT, rows, rows[:0]))
+        return replace(self, domains=domains)
 
     def mean(self, by_domain: Tensor) -> Tensor:
         """Return the mean of values, shape `(domains, ...)`, by the weights of the domains, shape `(...)`."""
@@ -96,18 +106,20 @@ class CalibrationData:
     def combined(self, contributions: Tensor) -> Tensor:
         """Return the mean of contributions, shape `(domains, units)`, by the weights of the domains, shape `(units,)`.
 
-        Each domain is divided by its mean, so that one with large activations does not outweigh the others.
+        The contributions of each domain are divided by their mean, so that a domain with large activations does not
+        dominate.
         """
         size = contributions.abs().mean(1, keepdim=True).clamp(min=torch.finfo(contributions.dtype).tiny)
         return self.mean(contributions / size)
 
     @property
     def own_batches(self) -> list[Batch]:
-        """Return the samples that this process runs in batches, one domain after the other."""
+        """Return the samples of this process in batches, sorted by domain."""
         domains = [replace(domain, samples=shard(domain.samples)) for domain in self.domains]
-        # Samples that every process runs count in the first process alone.
-        is_first = process_index() == 0
-        counts = [is_first or not every_process_runs(domain.samples) for domain in self.domains]
+
+        # Samples that every process runs count only in the first process.
+        is_first_process = process_index() == 0
+        counts = [is_first_process or not every_process_runs(domain.samples) for domain in self.domains]
         batches = batches_of(domains, self.options.batch_size)
         return [replace(batch, counts=counts[batch.domain]) for batch in batches]
 
@@ -119,10 +131,14 @@ class CalibrationData:
         return replace(self, domains=domains)
 
     def method(self, model: PreTrainedModel, arch: ArchSpec) -> Method:
-        """Return how units are scored and refitted. Some criteria run the whole model for that."""
-        config, criterion = self.config, CRITERIA.get(self.config.scored_by)
-        whole = criterion.whole_model_statistics
-        by_domain = {} if whole is None else whole(model, arch, self)
+        """Return the settings for scoring and refitting units. Some criteria run the whole model for them."""
+        config = self.config
+        criterion = CRITERIA.get(config.scored_by)
+
+        statistics: dict[str, Tensor] = {}
+        if criterion.whole_model_statistics is not None:
+            statistics_by_domain = criterion.whole_model_statistics(model, arch, self)
+            statistics = {module: self.mean(values) for module, values in statistics_by_domain.items()}
 
         return Method(
             criterion=criterion,
@@ -131,27 +147,35 @@ class CalibrationData:
             shares=self.shares,
             damping=config.damping,
             gram=criterion.needs_gram or config.refit != "none",
-            statistics={module: self.mean(values) for module, values in by_domain.items()},
+            statistics=statistics,
         )
 
-    def key(self, model: PreTrainedModel, *more: Any) -> str:
-        """Return the SHA-256 of a dense model, the text, and further values that a result depends on."""
-        entries = [{**asdict(Entry.of(domain)), "origin": None} for domain in self.domains]
-        return json_hash([fingerprint(model), entries, *more])
+    def key(self, model: PreTrainedModel, *settings: Any) -> str:
+        """Return the SHA-256 of a dense model, the text, and the settings that a result depends on."""
+        entries = []
+        for domain in self.domains:
+            entry = asdict(Entry.of(domain))
+            entry["origin"] = None
+            entries.append(entry)
+
+        return json_hash([fingerprint(model), entries] + list(settings))
 
 
 class AcrossProcesses(OneProcess):
-    """Sums moments over the processes that share the samples; see `processes.across_processes`."""
+    """Sums of moments over the processes that share the samples; see `processes.across_processes`."""
 
     @torch.no_grad()
     def sum_(self, moments: Moments) -> Moments:
+        """Sum moments over all processes in place. Each process weights its means by its number of tokens."""
         local_count = moments.count
         totals = torch.tensor([local_count, moments.energy is not None], device=moments.mean.device)
         all_reduce_([totals])
         moments.count = int(totals[0])
+
+        # A process without tokens must take part in the sum too.
         if moments.energy is None and totals[1]:
-            # No token came to this process, but every process has to take part in the sum.
             moments.energy = moments.mean.new_zeros(())
+
         tensors = list(moments.tensors().values())
         for tensor in tensors:
             tensor.mul_(local_count / max(moments.count, 1))
@@ -159,12 +183,15 @@ class AcrossProcesses(OneProcess):
         return moments
 
     def broadcast(self, tensor: Tensor) -> Tensor:
+        """Return the tensor of the first process in every process."""
         return broadcast_(tensor)
 
 
 def ranks() -> OneProcess:
     """Return the object that sums moments over the processes that share the samples."""
-    return AcrossProcesses() if process_count() > 1 else OneProcess()
+    if process_count() > 1:
+        return AcrossProcesses()
+    return OneProcess()
 
 
 def source_of(
@@ -183,6 +210,7 @@ def source_of(
             from .whole_model import WholeModel
 
             source = WholeModel(model, arch, batches)
+
     source.ranks = ranks()
     if any(space.experts for space in arch.spaces):
         from .experts import expert_moments
@@ -192,9 +220,9 @@ def source_of(
 
 
 def batches_of(domains: Sequence[Domain], batch_size: int) -> list[Batch]:
-    """Return the samples of every domain in batches. No batch holds samples of two domains."""
-    return [
-        Batch(index, domain.samples[start : start + batch_size])
-        for index, domain in enumerate(domains)
-        for start in range(0, len(domain.samples), batch_size)
-    ]
+    """Return the samples of every domain in batches. A batch has samples of one domain only."""
+    batches = []
+    for index, domain in enumerate(domains):
+        for start in range(0, len(domain.samples), batch_size):
+            batches.append(Batch(index, domain.samples[start : start + batch_size]))
+    return batches

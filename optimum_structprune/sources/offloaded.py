@@ -1,12 +1,12 @@
-"""A source of activations for models that accelerate has offloaded: one layer at a time is in memory.
+"""Compute activations of models that accelerate has offloaded. Only one layer at a time is in memory.
 
-Pruning runs a layer once for each batch, so a layer is loaded once and stays in memory until it is pruned. Its new
-weights, of whatever shape, replace the offloaded weights.
+Pruning runs a layer once for each batch, so a layer is loaded once and remains in memory until it is pruned. Its new
+weights then replace the offloaded weights, also with another shape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def layer_device_map(
     Args:
         config: The config of the model.
         device: The device that computes. It holds all modules around the layers: embeddings, the last norm, the head.
-        layers: Where layers are kept while they do not run: "disk", or "cpu" for its memory.
+        layers: The place of layers that do not run: "disk", or "cpu" for its memory.
         arch_file: A file with your own descriptions of architectures; see `arch/families`.
         trust_remote_code: Whether code that comes with the model may run.
 
@@ -49,45 +49,59 @@ def layer_device_map(
     """
     model = meta_model(config, arch_file, trust_remote_code=trust_remote_code)
     stacks = {path for path, _ in describe(model, arch_file).stacks}
-    places: dict[str, str] = {}
+    device_map: dict[str, str] = {}
 
-    def walk(name: str, module: nn.Module) -> None:
-        prefix = f"{name}." if name else ""
+    def add_entries(prefix: str, module: nn.Module) -> None:
+        name = prefix.removesuffix(".")
         if name in stacks:
-            places[name] = layers
+            device_map[name] = layers
             return
         if not any(path.startswith(prefix) for path in stacks):
-            places[name] = device
+            device_map[name] = device
             return
 
-        # The module holds layers, so each of its parts has a place of its own.
-        for leaf, _ in module.named_parameters(recurse=False):
-            places[f"{prefix}{leaf}"] = device
-        for leaf, _ in module.named_buffers(recurse=False):
-            places[f"{prefix}{leaf}"] = device
-        for child, part in module.named_children():
-            walk(f"{prefix}{child}", part)
+        # The module contains layers, so it is divided into its parts.
+        for attribute, _ in module.named_parameters(recurse=False):
+            device_map[f"{prefix}{attribute}"] = device
+        for attribute, _ in module.named_buffers(recurse=False):
+            device_map[f"{prefix}{attribute}"] = device
+        for child_name, child in module.named_children():
+            add_entries(f"{prefix}{child_name}.", child)
 
-    walk("", model)
-    return places
+    add_entries("", model)
+    return device_map
 
 
 class Offloaded(InMemory):
-    """Runs layers that accelerate has offloaded. The hidden states of the samples are in CPU memory."""
+    """A source that loads each offloaded layer before it runs. The hidden states of the samples are in CPU memory.
+
+    The arguments are the same as for `InMemory`.
+
+    Raises:
+        StructPruneError: If the layers pass on more than hidden states.
+    """
 
     keep_on = torch.device("cpu")
 
-    def __init__(self, model: PreTrainedModel, arch: ArchSpec, *options: Any):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        arch: ArchSpec,
+        batches: Sequence[Batch],
+        error_feedback: float = 0.0,
+        fixed: bool = False,
+    ):
         try:
-            super().__init__(model, arch, *options)
+            super().__init__(model, arch, batches, error_feedback, fixed)
         except NotSequentialError as error:
             raise StructPruneError(
-                f"{error}, so the layers cannot be brought in one by one; load the {arch.model_type} model in memory, "
+                f"{error}, so the layers cannot be loaded one by one. Load the {arch.model_type} model in memory, "
                 "or over several devices."
             ) from error
 
     @contextmanager
     def at(self, layer: int, changes: bool = False) -> Iterator[None]:
+        """Load a layer inside `with`. With `changes`, its new weights replace the offloaded weights."""
         is_finished = False
         hooks: list[Any] = []
         try:
@@ -104,6 +118,7 @@ def check_offloaded(config: StructPruneConfig, described: ModelInfo, widths: Wid
     """Raise `StructPruneError` if a pruning needs all weights of an offloaded model at once."""
     name = described.name
     advice = "load the model in memory, or over several devices"
+
     if described.quantized:
         raise StructPruneError(f"{name} is offloaded and quantized, and is unpacked in memory; {advice}.")
 
@@ -116,7 +131,7 @@ def check_offloaded(config: StructPruneConfig, described: ModelInfo, widths: Wid
     for space in (HIDDEN, VOCAB):
         if space in widths:
             raise StructPruneError(
-                f"{name} is offloaded, and {space!r} changes weights all over it at once; prune inside the layers, "
+                f"{name} is offloaded, and {space!r} changes weights of all layers at once; prune inside the layers, "
                 f"or {advice}."
             )
 
@@ -125,6 +140,8 @@ def check_sequential(model: PreTrainedModel, arch: ArchSpec) -> None:
     """Raise `StructPruneError` if the layers of an offloaded model cannot run one by one."""
     if model.main_input_name != "input_ids":
         return
-    texts = [torch.tensor([row]) for row in ((0, 1, 2, 3), (3, 2, 1, 0))]
+
+    # `Offloaded` compares the arguments of the layers between two batches.
+    ids = torch.arange(4)[None]
     with evaluating(model):
-        Offloaded(model, arch, [Batch(0, ids) for ids in texts])
+        Offloaded(model, arch, [Batch(0, ids), Batch(0, ids.flip(1))])

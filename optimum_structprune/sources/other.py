@@ -1,4 +1,4 @@
-"""Other text: no choice of a run depends on it, and the model is evaluated on it beside the named domains."""
+"""Load other text, which measures a pruned model on text that no choice of the run depends on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config.domains import OTHER, PRESET, DomainConfig, is_general
 from ..config.pruning import StructPruneConfig
-from ..domains.load import builtin_beside, can_write, texts_of
+from ..domains.load import builtin_source_except, can_write, texts_of
 from ..domains.manifest import JUDGED, Entry, Manifest
 from ..domains.packing import Domain, document_hash, tokenize_with_prefix
 from ..domains.sources import documents, resolve
@@ -26,30 +26,34 @@ from ..system.fingerprint import KeptText
 from ..system.processes import broadcast_object, process_index
 
 
-# The tokens of other text, of all documents together.
+# The maximum number of tokens, over all documents.
 MAX_TOKENS = 4096
-# One token of other text is read for so many calibration tokens, so that it takes less than a fifth of the run.
+# The number of calibration tokens per token of other text. The measurement then takes less than a fifth of the run.
 CALIBRATION_PER_TOKEN = 10
-# Tokens of each document. It makes one row, because the margin of error is over documents.
+# The number of tokens of a document. Each document is one row, because the margin of error is over documents.
 DOCUMENT_TOKENS = 57
-# A run that calibrates on fewer tokens is a trial, and no model writes text for it.
+# The model does not write text for a run with fewer calibration tokens, because such a run is only a test.
 MIN_TOKENS_READ = 4096
-# One in so many documents is long enough.
+# The number of documents to read for each document that is long enough.
 TRIES_PER_DOCUMENT = 4
-# The seconds in which the Hub must answer.
+# The timeout of the Hub in seconds.
 HUB_SECONDS = 3.0
-# Tokens that the model writes in each document beyond the row.
+# The number of tokens that the model writes after the row, in each document.
 WRITTEN_MARGIN = 8
-HUB, WRITTEN, BUILTIN = "from the Hub", "model-written", "built-in"
+
+# The sources of other text.
+HUB = "from the Hub"
+WRITTEN = "model-written"
+BUILTIN = "built-in"
 
 
 class OtherText(NamedTuple):
     """Other text.
 
     Attributes:
-        source: Where it comes from.
-        rows: The first tokens of each document, shape `(tokens,)`, with a prefix in front.
-        entries: Its entries in a manifest, by which no later run calibrates on these documents.
+        source: The source of the text.
+        rows: The first tokens of each document, shape `(tokens,)`, after a prefix.
+        entries: The entries of the text in a manifest. A later run does not calibrate on documents in its manifest.
     """
 
     source: str
@@ -62,46 +66,54 @@ def other_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     domains: Sequence[Domain],
-    seen: Manifest | None = None,
+    earlier: Manifest | None = None,
 ) -> OtherText:
     """Return other text from the first source with enough documents: the Hub, the model itself, or built-in text.
 
-    The result has no rows if no source has enough.
+    The result has no rows if no source has enough documents.
 
     Args:
         config: The config of the run.
         model: The dense model.
-        tokenizer: Its tokenizer.
-        domains: The domains of the run, whose documents do not count as other text.
-        seen: The text of earlier runs, whose documents do not count either.
+        tokenizer: The tokenizer of the dense model.
+        domains: The domains of the run. Their documents are not other text.
+        earlier: The text of earlier runs. Its documents are not other text either.
     """
-    used = _used_documents(domains, seen)
+    excluded = _excluded_documents(domains, earlier)
     calibration_tokens = sum(domain.samples.numel() for domain in domains)
     length = min(DOCUMENT_TOKENS, config.seq_length)
-    most_tokens = min(MAX_TOKENS, calibration_tokens // CALIBRATION_PER_TOKEN)
-    count = max(most_tokens // (length - 1), MIN_DOCUMENTS)
+    num_tokens = min(MAX_TOKENS, calibration_tokens // CALIBRATION_PER_TOKEN)
+    count = max(num_tokens // (length - 1), MIN_DOCUMENTS)
 
-    for source, documents_of in _sources(config, model, tokenizer, calibration_tokens, length, count).items():
+    sources = _sources(config, model, tokenizer, calibration_tokens, length, count)
+    for source, read_documents in sources.items():
+        texts = islice(read_documents(), TRIES_PER_DOCUMENT * count)
         rows: dict[str, Tensor] = {}
-        # A source fails without a network, or if the model writes nothing useful. What it gave before still counts.
+
+        # A source fails without a network, or if the model writes no usable text. Rows before the failure count.
         with suppress(StructPruneError):
-            for name, row in _rows(islice(documents_of(), TRIES_PER_DOCUMENT * count), tokenizer, used, length):
-                rows[name] = row
+            for document, row in _rows(texts, tokenizer, excluded, length):
+                rows[document] = row
                 if len(rows) == count:
                     break
+
         if len(rows) >= min(count, MIN_DOCUMENTS):
             samples = torch.stack(list(rows.values()))
             domain = Domain(OTHER, 0.0, samples[:0], samples, heldout_documents=tuple(rows))
             return OtherText(source, list(samples), [Entry.of(domain, JUDGED)])
+
     return OtherText(BUILTIN)
 
 
-def _used_documents(domains: Sequence[Domain], seen: Manifest | None) -> set[str]:
+def _excluded_documents(domains: Sequence[Domain], earlier: Manifest | None) -> set[str]:
     """Return the hashes of the documents of this run and of earlier runs."""
-    used = set() if seen is None else set(seen.uses())
+    documents: set[str] = set()
+    if earlier is not None:
+        documents.update(earlier.uses())
+
     for domain in domains:
-        used.update(domain.documents, domain.heldout_documents, domain.probe_documents)
-    return used
+        documents.update(domain.documents, domain.heldout_documents, domain.probe_documents)
+    return documents
 
 
 def _sources(
@@ -112,7 +124,7 @@ def _sources(
     length: int,
     count: int,
 ) -> dict[str, Callable[[], Iterator[str]]]:
-    """Return the sources of other text for a run, in the order in which they are tried."""
+    """Return functions that read other text, by source, in the order of preference."""
     sources: dict[str, Callable[[], Iterator[str]]] = {}
     if calibration_tokens >= MIN_TOKENS_READ:
         if not config.languages and not constants.HF_HUB_OFFLINE:
@@ -120,59 +132,88 @@ def _sources(
         if can_write(model, tokenizer):
             sources[WRITTEN] = partial(_written, config, model, tokenizer, count * (length + WRITTEN_MARGIN))
 
-    named = [text for text in texts_of(config) if not is_general(text)]
+    user_texts = [text for text in texts_of(config) if not is_general(text)]
     trims_languages = bool(config.removes_tokens) and not config.languages
-    domain = DomainConfig(name=OTHER, source=builtin_beside(named, trims_languages))
+    domain = DomainConfig(name=OTHER, source=builtin_source_except(user_texts, trims_languages))
     sources[BUILTIN] = partial(documents, domain, config.seed + 1, tokenizer)
     return sources
 
 
 def _rows(
-    texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, used: set[str], length: int
+    texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, excluded: set[str], length: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the hash and the first `length` tokens of each unused document that has so many, shape `(length,)`."""
+    """Yield the hash and the first `length` tokens of each document, shape `(length,)`.
+
+    Documents that are shorter or excluded are skipped.
+    """
     for text in texts:
         ids = tokenize_with_prefix(text, tokenizer)
-        name = document_hash(text)
-        if len(ids) >= length and name not in used:
-            yield name, torch.tensor(ids[:length])
+        document = document_hash(text)
+        if len(ids) >= length and document not in excluded:
+            yield document, torch.tensor(ids[:length])
 
 
 def _written(
     config: StructPruneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int
 ) -> Iterator[str]:
-    """Return text that the dense model continues from words in the named languages, or from English openings."""
+    """Return text that the dense model continues from words in the configured languages, or from English openings."""
     from ..domains.generated import self_documents
     from ..vocabulary.languages import openings
 
-    prompts = openings(config.languages) if config.languages else None
+    prompts = None
+    if config.languages:
+        prompts = openings(config.languages)
     return self_documents(model, tokenizer, OTHER, config.seed, tokens, prompts)
 
 
 def _from_hub(count: int) -> Iterator[str]:
-    """Return the first rows of data sets of many kinds, which are cached on the disk."""
-    parts = resolve([DomainConfig(name=OTHER, source=f"{PRESET}{OTHER}")])
-    cache = KeptText(OTHER, count, [part.to_dict() for part in parts])
+    """Return the first rows of data sets of many kinds. The rows are cached on the disk."""
+    data_sets = resolve([DomainConfig(name=OTHER, source=f"{PRESET}{OTHER}")])
+    cache = KeptText(OTHER, count, [data_set.to_dict() for data_set in data_sets])
     texts = cache.read().get(OTHER, [])
-    if not texts and process_index() == 0:
-        # Whatever the network, the Hub or the disk raises.
-        with suppress(Exception):
-            from huggingface_hub import HfApi
 
-            HfApi().dataset_info(parts[0].source, timeout=HUB_SECONDS)
-            rows_per_part = 2 * ceil(count / len(parts))
-            texts = [text for part in parts for text in islice(documents(part, None), rows_per_part)]
+    if not texts and process_index() == 0:
+        # The network, the Hub and the disk raise errors of many kinds.
+        with suppress(Exception):
+            texts = _download(data_sets, count)
             cache.add(OTHER, texts)
+
     texts = broadcast_object(texts)
     if not texts:
         raise StructPruneError("No text of the Hub can be read.")
     return iter(texts)
 
 
+def _download(data_sets: Sequence[DomainConfig], count: int) -> list[str]:
+    """Return the first rows of data sets, about `2 * count` in all."""
+    from huggingface_hub import HfApi
+
+    # A data set would wait for the network for minutes, so a short request comes first.
+    HfApi().dataset_info(data_sets[0].source, timeout=HUB_SECONDS)
+
+    rows_per_data_set = 2 * ceil(count / len(data_sets))
+    texts: list[str] = []
+    for data_set in data_sets:
+        texts.extend(islice(documents(data_set, None), rows_per_data_set))
+    return texts
+
+
 def respelled(
-    texts: Sequence[Sequence[str]], before: PreTrainedTokenizerBase, after: PreTrainedTokenizerBase
+    texts: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase, smaller_tokenizer: PreTrainedTokenizerBase
 ) -> float:
-    """Return the share of the words of texts that a smaller tokenizer splits into other tokens."""
-    words = [f" {word}" for parts in texts for text in parts for word in text.split()]
-    changed = sum(before.tokenize(word) != after.tokenize(word) for word in words)
-    return changed / max(len(words), 1)
+    """Return the share of words that a smaller tokenizer splits into other tokens.
+
+    Args:
+        texts: The texts, each as a list of its parts.
+        tokenizer: The tokenizer of the dense model.
+        smaller_tokenizer: The tokenizer of the pruned model.
+    """
+    num_words = 0
+    num_respelled = 0
+    for parts in texts:
+        for part in parts:
+            for word in part.split():
+                num_words += 1
+                num_respelled += tokenizer.tokenize(f" {word}") != smaller_tokenizer.tokenize(f" {word}")
+
+    return num_respelled / max(num_words, 1)

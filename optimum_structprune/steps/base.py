@@ -28,17 +28,17 @@ class RunState:
     """The state that the steps of one pruning share.
 
     Attributes:
-        model: The model that shrinks.
-        arch: The description of the model as it is now.
-        data: The calibration text, in the tokens of the model as it is now.
-        tokenizer: The tokenizer of the model as it is now.
+        model: The model to prune. Each step makes it smaller.
+        arch: The description of the current model.
+        data: The calibration text, in the tokens of the current model.
+        tokenizer: The tokenizer of the current model.
         plan: The kept units of the dense model.
         report: The figures of the run.
-        dense_model: The model before the pruning. None if it is the model that shrinks.
-        earlier: The text that the dense model has seen in earlier runs.
-        inplace: Whether the caller holds the model that shrinks.
-        entries: The text that chose the tokens, that judged the model or that it was trained on.
-        changed: Whether the model has lost weights that cannot be put back.
+        dense_model: The dense model, or None if `model` is pruned in place.
+        earlier: The text that earlier runs of the dense model have read.
+        inplace: Whether the caller holds `model`.
+        entries: The text that was counted to choose tokens, that measured the model, or that trained it.
+        changed: Whether weights were removed that cannot be restored.
     """
 
     model: PreTrainedModel
@@ -71,7 +71,7 @@ class RunState:
     ) -> RunState:
         """Return the state before the first step. Without `inplace`, it holds a copy of the model.
 
-        A quantized model is unpacked, unless only tokens are removed and its other weights can stay packed.
+        A quantized model is dequantized, unless only tokens are removed and this does not change its packed weights.
         """
         dense_model = None
         if is_quantized(model) and not _stays_packed(model, arch, data.config):
@@ -79,42 +79,58 @@ class RunState:
         elif not inplace:
             dense_model = model
             model = deepcopy(model)
-        plan = Plan(arch.model_type, {})
+
         report = report or Report(arch.model_type, data.config.scored_by)
-        return cls(model, arch, data, tokenizer, plan, report, dense_model, earlier, inplace)
+        return cls(
+            model=model,
+            arch=arch,
+            data=data,
+            tokenizer=tokenizer,
+            plan=Plan(arch.model_type, {}),
+            report=report,
+            dense_model=dense_model,
+            earlier=earlier,
+            inplace=inplace,
+        )
 
     @property
     def config(self) -> StructPruneConfig:
-        """The config of the run. It does not change after the calibration text has been read."""
+        """Return the config of the run. It does not change after the calibration text has been read."""
         return self.data.config
 
     def add_languages(self) -> None:
-        """Add text of the languages to keep to the calibration text, once."""
+        """Add text of the configured languages to the calibration text, unless it was added before."""
         if self.config.languages and not self._reads_languages:
             self.data = self.data.with_languages(self.tokenizer)
             self._reads_languages = True
 
     def manifest(self) -> Manifest:
-        """Return the record of the text of this run, and of earlier runs that the dense model comes from."""
+        """Return the record of the text of this run and of the earlier runs of the dense model."""
         manifest = Manifest.of(self.config, self.data.domains, self.tokenizer)
-        return manifest.with_entries(self.entries).after(self.earlier)
+        manifest = manifest.with_entries(self.entries)
+        return manifest.after(self.earlier)
 
 
 def _stays_packed(model: PreTrainedModel, arch: ArchSpec, config: StructPruneConfig) -> bool:
-    """Return whether a quantized model is pruned without being unpacked."""
+    """Return whether a quantized model can be pruned without dequantization."""
     names = set(config.widths or config.targets_or_default)
-    only_tokens = names == {VOCAB} and config.recovery is None
-    return only_tokens and stays_packed(model, arch.of(VOCAB)[0])
+    if names != {VOCAB} or config.recovery is not None:
+        return False
+    return stays_packed(model, arch.of(VOCAB)[0])
 
 
 class Step(ABC):
-    """One step of a pruning: it removes one kind of units, and brings the model to `widths`."""
+    """One step of a pruning, which removes units of one kind.
+
+    Args:
+        widths: The target widths by space.
+    """
 
     def __init__(self, widths: Widths):
         self.widths = widths
 
     def apply(self, state: RunState) -> None:
-        """Prune the model of a run. Its plan and the description of the model follow."""
+        """Prune the model of a run, and update the plan and the description of the model."""
         # An earlier step may have removed all layers that have a space.
         widths = {name: width for name, width in self.widths.items() if state.arch.of(name)}
         if not widths:
@@ -122,6 +138,7 @@ class Step(ABC):
 
         with evaluating(state.model):
             plan = self.prune_(state, widths)
+
         state.plan = state.plan.then(plan)
         state.arch = describe(state.model, state.config.arch_file)
 
@@ -129,8 +146,8 @@ class Step(ABC):
     def prune_(self, state: RunState, widths: Widths) -> Plan:
         """Prune `state.model` to the widths, and return the kept units.
 
-        A step sets `state.changed` before it removes weights for good. If it fails earlier, it must leave the model as
-        it was.
+        A step sets `state.changed` before it removes weights that cannot be restored. If it fails earlier, it must
+        restore the model.
         """
 
     def __repr__(self) -> str:
@@ -139,15 +156,16 @@ class Step(ABC):
 
 @contextmanager
 def refusing_half_pruned(state: RunState) -> Iterator[None]:
-    """Let no model look finished after an error.
+    """Mark a model that was half pruned in place when an error occurs inside `with`.
 
-    A model that has begun to shrink in place refuses to be saved, and the error becomes an `InPlaceError`.
+    The model then cannot be saved, and the error becomes an `InPlaceError`.
     """
     try:
         yield
     except BaseException as error:
         if not (state.inplace and state.changed):
             raise
+
         reason = str(error) or type(error).__name__
         message = f"Pruning stopped ({reason}), and the model had already begun to change: load it again."
 

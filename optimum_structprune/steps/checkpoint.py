@@ -1,4 +1,4 @@
-"""Checkpoints of a pruning inside the layers: a run that was killed resumes at the next layer."""
+"""Save checkpoints of a pruning inside the layers, so that an interrupted run resumes at the next layer."""
 
 from __future__ import annotations
 
@@ -17,16 +17,21 @@ from ..system.resume import Resume
 
 def run_key(data: CalibrationData, model: PreTrainedModel, widths: Widths) -> str:
     """Return the hash that identifies a run: its config, the dense model, the text and the final widths."""
-    # The text is compared by its hashes.
-    settings = {**data.config.to_dict(), "domains": None}
+    # The domains are left out, because `data.key` hashes their text.
+    settings = data.config.to_dict()
+    settings["domains"] = None
     return data.key(model, settings, widths)
 
 
 class LayerCheckpoint:
-    """The finished layers of one run, in a folder."""
+    """The finished layers of one run, in a folder.
+
+    Args:
+        folder: The folder. It may contain checkpoints of runs with other widths.
+        key: The hash that identifies the run; see `run_key`.
+    """
 
     def __init__(self, folder: str, key: str):
-        # Checkpoints of runs with other widths may lie in the same folder.
         self.resume = Resume(Path(folder), key, f"layer-{key[:12]}")
 
     def resume_from(self, masks: Masks, source: Source, smaller: PreTrainedModel) -> int:
@@ -36,20 +41,23 @@ class LayerCheckpoint:
             return 0
 
         with self.resume.readable():
-            masks.keep |= Plan.from_dict(saved.values["plan"]).keep
+            masks.keep.update(Plan.from_dict(saved.values["plan"]).keep)
             passes = dict(saved.values["passes"])
+
         masks.irreversible = masks.irreversible or saved.number > 0
         for layer in range(saved.number):
             with source.at(layer, changes=True):
                 fill_layer_(masks.model, masks.arch, layer, self.resume.tensors(layer + 1), smaller)
+
         source.resume_(saved.local, passes)
         return saved.number
 
     def save(self, layer: int, masks: Masks, source: Source) -> None:
-        """Save a finished layer, with the hidden states that enter the next one."""
+        """Save a finished layer, with the hidden states that enter the next layer."""
         state = source.state()
         if state is None:
             return
+
         hidden_states, passes = state
         plan = Plan(masks.arch.model_type, dict(masks.keep))
         values = {"plan": plan.to_dict(), "passes": passes}

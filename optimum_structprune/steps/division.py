@@ -29,12 +29,12 @@ from .resize import drop_tokens_
 from .temporary import temporarily_pruned
 
 
-# The numbers of tokens that a trial is calibrated and measured on.
+# The number of calibration tokens of a trial, and the number of held-out tokens that measure it.
 CALIBRATION_TOKENS = 8192
 MEASURED_TOKENS = 8192
 # The number of tokens in a piece of held-out text.
 PIECE = 64
-# The number of tokens of short texts that run together.
+# The number of tokens in a batch of short texts.
 BATCH_TOKENS = 512
 
 
@@ -44,13 +44,13 @@ class Trial:
 
     Args:
         number: The number of kept tokens.
-        of_tokens: The loss with fewer tokens and dense layers.
-        total: The loss with fewer tokens and pruned layers.
+        token_loss: The loss with fewer tokens and dense layers.
+        total_loss: The loss with fewer tokens and pruned layers.
     """
 
     number: int
-    of_tokens: float
-    total: float
+    token_loss: float
+    total_loss: float
 
 
 def divide_budget(state: RunState, request: VocabularyRequest, ranking: Ranking) -> int:
@@ -65,24 +65,30 @@ def divide_budget(state: RunState, request: VocabularyRequest, ranking: Ranking)
     """
     assert request.budget is not None
     candidates = request.budget.candidates
-    removed_shares = ranking.removed_shares
     fewest = candidates[0]
-    costs_nothing = float(removed_shares[fewest]) == 0 and request.budget.is_met_by({VOCAB: fewest})
-    if len(candidates) == 1 or costs_nothing or not _is_inside_layers(state, request.budget.smallest):
-        return settled(state, request, fewest).number
+    fewest_share = float(ranking.removed_shares[fewest])
 
-    half_share = float(removed_shares[fewest]) / 2
-    second = next((number for number in candidates[1:] if float(removed_shares[number]) <= half_share), candidates[-1])
+    # Trials are not needed if the number is fixed, or if tokens that do not occur in the text meet the budget.
+    costs_nothing = fewest_share == 0 and request.budget.is_met_by({VOCAB: fewest})
+    if len(candidates) == 1 or costs_nothing or not _is_inside_layers(state, request.budget.smallest):
+        return division_widths(state, request, fewest).number
+
+    half = candidates[-1]
+    for number in candidates[1:]:
+        if float(ranking.removed_shares[number]) <= fewest_share / 2:
+            half = number
+            break
 
     with evaluating(state.model):
         division = Division(state, request, ranking)
-        trials = [division.trial(fewest), division.trial(second)]
-        if trials[1].total < trials[0].total:
-            cheapest = settled(state, request, division.cheapest(trials[1]))
+        trials = [division.trial(fewest), division.trial(half)]
+
+        if trials[1].total_loss < trials[0].total_loss:
+            cheapest = division_widths(state, request, division.cheapest(trials[1]))
             if cheapest.number not in [trial.number for trial in trials]:
                 trials.append(division.trial(cheapest.number))
 
-    best = min(trials, key=lambda trial: trial.total)
+    best = min(trials, key=lambda trial: trial.total_loss)
     return best.number
 
 
@@ -92,29 +98,34 @@ def _is_inside_layers(state: RunState, names: Collection[str]) -> bool:
     return all(space.inside and space.layer != MODEL for space in spaces)
 
 
-class Share(NamedTuple):
-    """The widths of a division: the number of tokens, and the widths of the pruned other spaces."""
+class DivisionWidths(NamedTuple):
+    """The widths of a division.
+
+    Attributes:
+        number: The number of tokens.
+        widths: The widths of the other spaces. Spaces that are not in it keep their full width.
+    """
 
     number: int
     widths: Widths
 
 
-def settled(state: RunState, request: VocabularyRequest, number: int) -> Share:
-    """Return the widths of a division with about `number` tokens.
+def division_widths(state: RunState, request: VocabularyRequest, number: int) -> DivisionWidths:
+    """Return the widths of a division with `number` tokens or a few more.
 
     The other spaces have the largest widths that meet the budget. The steps of these widths are coarse, so the budget
     may leave room for some further tokens.
     """
     assert request.budget is not None
     if request.budget.is_met_by({VOCAB: number}):
-        return Share(number, {})
+        return DivisionWidths(number, {})
 
     config = without_tokens(state.config, request.budget.budget.limit)
     assert config is not None
     skeleton = shrunk_skeleton(state.model, state.arch, {VOCAB: number})
     arch = describe(skeleton, state.config.arch_file)
     widths = widths_of(replace(config, allocation="uniform"), arch, skeleton)
-    return Share(max(number, request.budget.largest(widths)), widths)
+    return DivisionWidths(max(number, request.budget.largest(widths)), widths)
 
 
 class Division:
@@ -127,25 +138,26 @@ class Division:
         self.text = HeldOutText(state, request.vocabulary.tokenizer)
 
     def trial(self, number: int) -> Trial:
-        """Measure a division with about `number` tokens."""
+        """Measure a division with `number` tokens or a few more."""
         state = self.state
-        number, widths = settled(state, self.request, number)
+        number, widths = division_widths(state, self.request, number)
         keep = self.request.keep(self.ranking.order, number)
         tokenizer = self.request.vocabulary.smaller(keep)
+
         # The copy shares its weights with the model, so it is pruned with the model.
         smaller = copy_with_shared_weights(state.model)
         drop_tokens_(smaller, state.arch, keep)
 
-        of_tokens = self.text.loss(smaller, tokenizer)
-        total = of_tokens
+        token_loss = self.text.loss(smaller, tokenizer)
+        total_loss = token_loss
         if widths:
             with temporarily_pruned(state.model, state.arch, state.data, widths, CALIBRATION_TOKENS):
-                total = self.text.loss(smaller, tokenizer)
+                total_loss = self.text.loss(smaller, tokenizer)
 
         shape = "".join(f", {name} {width}" for name, width in widths.items() if isinstance(width, int))
-        say(f"trial: vocab {number:,}{shape}: loss {total:.4f} ({of_tokens:.4f} by tokens alone)")
-        of_tokens, total = broadcast_object((of_tokens, total))
-        return Trial(number, of_tokens, total)
+        say(f"trial: vocab {number:,}{shape}: loss {total_loss:.4f} ({token_loss:.4f} by tokens alone)")
+        token_loss, total_loss = broadcast_object((token_loss, total_loss))
+        return Trial(number, token_loss, total_loss)
 
     def cheapest(self, trial: Trial) -> int:
         """Return the number of tokens with the smallest expected loss at the prices of a trial.
@@ -153,7 +165,7 @@ class Division:
         The loss of tokens is proportional to the share of held-out tokens that is removed, and the loss of layers to
         their contribution to the budget:
 
-            loss(n) = of_tokens · removed(n) / removed(trial) + (total - of_tokens) · excess(n) / excess(trial)
+            loss(n) = token_loss · removed(n) / removed(trial) + (total_loss - token_loss) · excess(n) / excess(trial)
 
         where excess(n) is the excess of a model with n tokens and dense layers over the limit.
         """
@@ -169,8 +181,8 @@ class Division:
         excess = (first_excess + position.double() * (last_excess - first_excess)).clamp(min=0)
 
         place = bisect_left(candidates, trial.number)
-        price_of_tokens = trial.of_tokens / max(float(removed_shares[place]), 1e-9)
-        price_of_layers = (trial.total - trial.of_tokens) / max(float(excess[place]), 1.0)
+        price_of_tokens = trial.token_loss / max(float(removed_shares[place]), 1e-9)
+        price_of_layers = (trial.total_loss - trial.token_loss) / max(float(excess[place]), 1.0)
         losses = price_of_tokens * removed_shares + price_of_layers * excess
         return candidates[int(losses.argmin())]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 
 from ..arch.meta import shrunk_skeleton
@@ -24,7 +25,8 @@ class ShrinkLayers(Step):
     def prune_(self, state: RunState, widths: Widths) -> Plan:
         """Prune all layers to the widths, and return the kept units."""
         state.add_languages()
-        model, arch = state.model, state.arch
+        model = state.model
+        arch = state.arch
         smaller = shrunk_skeleton(model, arch, widths)
         rounds = round_widths(state.config, arch, widths)
         checkpoint = _checkpoint_of(state, widths)
@@ -36,25 +38,23 @@ class ShrinkLayers(Step):
             if checkpoint is not None and source is not None:
                 checkpoint.save(layer, masks, source)
 
+        # Ctrl-C must restore the model too.
         try:
-            for number, goal in enumerate(rounds):
-                is_last = number + 1 == len(rounds)
+            for number, round_goal in enumerate(rounds):
                 with state.report.timed(f"round {number + 1}"):
                     method = state.data.method(model, arch)
                     source = source_of(model, arch, state.data.own_batches, state.config.feedback_share)
-                    finished = 0
+                    finished_layers = 0
                     if checkpoint is not None:
-                        finished = checkpoint.resume_from(masks, source, smaller)
-                    layers = progress(
-                        range(finished, arch.num_layers),
-                        desc=f"Pruning, round {number + 1} of {len(rounds)}",
-                        # The bar counts the layers of all rounds, for the time that is left.
-                        initial=number * arch.num_layers + finished,
-                        total=len(rounds) * arch.num_layers,
-                        unit="layer",
-                    )
-                    prune_layers_(masks, source, method, goal, smaller if is_last else None, layers, on_layer)
-        except BaseException:  # also Ctrl-C
+                        finished_layers = checkpoint.resume_from(masks, source, smaller)
+
+                    layers = _layers_of_round(arch.num_layers, number, len(rounds), finished_layers)
+                    # Only the last round removes the units. The rounds before it mask them.
+                    skeleton = None
+                    if number + 1 == len(rounds):
+                        skeleton = smaller
+                    prune_layers_(masks, source, method, round_goal, skeleton, layers, on_layer)
+        except BaseException:
             if source is not None:
                 masks.undo_(partial(source.at, changes=True))
             raise
@@ -65,11 +65,26 @@ class ShrinkLayers(Step):
         return Plan(arch.model_type, masks.keep)
 
 
+def _layers_of_round(num_layers: int, number: int, num_rounds: int, finished_layers: int) -> Iterable[int]:
+    """Return the layers to prune in round `number`, with a progress bar.
+
+    The bar counts the layers of all rounds, so that it shows the remaining time of the run.
+    """
+    return progress(
+        range(finished_layers, num_layers),
+        desc=f"Pruning, round {number + 1} of {num_rounds}",
+        initial=number * num_layers + finished_layers,
+        total=num_rounds * num_layers,
+        unit="layer",
+    )
+
+
 def _checkpoint_of(state: RunState, widths: Widths) -> LayerCheckpoint | None:
-    """Return the checkpoint of a run, if it has a folder for one, and record whether the run resumes from it."""
+    """Return the checkpoint of a run if a folder is configured, and record whether the run resumes from it."""
     folder = state.data.options.checkpoint_dir
     if folder is None:
         return None
+
     checkpoint = LayerCheckpoint(folder, run_key(state.data, state.model, widths))
     state.report.resumed = checkpoint.resume.check() is not None
     return checkpoint

@@ -1,4 +1,4 @@
-"""The step that removes tokens: calibration text chooses them, and is then read again with the smaller tokenizer."""
+"""The step that removes tokens. It chooses them by the calibration text, and reads the text again afterwards."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .division import divide_budget
 from .resize import drop_tokens_
 
 
-# The number of tokens on which the dense model is asked what it expects.
+# The number of positions at which the dense model predicts the next token.
 EXPECTED_TOKENS = 2**14
 
 
@@ -50,7 +50,9 @@ class TrimVocabulary(Step):
 
     def prune_(self, state: RunState, widths: Widths) -> Plan:
         """Choose tokens, remove all others, and return the kept tokens. The plan is empty if all tokens are kept."""
-        request, domains = self.request, state.data.domains
+        request = self.request
+        domains = state.data.domains
+
         # Held-out text is not counted, because the counted text chooses the tokens.
         uses = state.manifest().uses()
         held_out = {name for name, use in uses.items() if use != USED}
@@ -67,54 +69,63 @@ class TrimVocabulary(Step):
     def _cut_(self, state: RunState, choice: Choice) -> Plan:
         """Read the text of a run with the smaller tokenizer, and remove all other tokens from its model.
 
-        Text that the first reading held out is neither counted nor calibrated on after the second reading.
+        Text that the first reading held out is neither counted nor used for calibration after the second reading.
         """
-        data, report = state.data, state.report
-        with report.timed("domains"):
-            seen = Manifest.of(data.config, data.domains, state.tokenizer).after(state.manifest())
-            domains = load_domains(data.config, choice.tokenizer, state.model, seen=seen, writer=state.tokenizer)
+        data = state.data
+        with state.report.timed("domains"):
+            seen_text = Manifest.of(data.config, data.domains, state.tokenizer).after(state.manifest())
+            domains = load_domains(
+                data.config, choice.tokenizer, state.model, earlier=seen_text, writer=state.tokenizer
+            )
             state.data = replace(data, domains=domains)
         self.on_tokenizer(choice.tokenizer, state.model)
 
+        # The kept tokens, except tokens without rows.
+        rows = torch.tensor(choice.keep[: choice.number])
+
         state.changed = True
-        kept = torch.tensor(choice.keep[: choice.number])
-        # Random tokens, most of them replaced by a kept token.
-        ids = torch.searchsorted(kept, random_inputs(state.model)) % choice.number
-        outputs = outputs_for(state.model, kept[ids])
+        ids = torch.searchsorted(rows, random_inputs(state.model)) % choice.number
+        outputs = outputs_for(state.model, rows[ids])
         if outputs.shape[-1] == state.arch.of(VOCAB)[0].size:
-            outputs = outputs[..., kept]
+            outputs = outputs[..., rows]
         drop_tokens_(state.model, state.arch, choice.keep)
         check_same("The model", outputs, outputs_for(state.model, ids))
 
         state.tokenizer = choice.tokenizer
         remember_text(state.model, choice.tokenizer)
-        report.trimmed = TrimResult(**choice.trimmed, scripts=choice.scripts)
+        state.report.trimmed = TrimResult(**choice.trimmed, scripts=choice.scripts)
         state.entries += choice.entries
-        return Plan(state.arch.model_type, {(MODEL, VOCAB): tuple(kept.tolist())})
+        return Plan(state.arch.model_type, {(MODEL, VOCAB): tuple(rows.tolist())})
 
 
 def config_of_the_rest(request: VocabularyRequest, state: RunState) -> StructPruneConfig | None:
-    """Return the config of all other spaces after tokens were removed, or None if these keep their widths."""
-    budget = request.budget
-    rest = without_tokens(state.config, None if budget is None else budget.budget.limit)
-    kept = state.plan.keep.get((MODEL, VOCAB))
-    number = request.rows if kept is None else len(kept)
-    if budget is not None and budget.is_met_by({VOCAB: number}):
+    """Return the config of all other spaces after tokens were removed, or None if they keep their widths."""
+    if request.budget is None:
+        return without_tokens(state.config, None)
+
+    # The plan does not have the vocabulary if all tokens were kept.
+    number = request.rows
+    if (MODEL, VOCAB) in state.plan.keep:
+        number = len(state.plan.keep[MODEL, VOCAB])
+    if request.budget.is_met_by({VOCAB: number}):
         return None
-    return rest
+    return without_tokens(state.config, request.budget.budget.limit)
 
 
 def _expected(state: RunState) -> Tensor | None:
-    """Return the share that the dense model expects of each token in 16,384 tokens of the text, shape `(rows,)`.
+    """Return the share of each token in the predictions of the dense model, over 16,384 tokens of text.
 
-    It is None where the user names no text, because the model has written part of the built-in text, and where the
-    model predicts no tokens.
+    Returns:
+        The shares, shape `(rows,)`. None if the model does not predict tokens, or if the config does not set domains,
+        because the model has generated part of the built-in text itself.
     """
     if not state.arch.causal or state.config.domains is None:
         return None
+
     tokens_per_domain = ceil(EXPECTED_TOKENS / len(state.data.domains))
     shares = []
     for domain in state.data.domains:
         rows = domain.samples[: ceil(tokens_per_domain / domain.samples.shape[1])]
         shares.append(expected_shares(state.model, rows))
+
     return state.data.mean(torch.stack(shares))

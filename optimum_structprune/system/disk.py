@@ -243,6 +243,7 @@ def resolved(target: str | Path) -> Path:
         raise StructPruneError(f"{str(target)!r} cannot be written: its path is not text in UTF-8.") from error
     except (OSError, RuntimeError, ValueError) as error:
         raise StructPruneError(f"{str(target)!r} cannot be written: {error}.") from error
+
     return path
 
 
@@ -262,6 +263,7 @@ def _writable_folder(target: str | Path, places: Iterable[Path]) -> Path:
         Path(tempfile.mkdtemp(prefix=f".{resolved(target).name}.{SAVING}.", dir=place)).rmdir()
     except OSError as error:
         raise StructPruneError(f"{target} cannot be written: {error.strerror or error}.") from error
+
     return place
 
 
@@ -300,6 +302,7 @@ def used_paths(*configs: Any) -> list[str]:
 def check_apart(target: str | Path, *configs: Any) -> None:
     """Raise if checkpoints would be written inside the output folder, which the result replaces as a whole."""
     folder = resolved(target)
+
     for config in _with_recoveries(configs):
         for field, path in _working_folders(config).items():
             working_folder = resolved(path)

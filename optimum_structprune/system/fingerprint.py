@@ -65,6 +65,7 @@ def _checksum(tensor: Tensor) -> Tensor:
     The words form a matrix. The sum of each row and of each column is multiplied by its number.
     """
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
     if len(flat) % WORD_BYTES or flat.storage_offset() % WORD_BYTES:
         flat = torch.nn.functional.pad(flat, (0, -len(flat) % WORD_BYTES))
     words = flat.view(torch.int64)

@@ -1,4 +1,4 @@
-"""The folders of sentence-transformers: a transformer among other modules, in the root or in a folder of its own."""
+"""Find the transformer in a folder of sentence-transformers, which may be in a folder of its own."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ ROUTERS = ("Router", "Asym")
 
 
 def transformer_folder(folder: Path) -> Path:
-    """Return the folder of the transformer in a folder of sentence-transformers; other folders are returned.
+    """Return the folder of the transformer in a folder of sentence-transformers. Any other folder is returned itself.
 
     Raises:
         StructPruneError: If the folder holds several models.
     """
     modules = _modules(folder)
+
     if any(str(module.get("type")).rpartition(".")[2] in ROUTERS for module in modules):
         parts = [path.parent.name for path in sorted(folder.glob(f"*/{CONFIG}")) if _is_model(path.parent)]
         raise StructPruneError(
@@ -32,8 +33,10 @@ def transformer_folder(folder: Path) -> Path:
             f"({', '.join(parts) or 'its folder'}) without removing tokens, which the others number alike, and put "
             "the result in its place."
         )
+
     if (folder / CONFIG).is_file():
         return folder
+
     for path in _paths(folder):
         if path and _is_model(folder / path):
             return folder / path
@@ -41,7 +44,7 @@ def transformer_folder(folder: Path) -> Path:
 
 
 def modules_root(folder: Path) -> Path:
-    """Return the folder of sentence-transformers that has its transformer in `folder`; by default `folder` itself."""
+    """Return the folder of sentence-transformers around the folder of its transformer, or `folder` itself."""
     resolved = folder.resolve()
     if not (folder / MODULES).is_file() and resolved.name in _paths(resolved.parent):
         return resolved.parent
@@ -56,7 +59,7 @@ def _is_model(folder: Path) -> bool:
 
 
 def _modules(folder: Path) -> list[dict[str, Any]]:
-    """Return the entries of the modules of a folder; none if there is no list of them."""
+    """Return the entries in the list of modules of a folder, or no entries without such a list."""
     with suppress(OSError, ValueError):
         modules = json.loads((folder / MODULES).read_text(encoding="utf-8"))
         if isinstance(modules, list):
@@ -65,7 +68,7 @@ def _modules(folder: Path) -> list[dict[str, Any]]:
 
 
 def _paths(folder: Path) -> Iterator[str]:
-    """Yield the folders of the modules that lie inside a folder."""
+    """Yield the names of the modules' folders directly inside a folder."""
     for module in _modules(folder):
         path = str(module.get("path", ""))
         if Path(path).name == path:

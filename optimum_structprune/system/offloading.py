@@ -84,7 +84,7 @@ def declared(model: nn.Module) -> Iterator[None]:
 
 
 def compute_device(model: nn.Module) -> torch.device:
-    """Return the device of a model's first weights, or the device to which accelerate moves them."""
+    """Return the device of a model's first weights. For offloaded weights, it is the execution device."""
     for module in model.modules():
         for hook in _hooks_of(module):
             if hook.offload and hook.execution_device is not None:

@@ -31,6 +31,7 @@ def _sharing(shares_work: bool) -> Iterator[None]:
     global _shares_work
     outer = _shares_work
     _shares_work = shares_work
+
     try:
         yield
     finally:
@@ -68,7 +69,7 @@ def check_launch() -> None:
     for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
             raise StructPruneError(
-                f"accelerate is set to use {name}, with which a process has only a part of the weights. Launch with "
+                f"accelerate is set to use {name}, so every process has only a part of the weights. Launch with "
                 "torchrun, or with `accelerate launch --multi_gpu` (`--cpu` on the CPU)."
             )
 
@@ -108,6 +109,7 @@ def all_reduce_(tensors: Iterable[Tensor]) -> None:
     """Replace tensors by their sums over all processes. The processes wait for each other here."""
     if not _shares_work:
         return
+
     for tensor in tensors:
         with _on_backend(tensor) as buffer:
             _dist().all_reduce(buffer)
@@ -217,9 +219,11 @@ def _initialized() -> bool:
 def _rank_and_count() -> tuple[int, int]:
     if _initialized():
         return _dist().get_rank(), _dist().get_world_size()
+
     # `torchrun` keeps a store for the processes that it has started, also when accelerate calls it.
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and "RANK" in os.environ:
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
     return 0, 1
 
 

@@ -55,6 +55,7 @@ def stage(name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
         times = _enclosing.get()
     if times is None:
         times = {}
+
     if name not in times:
         announcement = ANNOUNCEMENTS.get(name, name.capitalize())
         say(f"{announcement} …")
@@ -62,6 +63,7 @@ def stage(name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
     token = _enclosing.set(times)
     total_at_start = sum(times.values())
     start = perf_counter()
+
     try:
         yield
     finally:
@@ -102,6 +104,7 @@ def _bars() -> Any:
     bars: Any = sys.modules.get("transformers.utils.logging")
     if bars is None or not bars.is_progress_bar_enabled():
         return None
+
     return bars
 
 
@@ -116,6 +119,7 @@ def _lines(
 
     for done, item in enumerate(iterable, start=initial + 1):
         yield item
+
         silent = perf_counter() - _last_line[0]
         if silent >= MAX_SILENT_SECONDS and done < total:
             say(f"{desc}: {done} of {total} {units}")
@@ -145,6 +149,7 @@ def saved_bytes(model: nn.Module, itemsize: int) -> int:
         itemsize: The bytes of a floating-point number.
     """
     tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+
     size = 0
     for tensor in tensors.values():
         if tensor.is_floating_point():

@@ -441,6 +441,7 @@ def choose_tokens(request: VocabularyRequest, ranking: Ranking, number: int, dom
         "reason_of_each": "".join(reason[0] for reason in reasons),
         "unreadable": dict(scripts_of(vocabulary, vocabulary.letters.difference(keep))),
     }
+
     removed_tokens = set(range(vocabulary.size)).difference(keep)
     scripts = dict(scripts_of(vocabulary, removed_tokens))
     return Choice(keep, number, smaller, ranking.entries, scripts, trimmed)

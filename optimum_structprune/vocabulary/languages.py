@@ -26,7 +26,7 @@ SAME = "languages"
 CHOOSING = "samples"
 # A model knows a language if the text costs at most this many times the bits of its best language.
 MAX_KNOWN_RATIO = 2.0
-# The number of tokens on which the dense model is measured, in all languages together.
+# The number of tokens in all languages together that measure the dense model.
 MEASURED_TOKENS = 4096
 # The maximum number of characters in an opening.
 OPENING_LENGTH = 16
@@ -52,6 +52,7 @@ def openings(codes: Iterable[str]) -> list[str]:
             if sentence:
                 words = " ".join(sentence.split()[:2])
                 beginnings.append(words[:OPENING_LENGTH])
+
     return beginnings
 
 
@@ -100,9 +101,11 @@ def cost_by_language(
     for code in codes:
         ids = ids_by_code[code]
         tokens += len(ids)
+
         if len(ids) <= positions_of(model) and tokens <= max_tokens:
             nats = float(row_losses(model, [torch.tensor(ids)]).sum())
             costs[code] = nats / log(2) / len(texts()[code].encode())
+
     return costs
 
 
@@ -126,6 +129,7 @@ def costs_before(
     languages = {}
     for code, cost in costs.items():
         languages[code] = {"before": cost, "wanted": code in codes}
+
     if model is not None:
         known_codes = known_languages(costs)
         for code, figures in languages.items():
@@ -153,6 +157,7 @@ def known_languages(bits: Mapping[str, float]) -> set[str]:
     """
     totals = {code: per_byte * len(texts()[code].encode()) for code, per_byte in bits.items()}
     limit = MAX_KNOWN_RATIO * min(totals.values())
+
     return {code for code, total in totals.items() if total <= limit}
 
 

@@ -28,10 +28,12 @@ class Segmenter:
         self.pieces = {number: piece for piece, number in ids.items()}
         self.prefix = model.get("continuing_subword_prefix") or ""
         self.suffix = model.get("end_of_word_suffix") or ""
+
         self.bytes: dict[int, int] = {}
         if model.get("byte_fallback") and all(byte in ids for byte in BYTES):
             self.bytes = {ids[byte]: number for number, byte in enumerate(BYTES)}
         self.by_byte = list(self.bytes)
+
         self.lowest: int | None = None
 
     def letters(self, piece: str) -> list[str]:
@@ -89,9 +91,11 @@ class BPESegmenter(Segmenter):
         self.whole_words = bool(model.get("ignore_merges"))
         self.ranks: dict[tuple[int, int], int] = {}
         self.merged: list[int] = []
+
         for rank, (first, second) in enumerate(model["merges"]):
             self.ranks[ids[first], ids[second]] = rank
             self.merged.append(ids[first + second[len(self.prefix) :]])
+
         self.last = cache(self._last)
 
     def parts(self, token: int, keep: Container[int] | None) -> tuple[int, ...]:
@@ -106,6 +110,7 @@ class BPESegmenter(Segmenter):
                 parts.append(part)
             else:
                 parts += self.parts(part, keep) or [part]
+
         return tuple(parts)
 
     def dependencies(self, token: int) -> tuple[int, ...]:
@@ -151,8 +156,10 @@ class UnigramSegmenter(Segmenter):
 
     def __init__(self, model: Mapping[str, Any], ids: Mapping[str, int]) -> None:
         super().__init__(model, ids)
+
         self.scores = [score for _, score in model["vocab"]]
         self.longest = max(map(len, ids))
+
         # The score of unknown text follows from the lowest score, so that token must be kept.
         self.lowest = min(range(len(self.scores)), key=self.scores.__getitem__)
         self.unknown_score = self.scores[self.lowest] - UNKNOWN_PENALTY
@@ -202,6 +209,7 @@ class WordPieceSegmenter(Segmenter):
     def parts(self, token: int, keep: Container[int] | None) -> tuple[int, ...]:
         """Return the longest tokens from the start of a token, or no tokens if they do not spell it."""
         letters = self.letters(self.pieces[token])
+
         parts: list[int] = []
         while letters:
             part, length = self._longest(letters, token, keep)
@@ -209,6 +217,7 @@ class WordPieceSegmenter(Segmenter):
                 return ()
             parts.append(part)
             letters = letters[length:]
+
         return tuple(parts)
 
     def _longest(

@@ -178,7 +178,7 @@ class TokenAlignment:
         return aligned
 
     def divergence(self, logits: Tensor, dense: Tensor, rows: Tensor, nodes: Tensor) -> Tensor:
-        """Compute the KL divergence from the next-token distribution of a dense model to that of a smaller model.
+        """Compute the KL divergence of the next-token distributions of a dense and a smaller model.
 
         The divergence is summed over the parts of each dense token. Where a shorter dense token may have ended, a part
         is weighted by the probability that it did not end, because the dense model has no prediction after its end.

@@ -61,7 +61,7 @@ class Vocabulary:
         """Read the vocabulary of a tokenizer.
 
         Raises:
-            StructPruneError: If the tokenizer is slow, or of a kind from which no tokens can be removed.
+            StructPruneError: If the tokenizer is slow, or no tokens can be removed from its kind.
         """
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise StructPruneError(
@@ -214,6 +214,7 @@ class Vocabulary:
                 raise StructPruneError(
                     f"All tokens of a text are kept, but the smaller tokenizer returns other tokens: {text!r:.200}"
                 )
+
             # A letter of a removed script is unknown.
             is_spelled = all(token in new_ids or self.parts(token, new_ids) for token in dense)
             if is_spelled and smaller.decode(ids) != self.tokenizer.decode(dense):
@@ -275,6 +276,7 @@ def renumber(step: Any, new_ids: Mapping[int, int]) -> None:
         if name in step:
             token, old = step[name]
             step[name] = [token, new_ids[old]]
+
     special = step.get("special_tokens")
     if isinstance(special, dict):
         for token in special.values():

@@ -1,4 +1,4 @@
-"""Choose the final widths: by a share, as given, by one ranking of all units, or the largest within a budget."""
+"""Choose the final widths: from the config, by a sparsity, by one ranking of all units, or within a budget."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import fmean
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,53 +43,69 @@ Scores = Mapping[tuple[int, str], Tensor]
 def widths_of(
     config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, scores: Scores | None = None
 ) -> Widths:
-    """Return the final widths of a config. `scores` rank the units where layers get widths of their own.
+    """Return the final widths of a config.
+
+    Args:
+        config: The config.
+        arch: The description of the model.
+        model: The model, with or without weights.
+        scores: The scores that rank the units, if layers get their own widths.
 
     Raises:
-        StructPruneError: If the widths are not legal, or the model cannot lose as much as the config asks for.
+        StructPruneError: If the widths are not legal, or if the model cannot lose as much as the config asks for.
     """
     legal = legal_widths(config, arch, model.config)
     if config.budget is None:
         widths = target_widths(config, arch, legal, scores)
     else:
         widths = _within_budget(config, arch, model, legal, scores)
-    shrunk_config(model.config, arch, widths)  # raises for widths that are legal only one by one
+
+    # Each width is legal by itself, but the config class may not accept all of them together.
+    shrunk_config(model.config, arch, widths)
     return widths
 
 
 def target_widths(config: StructPruneConfig, arch: ArchSpec, legal: LegalWidths, scores: Scores | None) -> Widths:
-    """Return the final width of each space: one number, or one per layer where layers may differ."""
+    """Return the final width of each space: one number, or one number per layer if layers may differ."""
     names = list(legal)
-    asked = asked_widths(config, arch)
+    config_widths = asked_widths(config, arch)
     has_same_layers = has_one_width(arch, legal)
-    _check_layers_alone(config, arch, legal, asked, has_same_layers)
+    _check_layers_alone(arch, legal, config_widths, has_same_layers)
     check_may_differ(config, arch, names)
 
     pruned = without_layers(arch, config.skip_layers, legal)
     if is_bounded(config, arch, names):
         return ranked_widths(config, pruned, legal, scores or {})
 
-    if asked is None:
+    if config_widths is None:
         round_to = {name: multiple_of(config, pruned, name) for name in legal}
         widths: Widths = widths_for_sparsity(pruned, config.sparsity or 0.0, legal, round_to)
     else:
-        widths = asked
+        widths = config_widths
+
     if config.skip_layers or not has_same_layers:
         return {name: at_most(width, pruned.of(name)) for name, width in widths.items()}
     return widths
 
 
 def _check_layers_alone(
-    config: StructPruneConfig, arch: ArchSpec, legal: LegalWidths, asked: Widths | None, has_same_layers: bool
+    arch: ArchSpec, legal: LegalWidths, config_widths: Widths | None, has_same_layers: bool
 ) -> None:
-    """Raise if whole layers are removed from layers that differ, or one shape is searched for them."""
-    gives_numbers = all(isinstance(width, int) for width in (asked or {}).values())
-    if LAYER in legal and len(legal) > 1 and not (has_same_layers and gives_numbers):
-        verb = "are to differ" if has_same_layers else "differ"
-        raise StructPruneError(
-            f"The layers of this {arch.model_type} model {verb} in width, and {LAYER!r} would "
-            f"number them anew; prune {LAYER!r} in a run of its own."
-        )
+    """Raise if whole layers and other units are removed, and the layers differ before or after the pruning."""
+    if LAYER not in legal or len(legal) == 1:
+        return
+
+    keeps_same_layers = all(isinstance(width, int) for width in (config_widths or {}).values())
+    if has_same_layers and keeps_same_layers:
+        return
+
+    verb = "differ"
+    if has_same_layers:
+        verb = "would differ"
+    raise StructPruneError(
+        f"The layers of this {arch.model_type} model {verb} in width, and pruning {LAYER!r} would renumber them. "
+        f"Prune {LAYER!r} in a separate run."
+    )
 
 
 def widths_for_sparsity(
@@ -96,54 +113,101 @@ def widths_for_sparsity(
 ) -> dict[str, int]:
     """Return widths that remove a share of the layers' parameters.
 
-    Spaces are taken in the order of the cost of their units, the largest first. Each gets the smallest legal width
-    that is not below its proportional share, unless the later ones could not make up for it. The last one absorbs the
-    rest, to the nearest multiple of its number in `round_to`.
+    Spaces are processed by the cost of their units, the largest first. Each space gets the smallest legal width that
+    is not below its proportional share, or a smaller width if the remaining spaces could not remove the remaining
+    parameters. The last space is rounded to the nearest width.
+
+    Args:
+        arch: The description of the model.
+        sparsity: The share of the layers' parameters to remove.
+        legal: The legal widths of the spaces to prune.
+        round_to: The number whose multiples are chosen, by space.
 
     Raises:
-        StructPruneError: If the spaces cannot lose so much.
+        StructPruneError: If the spaces do not have that many parameters to remove.
     """
-    size = {name: arch.of(name)[0].size for name in legal}
-    cost = {name: sum(space.unit_params * space.scale for space in arch.of(name)) for name in legal}
-    widths_to_choose = {name: multiples(legal[name], size[name], round_to[name]) for name in legal}
-    removable = {name: cost[name] * (size[name] - widths_to_choose[name][0]) for name in legal}
-    goal = sparsity * sum(arch.layer_params)
-    _check_removable(arch, sparsity, goal, removable)
+    options = []
+    for name in legal:
+        spaces = arch.of(name)
+        size = spaces[0].size
+        unit_params = sum(space.unit_params * space.scale for space in spaces)
+        options.append(SpaceOptions(name, size, unit_params, multiples(legal[name], size, round_to[name])))
 
-    names = sorted(legal, key=lambda name: -cost[name])
+    remaining_goal = sparsity * sum(arch.layer_params)
+    _check_removable(arch, sparsity, remaining_goal, options)
+
+    options.sort(key=lambda option: -option.unit_params)
     widths: dict[str, int] = {}
-    for position, name in enumerate(names):
-        later = names[position + 1 :]
-        choice = widths_to_choose[name]
-        ideal = size[name] * (1 - goal / sum(cost[other] * size[other] for other in [name, *later]))
-        place = bisect_left(choice, ideal)
-        if later:
-            # The widest choice after which the later spaces can still remove the rest.
-            removable_later = float(sum(removable[other] for other in later))
-            widest = _widest(choice, size[name], cost[name], goal, removable_later)
-            widths[name] = choice[min(place, widest)]
-        else:
-            nearest = choice[max(place - 1, 0) : place + 1]
-            widths[name] = min(nearest, key=lambda width: abs(width - ideal))
-        goal -= cost[name] * (size[name] - widths[name])
+    for index, option in enumerate(options):
+        width = _proportional_width(option, options[index + 1 :], remaining_goal)
+        widths[option.name] = width
+        remaining_goal -= option.removed_params(width)
     return widths
 
 
-def _widest(choice: Sequence[int], size: int, cost: int, goal: float, removable_later: float) -> int:
-    """Return the index of the widest choice that leaves at most `removable_later` of a goal to be removed."""
-    return bisect_right(choice, removable_later, key=lambda width: goal - cost * (size - width)) - 1
+class SpaceOptions(NamedTuple):
+    """The widths to choose from for one kind of space.
+
+    Attributes:
+        name: The kind of space.
+        size: The number of units.
+        unit_params: The number of parameters of one unit, over all layers.
+        widths: The widths, ascending.
+    """
+
+    name: str
+    size: int
+    unit_params: int
+    widths: Sequence[int]
+
+    def removed_params(self, width: int) -> int:
+        """Return the number of parameters that a width removes."""
+        return self.unit_params * (self.size - width)
+
+    @property
+    def removable_params(self) -> int:
+        """Return the largest number of parameters that can be removed."""
+        return self.removed_params(self.widths[0])
 
 
-def _check_removable(arch: ArchSpec, sparsity: float, goal: float, removable: Mapping[str, int]) -> None:
-    """Raise if the spaces cannot lose as many parameters as the goal."""
-    total = sum(removable.values())
+def _proportional_width(option: SpaceOptions, later_options: Sequence[SpaceOptions], goal: float) -> int:
+    """Return the width of a space when `goal` parameters are removed from it and from the later spaces together."""
+    all_params = option.unit_params * option.size
+    all_params += sum(later.unit_params * later.size for later in later_options)
+    ideal_width = option.size * (1 - goal / all_params)
+    index = bisect_left(option.widths, ideal_width)
+
+    if not later_options:
+        nearest = option.widths[max(index - 1, 0) : index + 1]
+        return min(nearest, key=lambda width: abs(width - ideal_width))
+
+    # The later spaces must be able to remove the remaining parameters.
+    removable_later = float(sum(later.removable_params for later in later_options))
+
+    def remaining(width: int) -> float:
+        return goal - option.removed_params(width)
+
+    max_index = bisect_right(option.widths, removable_later, key=remaining) - 1
+    return option.widths[min(index, max_index)]
+
+
+def _check_removable(arch: ArchSpec, sparsity: float, goal: float, options: Sequence[SpaceOptions]) -> None:
+    """Raise if the spaces have fewer parameters to remove than the goal."""
+    total = sum(option.removable_params for option in options)
     if goal <= total:
         return
-    others = [kind for kind in (*arch.channels, "attention") if kind in arch.names and kind not in removable]
-    advice = f", or add targets: {', '.join(map(repr, others))}" if others else ""
+
+    names = [option.name for option in options]
+    kinds = list(arch.channels)
+    kinds.append("attention")
+    untargeted = [repr(kind) for kind in kinds if kind in arch.names and kind not in names]
+
+    advice = ""
+    if untargeted:
+        advice = f", or add targets: {', '.join(untargeted)}"
     raise StructPruneError(
-        f"sparsity={sparsity} is more than {', '.join(removable)} can give: at most "
-        f"{total / sum(arch.layer_params):.3f} of the layers' parameters; lower it{advice}."
+        f"sparsity={sparsity} is too large. At most {total / sum(arch.layer_params):.3f} of the layers' parameters "
+        f"can be removed from {', '.join(names)}. Lower it{advice}."
     )
 
 
@@ -153,49 +217,53 @@ class LayerWidth:
 
     Args:
         layer: The index of the layer.
-        widths: All widths that it may take, descending.
+        widths: All possible widths, descending.
         unit_params: The number of parameters of one unit.
         scores: The mean score of the units that each step removes.
-        at: The index of the present width.
+        step: The number of steps so far, the index of the current width.
     """
 
     layer: int
     widths: Sequence[int]
     unit_params: int
     scores: Sequence[float]
-    at: int = 0
+    step: int = 0
 
     @property
     def width(self) -> int:
-        """The present width."""
-        return self.widths[self.at]
+        """Return the current width."""
+        return self.widths[self.step]
 
     @property
     def is_narrowest(self) -> bool:
-        """Whether no step is left."""
-        return self.at == len(self.scores)
+        """Return whether the current width is the smallest one."""
+        return self.step == len(self.scores)
 
     @property
     def cost(self) -> int:
-        """The number of parameters that the next step removes."""
-        return self.unit_params * (self.widths[self.at] - self.widths[self.at + 1])
+        """Return the number of parameters that the next step removes."""
+        return self.unit_params * (self.widths[self.step] - self.widths[self.step + 1])
 
 
 def ranked_widths(
     config: StructPruneConfig, arch: ArchSpec, legal: LegalWidths, scores: Scores
 ) -> dict[str, dict[int, int]]:
-    """Return widths by kind of space and layer from one ranking of all units by their scores.
+    """Return widths by kind of space and layer, from one ranking of all units by their scores.
 
-    With `sparsity`, spaces compete for the same parameters. With `widths`, each width is the mean over the layers. The
-    goal is met to within half of the cheapest step.
+    With `sparsity`, all spaces are ranked together. With `widths`, each width is the mean over the layers. The result
+    differs from the goal by at most half of the cheapest step.
     """
     by_kind = {name: _layer_widths(config, arch, name, legal[name], scores) for name in legal}
+
     if config.widths is None:
-        all_layers = [layer for layers in by_kind.values() for layer in layers]
+        all_layers: list[LayerWidth] = []
+        for layers in by_kind.values():
+            all_layers.extend(layers)
         _remove_(config, all_layers, (config.sparsity or 0.0) * sum(arch.layer_params))
     else:
         for name, width in config.widths.items():
-            assert isinstance(width, int)  # the config refuses numbers for single layers here
+            # The config accepts widths of single layers only with `allocation="uniform"`.
+            assert isinstance(width, int)
             goal = sum(layer.unit_params * max(layer.widths[0] - width, 0) for layer in by_kind[name])
             _remove_(config, by_kind[name], goal)
 
@@ -208,114 +276,141 @@ def ranked_widths(
 def _layer_widths(
     config: StructPruneConfig, arch: ArchSpec, name: str, legal: Sequence[int], scores: Scores
 ) -> list[LayerWidth]:
-    """Return the widths of one kind of space in all layers, before any step."""
+    """Return the full width of one kind of space in each layer, with the steps to smaller widths."""
     layers = []
-    # The experts of a layer have one width.
     for layer, spaces in arch.by_layer(name).items():
+        # All experts of a layer have the same width.
         size = spaces[0].width
         widths = candidate_widths(config, arch, spaces[0], legal)
-        unit_scores = scores[layer, name].sort().values if scores else torch.arange(size) / size
+
+        unit_scores = torch.arange(size) / size
+        if scores:
+            unit_scores = scores[layer, name].sort().values
         ascending = unit_scores.tolist()
-        step_scores = [fmean(ascending[size - wide : size - narrow]) for wide, narrow in pairwise(widths)]
+        step_scores = []
+        for width, next_width in pairwise(widths):
+            step_scores.append(fmean(ascending[size - width : size - next_width]))
+
         unit_params = sum(space.unit_params * space.scale for space in spaces)
         layers.append(LayerWidth(layer, widths, unit_params, step_scores))
+
     return layers
 
 
 def _remove_(config: StructPruneConfig, layers: Sequence[LayerWidth], goal: float) -> None:
     """Take the steps with the lowest scores until `goal` parameters are removed.
 
-    A layer whose next step would remove too much keeps its width, and cheaper steps of other layers follow. At the end
-    the cheapest step is taken if the total comes nearer to the goal by it.
+    If the next step of a layer would remove too many parameters, the layer keeps its width, and cheaper steps of other
+    layers follow. The last step is the cheapest one, if the total is closer to the goal with it.
     """
     _check_goal(config, layers, goal)
     steps = []
-    for number, layer in enumerate(layers):
+    for index, layer in enumerate(layers):
         for score in layer.scores:
-            steps.append((score, number))
+            steps.append((score, index))
 
     finished = set[int]()
-    for _, number in sorted(steps):
-        layer = layers[number]
-        if number in finished or layer.cost > goal:
-            finished.add(number)
+    for _, index in sorted(steps):
+        layer = layers[index]
+        if index in finished or layer.cost > goal:
+            finished.add(index)
         else:
             goal -= layer.cost
-            layer.at += 1
+            layer.step += 1
 
-    remaining = [layer for layer in layers if not layer.is_narrowest]
-    if remaining:
-        cheapest = min(remaining, key=lambda layer: layer.cost)
+    wider_layers = [layer for layer in layers if not layer.is_narrowest]
+    if wider_layers:
+        cheapest = min(wider_layers, key=lambda layer: layer.cost)
         if cheapest.cost < 2 * goal:
-            cheapest.at += 1
+            cheapest.step += 1
 
 
 def _check_goal(config: StructPruneConfig, layers: Sequence[LayerWidth], goal: float) -> None:
-    """Raise if the layers cannot lose as many parameters as the goal."""
+    """Raise if the layers have fewer parameters to remove than the goal."""
     removable = sum(layer.unit_params * (layer.widths[0] - layer.widths[-1]) for layer in layers)
     if goal <= removable:
         return
-    amount = f"sparsity={config.sparsity}" if config.widths is None else f"widths={config.widths}"
+
+    setting = f"widths={config.widths}"
+    if config.widths is None:
+        setting = f"sparsity={config.sparsity}"
     raise StructPruneError(
-        f"{amount} asks for {goal:,.0f} parameters to go, and the layers, of which each keeps {LEAST_KEPT:.0%} of "
-        f"its units, give at most {removable:,}; ask for less."
+        f"{setting} asks to remove {goal:,.0f} parameters, but at most {removable:,} can be removed, because each "
+        f"layer keeps {LEAST_KEPT:.0%} of its units. Ask for less."
     )
 
 
 def _within_budget(
     config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, legal: LegalWidths, scores: Scores | None
 ) -> Widths:
-    """Return the largest widths that meet a budget, to within the cheapest step."""
+    """Return the largest widths that meet a budget. The remaining budget is smaller than the cheapest step."""
     budget = budget_of(config, arch, model, legal)
     if budget.name == CACHE:
         legal = _spaces_with_cache(config, arch, legal, budget)
     check_may_differ(config, arch, list(legal))
+
     smallest = smallest_widths(config, arch, legal)
     check_reach(config, budget, budget.cost(smallest), list(legal), arch)
+    unit_params = []
+    for name in legal:
+        unit_params += [space.unit_params * space.scale for space in arch.of(name)]
 
-    # Bisect the number of parameters to remove until the bounds are closer than one unit. The widths for a number lie
-    # on either side of it, so that the smallest number that fits does not always have the largest widths.
-    cheapest = min(space.unit_params * space.scale for name in legal for space in arch.of(name))
+    # Bisect the number of parameters to remove until the bounds are closer than one unit. The widths for a number are
+    # rounded up or down, so the smallest number that meets the budget does not always have the largest widths.
     best = _filled_up(smallest, config, arch, legal, budget)
-    too_little = 0.0
-    enough = float(removed_parameters(arch, smallest))
-    trial = enough * (budget.dense - budget.limit) / (budget.dense - budget.cost(smallest))
-    while enough - too_little > cheapest / 2:
+    lower = 0.0
+    upper = float(removed_parameters(arch, smallest))
+    trial = upper * (budget.dense - budget.limit) / (budget.dense - budget.cost(smallest))
+    while upper - lower > min(unit_params) / 2:
         sparsity = trial / sum(arch.layer_params)
-        by_sparsity = replace(config, budget=None, targets=tuple(legal), sparsity=sparsity)
-        widths = target_widths(by_sparsity, arch, legal, scores)
+        sparsity_config = replace(config, budget=None, targets=tuple(legal), sparsity=sparsity)
+        widths = target_widths(sparsity_config, arch, legal, scores)
+
         if budget.cost(widths) <= budget.limit:
-            enough = trial
+            upper = trial
             best = max(_filled_up(widths, config, arch, legal, budget), best, key=budget.cost)
         else:
-            too_little = trial
-        trial = (too_little + enough) / 2
+            lower = trial
+        trial = (lower + upper) / 2
+
     return best
 
 
 def _spaces_with_cache(config: StructPruneConfig, arch: ArchSpec, legal: LegalWidths, budget: Budget) -> LegalWidths:
     """Return the spaces whose units reduce the cache."""
-    reducing = {}
+    cache_spaces = {}
     for name, sizes in legal.items():
         smallest = smallest_widths(config, arch, {name: sizes})
         if budget.cost(smallest) < budget.dense:
-            reducing[name] = sizes
-    return reducing
+            cache_spaces[name] = sizes
+    return cache_spaces
 
 
 def _filled_up(
     widths: Widths, config: StructPruneConfig, arch: ArchSpec, legal: LegalWidths, budget: Budget
 ) -> Widths:
-    """Return larger widths where they fit: a coarse step of one space may leave room for fine steps of another."""
-    filled: dict[str, Width] = dict(widths)
+    """Increase widths as far as the budget allows.
+
+    A space with coarse steps may leave a part of the budget for a space with fine steps.
+    """
+    larger_widths: dict[str, Width] = dict(widths)
     for name, width in widths.items():
         if isinstance(width, int):
-            filled[name] = _largest_fitting(name, width, filled, choices(config, arch, name, legal[name]), budget)
-    return filled
+            options = choices(config, arch, name, legal[name])
+            larger_widths[name] = _largest_fitting(name, width, larger_widths, options, budget)
+    return larger_widths
 
 
-def _largest_fitting(name: str, width: int, widths: Widths, choice: Sequence[int], budget: Budget) -> int:
-    """Return the largest width of one space, at least `width`, that meets a budget beside the other widths."""
-    first_larger = bisect_right(choice, width)
-    end = bisect_right(choice, budget.limit, first_larger, key=lambda larger: budget.cost({**widths, name: larger}))
-    return choice[end - 1] if end > first_larger else width
+def _largest_fitting(name: str, width: int, widths: Widths, options: Sequence[int], budget: Budget) -> int:
+    """Return the largest width of one space, at least `width`, that meets a budget together with the other widths."""
+
+    def cost(larger_width: int) -> float:
+        larger_widths = dict(widths)
+        larger_widths[name] = larger_width
+        return budget.cost(larger_widths)
+
+    start = bisect_right(options, width)
+    end = bisect_right(options, budget.limit, start, key=cost)
+    if end == start:
+        return width
+    return options[end - 1]

@@ -28,12 +28,19 @@ class UnreachableBudgetError(StructPruneError):
 
 
 class Budget(NamedTuple):
-    """A limit on one figure of a model."""
+    """A limit on one figure of a model.
 
-    name: str  # of the figure, such as `parameters`
+    Attributes:
+        name: The name of the figure, such as `parameters`.
+        limit: The largest allowed figure.
+        dense: The figure of the dense model.
+        cost: A function from widths to the figure of a model with these widths.
+    """
+
+    name: str
     limit: float
-    dense: float  # the figure of the dense model
-    cost: Callable[[Widths], float]  # the figure of a model with given widths
+    dense: float
+    cost: Callable[[Widths], float]
 
 
 def budget_of(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, names: Collection[str]) -> Budget:
@@ -43,7 +50,7 @@ def budget_of(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel,
     costs: dict[str, float] = {}
 
     def cost(widths: Widths) -> float:
-        # A search asks for the same widths many times, and each figure takes a model without weights.
+        # A search needs the same figure many times, and computing it builds a model without weights.
         key = repr(sorted(widths.items()))
         if key not in costs:
             costs[key] = cost_of(widths)
@@ -67,14 +74,19 @@ def _cost_of(name: str, arch: ArchSpec, model: PreTrainedModel, names: Collectio
             return saved_bytes(model, itemsize)
         return model.num_parameters()
 
-    if any(space.layer == MODEL for kind in names for space in arch.of(kind)):
-        # The parameters of such a space outside of the layers are not in its `unit_params`.
+    # The `unit_params` of such a space do not include parameters outside of the layers.
+    kinds_of_model = {space.kind for space in arch.model_spaces if space.layer == MODEL}
+    if not kinds_of_model.isdisjoint(names):
         return lambda widths: size(shrunk_skeleton(model, arch, widths))
 
-    # Tied parameters of an offloaded model are apart, and would count twice.
-    dense = size(shrunk_skeleton(model, arch, {}) if is_offloaded(model) else model)
-    per_parameter = itemsize if name == "bytes" else 1
-    return lambda widths: dense - per_parameter * removed_parameters(arch, widths)
+    # The tied parameters of an offloaded model are separate tensors, and would count twice.
+    if is_offloaded(model):
+        model = shrunk_skeleton(model, arch, {})
+    dense_size = size(model)
+    size_per_parameter = 1
+    if name == "bytes":
+        size_per_parameter = itemsize
+    return lambda widths: dense_size - size_per_parameter * removed_parameters(arch, widths)
 
 
 def _cache_of(name: str, arch: ArchSpec, model: PreTrainedModel) -> Callable[[Widths], float]:
@@ -87,7 +99,7 @@ def _cache_of(name: str, arch: ArchSpec, model: PreTrainedModel) -> Callable[[Wi
             return model.dtype.itemsize * values
         raise StructPruneError(
             f"The {name} of this {arch.model_type} model are not known: it does not generate, or does not run without "
-            "weights; give the budget in parameters or bytes."
+            "weights. Set the budget in parameters or bytes."
         )
 
     return cost
@@ -95,59 +107,69 @@ def _cache_of(name: str, arch: ArchSpec, model: PreTrainedModel) -> Callable[[Wi
 
 def removed_parameters(arch: ArchSpec, widths: Widths) -> int:
     """Return the number of parameters that the layers lose at given widths."""
-    removed = 0
-    for space in list(arch.model_spaces) + list(arch.spaces):
+    num_removed = 0
+    for space in arch.model_spaces + arch.spaces:
         units = (space.width - space.width_in(widths)) * space.scale
-        removed += units * space.unit_params
-    return removed
+        num_removed += units * space.unit_params
+    return num_removed
 
 
-def check_reach(config: StructPruneConfig, budget: Budget, least: float, names: list[str], arch: ArchSpec) -> None:
-    """Raise if the dense model meets a budget, or the smallest widths of the spaces `names` do not.
+def check_reach(config: StructPruneConfig, budget: Budget, smallest: float, names: list[str], arch: ArchSpec) -> None:
+    """Raise if the dense model meets a budget already, or if the smallest widths do not meet it.
 
-    `least` is the figure of the model with these smallest widths.
+    Args:
+        config: The config.
+        budget: The budget.
+        smallest: The figure of the model with the smallest widths of the spaces `names`.
+        names: The spaces that share the budget.
+        arch: The description of the model.
     """
-    name, limit, dense, _ = budget
-    if limit >= dense:
-        raise StructPruneError(f"budget {name}={limit:,} is met by the dense model, with {dense:,}; ask for less.")
+    label = f"budget {budget.name}={budget.limit:,}"
+    if budget.limit >= budget.dense:
+        raise StructPruneError(f"{label} is met by the dense model, with {budget.dense:,}; ask for less.")
 
-    others = _other_spaces(config, name, names, arch)
+    untargeted = _untargeted_spaces(config, budget.name, names, arch)
     if not names:
         advice = "budget something else"
-        if others:
-            advice = f"target {' or '.join(repr(kind) for kind in others)}"
+        if untargeted:
+            advice = f"target {' or '.join(repr(kind) for kind in untargeted)}"
         raise UnreachableBudgetError(
-            f"budget {name}={limit:,} is not met by the dense model, which has {dense:,}, and targets="
-            f"{list(config.targets_or_default)} leave that as it is; {advice}.",
+            f"{label} is not met by the dense model, which has {budget.dense:,}, and targets="
+            f"{list(config.targets_or_default)} do not change that; {advice}.",
             advice,
         )
-    if limit < least:
-        advice = ", or ".join(_advice(others))
-        longer = f", or {advice}" if advice else ""
-        if limit < 101:
-            longer += "; a share of the dense model lies below 1"
+
+    if budget.limit < smallest:
+        advice = ", or ".join(_advice(untargeted))
+        suggestion = ""
+        if advice:
+            suggestion = f", or {advice}"
+        if budget.limit < 101:
+            suggestion += "; a share of the dense model lies below 1"
         raise UnreachableBudgetError(
-            f"budget {name}={limit:,} cannot be met: with all that may go from {', '.join(names)} the model still has "
-            f"{least:,} of {dense:,}; allow that{longer}.",
+            f"{label} cannot be met: with the smallest widths of {', '.join(names)} the model still has "
+            f"{smallest:,} of {budget.dense:,}; allow that{suggestion}.",
             advice,
         )
 
 
-def _other_spaces(config: StructPruneConfig, name: str, names: list[str], arch: ArchSpec) -> list[str]:
-    """Return the spaces that would also reduce a figure."""
+def _untargeted_spaces(config: StructPruneConfig, name: str, names: list[str], arch: ArchSpec) -> list[str]:
+    """Return the spaces that the config does not target and that would also reduce a figure."""
     kinds = ["attention", LAYER]
     if name != CACHE:
         kinds = [VOCAB] + list(arch.channels) + kinds
+
     targeted = set(names).union(config.targets_or_default)
     return [kind for kind in kinds if kind in arch.offered and kind not in targeted]
 
 
-def _advice(others: list[str]) -> list[str]:
-    """List the changes of the targets that would help to meet a budget."""
+def _advice(untargeted: list[str]) -> list[str]:
+    """Return the changes of the targets that would help to meet a budget."""
     advice = []
-    beside = [repr(kind) for kind in others if kind != LAYER]
-    if beside:
-        advice.append(f"add targets: {', '.join(beside)}")
-    if LAYER in others:
+    targets = [repr(kind) for kind in untargeted if kind != LAYER]
+    if targets:
+        advice.append(f"add targets: {', '.join(targets)}")
+    # Whole layers cannot share a budget with other spaces.
+    if LAYER in untargeted:
         advice.append(f"target {LAYER!r} alone")
     return advice

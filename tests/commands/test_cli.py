@@ -11,7 +11,7 @@ from optimum.commands.optimum_cli import main as optimum_main
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from optimum_structprune import StructPruner, disable_heterogeneous, enable_heterogeneous
-from optimum_structprune.arch import families
+from optimum_structprune.arch import family
 from optimum_structprune.commands.cli import main
 
 
@@ -71,7 +71,7 @@ def test_a_launcher_sets_numbers(folder, number, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_a_non_uniform_model_of_ones_own_family(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(families, "_USER_FAMILIES", {})
+    monkeypatch.setattr(family, "_USER_FAMILIES", {})
     (tmp_path / "own.yaml").write_text(json.dumps([own_family("cwm", layer_class={"cwm": "CwmDecoderLayer"})]))
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("cwm", **GROUPED))
     save_with_tokenizer(model, tmp_path / "model")
@@ -83,7 +83,7 @@ def test_a_non_uniform_model_of_ones_own_family(folder, tmp_path, capsys, monkey
         ["recover", small, str(tmp_path / "recovered"), *text, "--tokens", "48"],
     ):
         # As in a process that has not read the file.
-        families._USER_FAMILIES.clear()
+        family._USER_FAMILIES.clear()
         disable_heterogeneous()
         enable_heterogeneous()
         assert main([*arguments, *arch]) == 0, capsys.readouterr().err

@@ -129,7 +129,7 @@ def test_a_clock_that_does_not_see_a_device_is_refused_before_a_model_is_loaded(
     monkeypatch.setattr(Loading, "model", None)
     monkeypatch.setattr(loading, "usable_device", lambda name: "cuda")
     assert main(["evaluate", str(folder / "dense"), str(folder / "small"), *SHORT[:-2], "--clock", "cpu"]) == 2
-    assert "The clock 'cpu' does not see what cuda does; choose 'wall'" in capsys.readouterr().err
+    assert "The clock 'cpu' does not measure the work of cuda. Choose 'wall'" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

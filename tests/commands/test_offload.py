@@ -65,12 +65,12 @@ def test_models_whose_layers_cannot_be_brought_in_one_by_one_are_refused(desk, t
     for case in ("t5", "gemma4_text"):
         save_with_tokenizer(build(case), tmp_path / case)
         arguments = command(desk, tmp_path / case, tmp_path / "out")
-        refused(capsys, monkeypatch, tmp_path, arguments, "cannot be brought in one by one", "in memory")
+        refused(capsys, monkeypatch, tmp_path, arguments, "cannot be loaded one by one", "in memory")
     pickled = shutil.copytree(desk / "model", tmp_path / "pickled")
     for path in [*pickled.glob("*.safetensors"), *pickled.glob("*.index.json")]:
         path.unlink()
     torch.save(build("llama-untied").state_dict(), pickled / "pytorch_model.bin")
-    words = ("pytorch_model.bin is no safetensors file", "save_pretrained(")
+    words = ("pytorch_model.bin is not a safetensors file", "save_pretrained(")
     refused(capsys, monkeypatch, tmp_path, command(desk, pickled, tmp_path / "out"), *words)
 
 

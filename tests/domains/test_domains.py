@@ -87,9 +87,9 @@ def test_presets_of_ones_own(tmp_path):
 
 
 @pytest.mark.parametrize(("entries", "source", "message"), [
-    ({}, "preset:cod", "There is no preset 'cod'. Did you mean 'code'"),
-    ({"a": {"mix": ["hybrid"]}}, "preset:a", "itself a mix"),
-    ({"a": {"mix": ["cod"]}}, "preset:a", "There is no preset 'cod'"),
+    ({}, "preset:cod", "The preset 'cod' does not exist. Did you mean 'code'"),
+    ({"a": {"mix": ["hybrid"]}}, "preset:a", "is a mix itself"),
+    ({"a": {"mix": ["cod"]}}, "preset:a", "The preset 'cod' does not exist"),
     ({"a": {"licence": "MIT"}}, "preset:a", "'a' needs a source, or a mix"),
     ({"a": {"source": "x", "spilt": "y"}}, "preset:a", "no field 'spilt'. Did you mean 'split'"),
 ])  # fmt: skip

@@ -77,7 +77,7 @@ def test_tokens_are_drawn_by_their_probability_among_the_likely():
     shares = torch.tensor([0.5, 0.3, 0.19, 0.009, 0.001]).repeat(4000, 1)
     shares[1::2] = shares[1::2].flip(1)
     torch.manual_seed(0)
-    tokens = generated.drawn(shares.log() + 7)
+    tokens = generated.sample_min_p(shares.log() + 7)
     assert tokens.shape == (4000, 1)
     for rows, expected in ((tokens[::2], shares[0]), (tokens[1::2], shares[1])):
         counts = rows.flatten().bincount(minlength=5) / len(rows)
@@ -127,12 +127,12 @@ def writing(model, rows: list[list[int]], monkeypatch) -> None:
     """Make a model write these tokens after its prompts, over and over where there are more of those."""
     number = itertools.count()
 
-    def drawn(scores, min_p):
+    def sample(scores, min_p):
         at = next(number) % generated.MAX_TOKENS
         column = [(row + [model.config.eos_token_id] * generated.MAX_TOKENS)[at] for row in rows]
         return torch.tensor((column * len(scores))[: len(scores)]).unsqueeze(1)
 
-    monkeypatch.setattr(generated, "drawn", drawn)
+    monkeypatch.setattr(generated, "sample_min_p", sample)
 
 
 @pytest.mark.parametrize("ids", [[5, 6] * 8, [*range(5, 11)]], ids=["repeats itself", "short"])
@@ -176,7 +176,7 @@ def test_models_kinds_and_folders_that_will_not_do(cache):
     cache.write_text("")
     with pytest.raises(StructPruneError, match="cannot be kept in .*Set HF_HOME"):
         first(WRITER, 1)
-    with pytest.raises(StructPruneError, match="'own' is the model's own text, and none writes here"):
+    with pytest.raises(StructPruneError, match="'own' is text that the model generates, and this command"):
         load_domains(own(), READER)
 
 
@@ -279,7 +279,7 @@ def test_a_model_that_writes_nothing_of_use_is_pruned_on_the_domains_alone(caplo
         pruner.prune_model(*WRITER)
     names = [entry.name for entry in pruner.manifest.of_use(CALIBRATED)]
     assert names == ["own"], "a generator is not used up by then"
-    assert "No text of every kind is written: self:any" in caplog.text
+    assert "only the configured domains are used: self:any" in caplog.text
 
 
 def test_inputs_are_all_that_is_read():

@@ -22,7 +22,10 @@ from optimum_structprune.forward.metrics import row_losses, sample_losses
 
 
 ORDER = [0, 1, 2, *range(VOCAB - 1, 2, -1)]
-OTHERS = "of 96 tokens, is not that of this LlamaForCausalLM, which has 96 tokens and 96 rows: w95, w94, w93"
+OTHERS = (
+    "of 96 tokens, does not belong to this LlamaForCausalLM, which has 96 tokens and 96 rows. "
+    "Different tokens: w95, w94, w93"
+)
 
 
 def words(vocabulary):
@@ -45,7 +48,7 @@ def test_a_tokenizer_is_refused_where_an_id_means_another_token_or_has_no_row(ow
     pairs = [(mine, theirs) for mine in own for theirs in other]
     wrong = any((mine[0] == theirs[0]) != (mine[1] == theirs[1]) and theirs[1] < 10 for mine, theirs in pairs)
     if wrong or {number for _, number in other if number >= 10} - {number for _, number in own}:
-        with pytest.raises(StructPruneError, match="is not that of this LlamaForCausalLM"):
+        with pytest.raises(StructPruneError, match="does not belong to this LlamaForCausalLM"):
             check_tokens(model, words(other))
     else:
         check_tokens(model, words(other))
@@ -114,7 +117,7 @@ def test_save_refuses_a_tokenizer_of_other_tokens_and_writes_nothing(tmp_path):
     longer.add_tokens([f"<{number}>" for number in range(5)])
     swapped = with_tokens(build("llama-tied"), tokenizer(), ORDER)[1]
     for other, message in ((swapped, ""), (words({"t0": 5}), ""), (longer, ".*resize_token_embeddings")):
-        with pytest.raises(StructPruneError, match=f"is not that of this LlamaForCausalLM{message}"):
+        with pytest.raises(StructPruneError, match=f"does not belong to this LlamaForCausalLM{message}"):
             pruner.save(pruned, tmp_path / "out", other)
     assert not [*tmp_path.iterdir()]
     for number, same in enumerate((tokenizer(), more, None)):

@@ -16,7 +16,7 @@ from optimum_structprune import DomainConfig, Manifest, StructPruneError, Struct
 from optimum_structprune.arch.load import describe
 from optimum_structprune.domains.load import given_domains, load_domains
 from optimum_structprune.domains.manifest import CALIBRATED, EARLIER, JUDGED, TRAINED
-from optimum_structprune.domains.packing import MAX_PASSED_DOCUMENTS, Domain
+from optimum_structprune.domains.packing import MAX_SKIPPED_DOCUMENTS, Domain
 from optimum_structprune.recovery.text import TextStream, text_config
 from optimum_structprune.search.sensitivity import choose_shape
 from optimum_structprune.steps.base import RunState
@@ -69,7 +69,7 @@ def test_a_training_and_a_later_pruning_keep_to_what_was_held_out(first, second,
         trained = stream.entries()
         assert all(entry.use == TRAINED for entry in trained)
         seen = seen.with_entries(trained)
-        later = load_domains(replace(asked, domains=[domain("c", second)]), READER, seen=seen)
+        later = load_domains(replace(asked, domains=[domain("c", second)]), READER, earlier=seen)
     except StructPruneError as error:
         assert "serves only one of the two" in str(error) or "ended after 4 passes" in str(error)
         return
@@ -81,8 +81,8 @@ def test_a_training_and_a_later_pruning_keep_to_what_was_held_out(first, second,
 
 
 def test_a_text_that_repeats_itself_forever_ends():
-    with patch("optimum_structprune.domains.packing.MAX_PASSED_DOCUMENTS", MAX_PASSED_DOCUMENTS // 100):
-        with pytest.raises(StructPruneError, match="documents, of which 1 differ.*serves only one of the two"):
+    with patch("optimum_structprune.domains.packing.MAX_SKIPPED_DOCUMENTS", MAX_SKIPPED_DOCUMENTS // 100):
+        with pytest.raises(StructPruneError, match=r"documents \(1 without duplicates\).*serves only one of the two"):
             load_domains(config(domains=[DomainConfig("a", repeat(TEXTS[0]))], num_samples=2), READER)
 
 

@@ -137,7 +137,7 @@ def test_what_is_made_by_rule_is_the_same_again(kind):
 
 def test_unknown_builtin_proposes_the_nearest():
     for name, wrong, near in (("prosa", "prosa", "prose"), ("letters+newz", "newz", "news")):
-        with pytest.raises(StructPruneError, match=f"no built-in text '{wrong}'. Did you mean '{near}'"):
+        with pytest.raises(StructPruneError, match=f"built-in text '{wrong}' does not exist. Did you mean '{near}'"):
             read(f"builtin:{name}")
 
 
@@ -223,7 +223,7 @@ def test_a_relative_path_goes_before_the_hub(tmp_path, monkeypatch):
         assert sorted(read(source)) == sorted(TEXTS)
     monkeypatch.setattr(datasets, "load_dataset", None)  # a file that is not there is not looked for on the Hub
     for source in ("wiki.jsonl", "data/wiki.txt", "./wiki"):
-        with pytest.raises(StructPruneError, match="there is no file or folder"):
+        with pytest.raises(StructPruneError, match="does not exist"):
             read(source)
 
 
@@ -252,16 +252,16 @@ def test_a_hub_dataset(monkeypatch):
     assert hub.call_args_list[0] == call("user/name", "en", split="test", streaming=True, revision="abc")
     gone = datasets.exceptions.DatasetNotFoundError("gone")
     for error in (ConnectionError("no way out"), gone, ValueError("split")):
-        hub.side_effect, message = error, f"'d': 'user/name' is no local .* cannot be read: {error}"
+        hub.side_effect, message = error, f"'d': 'user/name' is not a local .* cannot be read: {error}"
         with pytest.raises(StructPruneError, match=message) as raised:
             read("user/name")
         assert raised.value.__cause__ is error
 
 
 @pytest.mark.parametrize("name, message", [
-    ("wikki.jsonl", "'d': there is no file or folder .*Did you mean '.*wiki.jsonl'"),
+    ("wikki.jsonl", "'d': the file or folder .* does not exist. Did you mean '.*wiki.jsonl'"),
     ("notes.md", "files like .*notes.md are not read. .*Known: .csv, .json, .jsonl, .parquet, .txt"),
-    ("empty", "the folder .*empty gives no file of the kinds .txt, .jsonl"),
+    ("empty", "the folder .*empty contains no file of the kinds .txt, .jsonl"),
     ("other.jsonl", "Set `text_column` .--domain .*source: .*other.jsonl, text_column: ….* Known: body, id"),
     ("chat.jsonl", "Set `template` .--domain .*source: .*chat.jsonl, template: chat}.* Known: id, messages"),
     ("headless.csv", r"\A.*no column 'text'. Set `text_column`.* Known: One w1 w2 w3 .{47}\.\Z"),
@@ -273,7 +273,7 @@ def test_a_hub_dataset(monkeypatch):
     ("bottomless.jsonl", "bottomless.jsonl cannot be read: line 1 is nested too deeply"),
     ("long.csv", "long.csv cannot be read: line 2 has more fields than the header"),
     ("utf16.csv", "utf16.csv cannot be read: .*; save it as UTF-8"),
-    ("link.jsonl", "'d': .*link.jsonl leads to no regular file; write its text to one"),
+    ("link.jsonl", "'d': .*link.jsonl is not a regular file. Write its text to one"),
 ])  # fmt: skip
 def test_files_that_will_not_do(tmp_path, name, message):
     write(tmp_path / "wiki.jsonl", TEXTS)
@@ -306,7 +306,7 @@ def test_patterns_of_a_shell_are_patterns_and_an_address_is_none(tmp_path):
         assert len(read(str(tmp_path / pattern))) == found
         named = used_paths(make(str(tmp_path / pattern)))
         assert len(named) == found and all(map(os.path.exists, named)), "what a run reads is not replaced"
-    with pytest.raises(StructPruneError, match="'d': s3://x/a is an address; download it first"):
+    with pytest.raises(StructPruneError, match="'d': s3://x/a is an address. Download it first"):
         read("s3://x/a")
 
 
@@ -315,7 +315,7 @@ def test_what_is_no_text():
         with pytest.raises(StructPruneError, match=f"'d' must contain strings, and {message}"):
             read(source)
     saved = DomainConfig("d", TEXTS).to_dict()
-    with pytest.raises(StructPruneError, match="'d' was read from a list in memory.*set its source again"):
+    with pytest.raises(StructPruneError, match="'d' was read from a list in memory.*Set its source again"):
         list(documents(DomainConfig.from_dict(saved), 0))
 
 
@@ -371,10 +371,10 @@ def test_texts_longer_than_the_tokenizer_allows_are_packed_in_silence(caplog, re
 @pytest.mark.parametrize(("fields", "message"), [
     ({"source": []}, "The domain 'd' is empty[.]"),
     ({"source": ["", " \n"]}, "The domain 'd' is empty[.]"),
-    ({"source": iter(())}, "The domain 'd' is empty; a generator gives its text only once[.]"),
-    ({"source": [" ".join(WORDS)]}, "4000 tokens in 1 documents.*only one of the two. Give it more documents"),
+    ({"source": iter(())}, "The domain 'd' is empty; a generator yields its text only once[.]"),
+    ({"source": [" ".join(WORDS)]}, "4000 tokens in 1 documents.*only one of the two. Add documents"),
     ({"source": numbered(), "seq_length": 1}, "`seq_length` must be at least 2, got 1"),
-    ({"domains": [DomainConfig(n, TEXTS) for n in "abc"], "num_samples": 2}, "=2 .* 3 domains .* 3 is the least"),
+    ({"domains": [DomainConfig(n, TEXTS) for n in "abc"], "num_samples": 2}, "=2` .* 3 domains.* at least 3[.]"),
 ], ids=["none", "blank", "spent", "one document", "prefix alone", "few samples"])  # fmt: skip
 def test_text_that_makes_no_samples(fields, message):
     with pytest.raises(StructPruneError, match=message):
@@ -389,8 +389,8 @@ def test_too_little_text_names_what_would_do(asked, needs, others):
     message = f"'d' has 200 tokens in 20 documents.* take {'' if others else needs}.*num_samples="
     with pytest.raises(StructPruneError, match=message) as raised:
         load_domains(replace(config, num_samples=asked), tokenizer())
-    largest = int(re.search(r"num_samples=(\d+) would do", str(raised.value))[1])
-    assert f"in a recovery tokens={largest * config.seq_length}." in str(raised.value)
+    largest = int(re.search(r"Set `num_samples=(\d+)`", str(raised.value))[1])
+    assert f"in a recovery `tokens={largest * config.seq_length}`." in str(raised.value)
     loaded = load_domains(replace(config, num_samples=largest), tokenizer())
     assert sum(len(domain.samples) for domain in loaded) == largest
     with pytest.raises(StructPruneError):

@@ -35,7 +35,7 @@ def test_the_built_in_questions_are_many_of_eight_kinds():
     assert len({question.prompt for question in every}) == len(every)
     assert kinds[:16].count("code") == kinds[:16].count("facts") == 2
     for question in every:
-        assert not any(question.right.search(text) for text in ("", "I do not know.", "Yes")), question.prompt
+        assert not any(question.pattern.search(text) for text in ("", "I do not know.", "Yes")), question.prompt
 
 
 # Words of a prompt, answers that are right, and answers that are not.
@@ -63,8 +63,8 @@ def test_the_built_in_questions_are_many_of_eight_kinds():
 ])  # fmt: skip
 def test_right_answers_may_be_phrased_otherwise(words, right, wrong):
     (question,) = (question for question in read_questions() if words in question.prompt)
-    assert [text for text in right if not question.right.search(text.strip())] == []
-    assert [text for text in wrong if question.right.search(text.strip())] == []
+    assert [text for text in right if not question.pattern.search(text.strip())] == []
+    assert [text for text in wrong if question.pattern.search(text.strip())] == []
 
 
 @pytest.mark.parametrize(("line", "message"), [
@@ -132,7 +132,7 @@ def test_an_answer_loops_that_repeats_a_run():
 
 
 def test_more_tokens_than_positions_are_refused():
-    with pytest.raises(StructPruneError, match="max_new_tokens=1024 .* 1024 positions, .* is the most"):
+    with pytest.raises(StructPruneError, match="max_new_tokens=1024 .* 1024 positions .* Pass at most"):
         ask(MODEL, READER, questions(), 1024)
 
 

@@ -79,10 +79,10 @@ def test_what_cannot_be_measured_is_refused():
     spread = build("llama-tied")
     spread.hf_device_map = {"model.layers.0": "cpu", "model.layers.1": "disk"}
     for model, fields, message in (
-        (None, {}, "nothing to measure: name a model"),
+        (None, {}, "nothing to measure. Pass a model"),
         (build("llama-tied"), {"prompts": ()}, "prompts"),
         (build("llama-tied"), {"batch_sizes": (4, 0)}, "batch_sizes"),
-        (build("llama-tied"), {"prompts": (8, 60), "new_tokens": 5}, "prompt=60 .* 64 .* 59 is the most"),
+        (build("llama-tied"), {"prompts": (8, 60), "new_tokens": 5}, "prompt=60 .* 64 .* at most 59 tokens"),
         (build("llama-tied"), {"clock": "sun"}, "clock"),
         (build("bert"), {}, "it is a BertForMaskedLM, which does not predict the next token"),
         (spread, {}, "several devices"),

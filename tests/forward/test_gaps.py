@@ -6,7 +6,7 @@ from helpers import with_tokens
 from models import build, config, described, random_model, real_text_model, tokenizer
 
 from optimum_structprune import DomainConfig, StructPruner, evaluate
-from optimum_structprune.forward.gaps import MOST_MASKED, NOT_PREDICTED, Gaps, fills_gaps
+from optimum_structprune.forward.gaps import MAX_WORD_TOKENS, NOT_PREDICTED, Gaps, fills_gaps
 
 
 KINDS = [DomainConfig(name=kind, source=f"builtin:{kind}") for kind in ("math", "prose")]
@@ -49,7 +49,7 @@ def test_the_same_characters_are_missing_for_each_tokenizer(case):
         spelled.append([each.decode(label) for label in labels])
     assert spelled[0] == spelled[1] and all(spelled[0])
     if case != "t5":
-        assert gaps.tokens[1] <= 3 * MOST_MASKED  # three bytes a character
+        assert gaps.tokens[1] <= 3 * MAX_WORD_TOKENS  # three bytes a character
         assert gaps.tokens.sum() < 0.5 * len(reader("".join(TEXTS))["input_ids"])
     else:
         assert all(text.endswith(half.strip()) for text, half in zip(TEXTS, spelled[0], strict=True))

@@ -121,7 +121,7 @@ def test_the_norm_behind_a_module_is_found_by_trying(case, plus):
     norm = layer_list(model, arch)[0].post_feedforward_layernorm
     nn.init.normal_(norm.weight, 1.0, 0.3)
     source = InMemory(model, arch, [Batch(0, token_ids())], error_feedback=0.25)
-    source.find_other_path, source.hidden = Norm.behind, [hidden + 0.5 for hidden in source.hidden]
+    source.find_other_path, source.hidden = Norm.after_module, [hidden + 0.5 for hidden in source.hidden]
     source.advance_dense(0, ["mlp"])
     space = next(space for space in arch.at(0) if space.kind == "mlp")
     path = source.residual_path(0, space.consumers[0].module)

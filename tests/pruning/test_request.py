@@ -44,8 +44,8 @@ REFUSED = [
     ("llama-tied", {"widths": {"mpl": 3}}, "no space 'mpl' to prune. Did you mean 'mlp'"),
     ("llama-tied", {"widths": {"attention": 3}}, "nearest legal choice is 2 or 4"),
     ("llama-tied", {"widths": {"mlp": 41}}, r"'mlp'\] = 41 is not legal.*has 40; the nearest legal choice is 40"),
-    ("llama-tied", {"sparsity": 0.999}, "is more than mlp can give: at most 0."),
-    ("llama-tied", {"sparsity": 0.2, "targets": ("mlp", "layer")}, "target 'layer' alone, or give widths"),
+    ("llama-tied", {"sparsity": 0.999}, "is too large. At most 0."),
+    ("llama-tied", {"sparsity": 0.2, "targets": ("mlp", "layer")}, "target 'layer' alone, or set widths"),
     ("llama-tied", {"skip_layers": (5,)}, "skip_layers names layer 5; the layers are 0 to 1"),
     ("llama-tied", {"skip_layers": (0, 1)}, "leaves no layer whose 'mlp'"),
     ("opt", {"widths": {"attention": 2}}, "no space 'attention' to prune: transformers derives the head dimension"),
@@ -57,7 +57,7 @@ REFUSED = [
     ("olmoe", {"widths": {"attention": 2}}, "q_norm and k_norm divide"),
     ("llama-tied", {"widths": {"hidden": 30}}, "= 30 is not legal.*has 32; the nearest legal choice is 24 or 32"),
     ("gpt2-tied", {"widths": {"hidden": 24}}, "no space 'hidden' to prune: LayerNorm takes the mean"),
-    ("llava", {"widths": {"hidden": 24}}, "what is not text writes to the residual stream too"),
+    ("llava", {"widths": {"hidden": 24}}, "inputs other than text write to the residual stream too"),
     # of single layers
     ("llama-tied", {"widths": {"mlp": [24, 41]}}, r"\['mlp'\]\[1\] = 41 is not legal.*nearest legal choice is 40"),
     ("llama-tied", {"widths": {"mlp": [24]}}, r"list of length 1, and the model has 2 layers; .*: \{0: 24\}"),
@@ -192,9 +192,12 @@ def test_what_is_said_to_have_no_effect_has_none(name, value, fields, matters):
 # --- what is of another kind than a parameter takes is refused by name, and nothing has changed then
 IDS = token_ids(12, 16)
 WRONG = [
-    ({"model": "some/model"}, "model takes a model of transformers, got str"),
-    ({"tokenizer": "some/model"}, "tokenizer takes a tokenizer, got str"),
-    ({"tokenizer": Wav2Vec2FeatureExtractor()}, "tokenizer takes a tokenizer, got Wav2Vec2FeatureExtractor"),
+    ({"model": "some/model"}, "`model` must be a transformers model, got str"),
+    ({"tokenizer": "some/model"}, "`tokenizer` must be a transformers tokenizer, got str"),
+    (
+        {"tokenizer": Wav2Vec2FeatureExtractor()},
+        "`tokenizer` must be a transformers tokenizer, got Wav2Vec2FeatureExtractor",
+    ),
     ({"config": {"sparsity": 0.2}}, "`config` must be a StructPruneConfig, got dict"),
     ({"options": {"batch_size": 2}}, "`options` must be a RunOptions, got dict. RunOptions.from_dict"),
     ({"inputs": [IDS]}, "`inputs` must be a mapping .*, got list"),
@@ -251,7 +254,7 @@ def test_odd_models(tmp_path):
     prune_model(fixed, config(), tokenizer())
     with pytest.raises(StructPruneError, match="Pass the model's own"):
         export_gguf(build("llama-tied"), tmp_path / "m.gguf", None)
-    with pytest.raises(StructPruneError, match="nothing to predict"):
+    with pytest.raises(StructPruneError, match="at least one sample of two tokens"):
         perplexity(build("llama-tied"), torch.zeros(0, 8, dtype=torch.long))
     for case in ("bert", "t5"):
         with pytest.raises(StructPruneError, match="(Bert|T5)For.* does not predict the next token"):

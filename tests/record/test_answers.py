@@ -27,7 +27,7 @@ def test_the_test_of_mcnemar_is_its_definition(more, fewer):
     discordant = more + fewer
     tail = sum(comb(discordant, wins) for wins in range(min(more, fewer) + 1)) / 2**discordant
     assert comparison.p_value == pytest.approx(min(1, 2 * tail)) == mcnemar_p_value(more, fewer)
-    assert (comparison.more, comparison.fewer) == (more, fewer)
+    assert (comparison.last_only, comparison.first_only) == (more, fewer)
     assert comparison.difference == pytest.approx((more - fewer) / len(questions))
     expected = "better" if more > fewer else "worse"
     assert comparison.verdict == ("alike" if comparison.p_value >= 0.05 else expected)

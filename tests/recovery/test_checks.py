@@ -35,7 +35,7 @@ def domain(**fields) -> dict:
 
 
 @pytest.mark.parametrize(("fields", "message"), [
-    ({"tokens": 40}, "`tokens`=40 gives less than one sample of 24 tokens to each of the 2 domains. Set .* least 48"),
+    ({"tokens": 40}, "`tokens`=40 is less than one sample of 24 tokens for each of the 2 domains. Set .* least 48"),
     ({"lora": {"rank": 4}}, "LoraConfig has no field 'rank'"),
     ({"lora": {"bias": 3, "task_type": "CAUSAL"}}, "LoraConfig: .*CAUSAL"),
     ({"training": {"learning_rat": 1}}, "TrainingArguments has no field 'learning_rat'. Did you mean"),
@@ -43,8 +43,8 @@ def domain(**fields) -> dict:
     ({"lora": {"r": 0}}, "peft cannot put the adapter on LlamaForCausalLM: .*the value passed is 0"),
     ({"training": {"deepspeed": "zero3.json"}}, "has deepspeed, but .*attach_teacher"),
     ({"training": {"fsdp": True}}, "has fsdp, but .*attach_teacher"),
-    (domain(source="preset:nothing"), "There is no preset 'nothing'"),
-    (domain(source="memory:list"), "set its source again"),
+    (domain(source="preset:nothing"), "The preset 'nothing' does not exist"),
+    (domain(source="memory:list"), "Set its source again"),
     ({"tokens": 2_000, "seq_length": 65}, "recovery's seq_length=65 is longer than the model's 64 positions"),
 ])  # fmt: skip
 def test_mistakes(fields, message):
@@ -58,7 +58,7 @@ def test_models_whose_weights_cannot_change_and_compiled_ones_are_refused():
     for model, message in (
         (torch.compile(build("llama-tied"), backend="eager"), "model is compiled; pass `model._orig_mod`"),
         (fixed, "inside torch.inference_mode.*pass copy.deepcopy"),
-        ("a/folder", "model takes a model of transformers, got str"),
+        ("a/folder", "`model` must be a transformers model, got str"),
     ):
         with pytest.raises(StructPruneError, match=message):
             recover(model, tokenizer(), recovery_config(**domain(source=unread())))
@@ -165,6 +165,8 @@ def test_a_teacher_is_refused_where_an_id_means_another_token(data):
     teacher, theirs = with_tokens(dense, tokenizer(), taught)
     model, own = with_tokens(dense, tokenizer(), learnt)
     before = deepcopy(teacher)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)  # a teacher with the weights of the student is refused
     if learnt == taught:
         assert load_teacher(teacher, model, own, theirs).alignment is None
     else:  # a token that is no word of others cannot be spelled by them

@@ -54,7 +54,7 @@ def test_training_goes_on_from_the_one_before_a_checkpoint_cut_short(pruned, run
         return original(self, *arguments, **more)
 
     monkeypatch.setattr(Trainer, "compute_loss", noted)
-    with pytest.warns(UserWarning, match="checkpoint-8 is passed over: "):
+    with pytest.warns(UserWarning, match="checkpoint-8 is skipped: "):
         resumed = recover(deepcopy(pruned), tokenizer(), settings(folder), resume=True)
     assert steps == [6, 7]
     torch.testing.assert_close(logits(resumed), logits(run[1]))

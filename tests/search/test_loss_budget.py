@@ -133,10 +133,10 @@ def test_what_measures_no_loss_on_text_is_refused():
     asked = config(widths=None, budget={"loss": 0.02})
     with pytest.raises(StructPruneError, match="a dry run has no trials"):
         dry_run(model.config, asked)
-    with pytest.raises(StructPruneError, match="which inputs are not"):
+    with pytest.raises(StructPruneError, match="which `inputs` are not"):
         prune_model(model, asked, tokenizer(), inputs={"a": token_ids(30, 12)})
     speech = random_model(WhisperForConditionalGeneration, "whisper", {**TOKENS, **BART})
-    with pytest.raises(StructPruneError, match="which this model does not read alone"):
+    with pytest.raises(StructPruneError, match="this model needs other inputs too"):
         prune_model(speech, replace(asked, targets=("vocab",)), tokenizer())
     with pytest.raises(StructPruneError, match=r"needs trial prunings. Call `prune\("):
         StructPruner(asked).prune_model(model, tokenizer())

@@ -33,7 +33,6 @@ def test_the_shape_with_the_smallest_loss_on_trial_is_taken(model, tmp_path):
     shapes = pruner.report.shapes
     assert [shape for shape in shapes if shape["chosen"]] == [min(shapes, key=lambda shape: shape["loss"])]
     assert len(shapes) > 1 and pruner.report.sparsity > 0.27
-    assert "tried: " in str(pruner.report) and "taken: " in str(pruner.report)
     pruner.save(small, tmp_path / "out", tokenizer=tokenizer())
 
 

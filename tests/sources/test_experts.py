@@ -36,7 +36,7 @@ def test_inner_activations_and_consumers_make_the_experts_output(case):
     experts = model.get_submodule(spaces[0].experts)
     call = routed(model, spaces[0])[1][0]
     with torch.no_grad():
-        expected = experts(call.hidden, call.chosen, call.gates)
+        expected = experts(call.hidden, call.expert_ids, call.gates)
     output = torch.zeros_like(expected)
     for space in spaces:
         expert = space.consumers[0].part
@@ -60,7 +60,7 @@ def test_an_experts_contribution_is_made_of_gates_and_norms(name):
             values = []
             for call in calls:
                 if call.domain == domain:
-                    for token, slot in (call.chosen == expert).nonzero().tolist():
+                    for token, slot in (call.expert_ids == expert).nonzero().tolist():
                         output = experts(call.hidden[token][None], torch.tensor([[expert]]), torch.ones(1, 1))
                         values.append(float(call.gates[token, slot] * output.norm()))
             expected = sum(values) if name == "reap_sum" else sum(values) / len(values)
@@ -101,7 +101,7 @@ def test_an_expert_that_no_token_chose_is_judged_by_its_weights():
     model = build("mixtral")
     space = describe(model).of("mlp")[1]
     source, every = routed(model, space)
-    source.routed = space.layer, tuple(call for call in every if not (call.chosen == 1).any())
+    source.routed = space.layer, tuple(call for call in every if not (call.expert_ids == 1).any())
     moments = [of_domain for (of_domain,) in expert_moments(source, space, True)]
     weight, _ = read_consumer(model, space.consumers[0])
     assert [part.count for part in moments] == [0, 0]

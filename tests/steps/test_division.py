@@ -38,7 +38,7 @@ def test_the_division_with_the_least_loss_is_taken_and_meets_the_budget(monkeypa
 
     monkeypatch.setattr(division.Division, "trial", trial)
     model, small = pruned()
-    best = min(trials, key=lambda each: each.total)
+    best = min(trials, key=lambda each: each.total_loss)
     assert len(trials) == numbers_tried
     assert small.config.vocab_size == best.number
     assert trials[0] == min(trials, key=lambda each: each.number), "tokens alone come first"

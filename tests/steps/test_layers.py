@@ -88,7 +88,7 @@ def test_layers_of_different_widths_keep_theirs(tmp_path):
     small.save_pretrained(tmp_path)
     assert torch.equal(outputs(AutoModelForCausalLM.from_pretrained(tmp_path)), outputs(small))
     for wide, widths in ((model, 24), (deep("llama-tied"), {0: 24})):
-        with pytest.raises(StructPruneError, match="prune 'layer' in a run of its own"):
+        with pytest.raises(StructPruneError, match="Prune 'layer' in a separate run"):
             prune_model(wide, config(widths={LAYER: 3, "mlp": widths}), tokenizer())
 
 

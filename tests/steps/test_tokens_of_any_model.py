@@ -132,7 +132,7 @@ def test_whisper_is_trimmed_by_a_command_and_writes_what_it_wrote(tmp_path, caps
     assert "structprune prune ORIGINAL again" in card
     assert "structprune evaluate" not in card and "in the layers" not in card
     assert main(f"evaluate {folder} --against {dense} --text builtin:prose --seq-length 24".split()) == 2
-    assert "reads input_features, and this measures text alone" in capsys.readouterr().err
+    assert "reads input_features, and only models of text can be evaluated" in capsys.readouterr().err
     again, smaller = type(model).from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     keep = json.loads((folder / "pruning_plan.json").read_text())["keep"]["vocab"]["-1"]
     new, settings = {old: number for number, old in enumerate(keep)}, again.generation_config
@@ -203,7 +203,7 @@ def test_code_of_a_models_own_is_refused_with_the_flag_that_runs_it(tmp_path, ca
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "new", "auto_map": code}))
     for command in (f"prune {tmp_path} {tmp_path / 'small'}", f"plan {tmp_path}"):
         assert main([*command.split(), "--width", "vocab=320"]) != 0
-        assert "runs code of its own; read it, and give --trust-remote-code." in error_line(capsys)
+        assert "runs code of its own. Read it, and pass --trust-remote-code." in error_line(capsys)
 
 
 def test_other_spaces_take_a_description():
