@@ -98,8 +98,6 @@ def place_teacher(
         return cpu_offload(model, execution_device=accelerator.device)
     if device is None and _is_placed(model):
         return model
-    if device == OFFLOAD:
-        return cpu_offload(model, execution_device=accelerator.device)
     if device is None:
         device = accelerator.device
     return model.to(device)  # type: ignore[arg-type]
