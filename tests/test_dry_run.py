@@ -123,7 +123,7 @@ def test_it_refuses_the_numbers_of_tokens_and_the_tokenizers_that_pruning_refuse
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"suppress_tokens": [*range(200, 400)]}, "vocab=350 is no number of tokens that this model can keep"),
+        ({"suppress_tokens": [*range(200, 400)]}, "vocab=350 is not possible for this model"),
         ({"temperature": 0.5, "do_sample": False, "num_beams": 1, "early_stopping": "x"}, "generation config"),
     ],
 )

@@ -87,11 +87,11 @@ def other_text(
 
     sources = _sources(config, model, tokenizer, calibration_tokens, length, count)
     for source, read_documents in sources.items():
-        texts = islice(read_documents(), TRIES_PER_DOCUMENT * count)
         rows: dict[str, Tensor] = {}
 
         # A source fails without a network, or if the model writes no usable text. Rows before the failure count.
         with suppress(StructPruneError):
+            texts = islice(read_documents(), TRIES_PER_DOCUMENT * count)
             for document, row in _rows(texts, tokenizer, excluded, length):
                 rows[document] = row
                 if len(rows) == count:

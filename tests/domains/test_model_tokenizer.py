@@ -102,7 +102,7 @@ def test_what_transformers_makes_up_where_there_is_no_tokenizer_is_none(case, tm
     assert not has_files(made_up)
     check_tokens(type(model).from_pretrained(tmp_path / "bare"), tokenizer())
     line = ["prune", str(tmp_path / "bare"), str(tmp_path / "out"), "--width", "mlp=24", "--seq-length", "24"]
-    assert main(line) == 2 and "has no files there; save the model's own beside it" in error_line(capsys)
+    assert main(line) == 2 and "the folder has no tokenizer files" in error_line(capsys)
     made_up.save_pretrained(tmp_path / "bare")
     assert has_files(AutoTokenizer.from_pretrained(tmp_path / "bare"))
 

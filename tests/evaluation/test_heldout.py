@@ -29,7 +29,7 @@ def test_text_that_does_not_do():
         ([], {}, "'a' is empty"),
         (["w5 w6"], {}, "has 2 tokens, and a sample takes 23"),
         (["w5 w6"], {"seq_length": 1}, "must be at least 2"),
-        ("none.jsonl", {}, "no file or folder none.jsonl"),
+        ("none.jsonl", {}, "the file or folder none.jsonl does not exist"),
     ):
         with pytest.raises(StructPruneError, match=message):
             read_heldout(DomainConfig("a", source), tokenizer(), **{"seq_length": 24, **fields})

@@ -101,7 +101,7 @@ def test_too_little_memory_is_refused_before_text_is_read(inplace, monkeypatch):
     monkeypatch.setattr("optimum_structprune.pruning.memory.free_bytes", lambda device: 10**6)
     model, before = build("llama-tied"), build("llama-tied")
     nowhere = [DomainConfig(name="a", source="/nowhere.txt")]
-    message = r"takes at least .* MB on cpu .*, and 1\.0 MB are free; .*batch_size"
+    message = r"takes at least .* MB on cpu .*, and 1\.0 MB are free\. .*batch_size"
     with pytest.raises(StructPruneError, match=message) as found:
         prune_model(model, config(domains=nowhere), tokenizer(), inplace=inplace)
     assert ("inplace=True" in str(found.value)) != inplace and "--offload disk" in str(found.value)

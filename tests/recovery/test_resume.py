@@ -92,7 +92,7 @@ def test_without_a_whole_checkpoint_there_is_nothing_to_resume(pruned, run, tmp_
     for path in folder.glob("checkpoint-*/trainer_state.json"):
         path.write_text(path.read_text()[:20])
     unseen = settings(folder, domains=[DomainConfig("a", unread())])
-    with warnings.catch_warnings(), pytest.raises(StructPruneError, match=f"no checkpoint in {folder} to resume"):
+    with warnings.catch_warnings(), pytest.raises(StructPruneError, match=f"{folder} has no checkpoint to resume"):
         warnings.simplefilter("ignore")
         recover(deepcopy(pruned), tokenizer(), unseen, resume=True)
 

@@ -299,7 +299,7 @@ def test_a_disk_that_is_full_for_torch_or_a_tokenizer_is_an_error_of_ours(tmp_pa
         ("too large", lambda folder: (folder / "notes.txt").write_text("x" * 9999)),
         ("os error", tokenizer().save_pretrained),
     ):
-        refused = pytest.raises(StructPruneError, match=f"out could not be written, and what was there.*({reason})")
+        refused = pytest.raises(StructPruneError, match=f"out could not be written and is unchanged.*({reason})")
         with full_disk(1_000), refused, Output(out, True).staged() as folder:
             write(folder)
         assert names(tmp_path) == ["out"] and contents(out) == before
