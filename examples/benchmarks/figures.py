@@ -149,7 +149,9 @@ def measure(args: Namespace) -> Iterator[dict[str, Any]]:
             ratios = [result.perplexity.ratio for result in results]
             row[name] = round(exp(fmean(map(log, ratios))), 3)
             row[f"{name}_worst"] = round(max(ratios), 3)
-            row[f"{name}_kl"] = round(fmean(result.divergence.pruned for result in results), 3)
+            divergences = [result.divergence.pruned for result in results if result.divergence is not None]
+            if divergences:
+                row[f"{name}_kl"] = round(fmean(divergences), 3)
 
         if args.answers:
             evaluation = evaluate(

@@ -336,7 +336,8 @@ def trainable(model) -> set[str]:
     {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
 ])  # fmt: skip
 def test_tied_weights_are_not_trained_apart_and_merged(pruned, small, lora):
-    with pytest.raises(StructPruneError, match=r"would train (model.embed_tokens|lm_head).weight, which shares its tensor"):
+    message = r"would train (model.embed_tokens|lm_head).weight, which shares its tensor"
+    with pytest.raises(StructPruneError, match=message):
         recover(pruned, tokenizer(), recovery_config(lora={"r": 2, **lora}))
     assert [*pruned.state_dict()] == [*small.state_dict()] and same_weights(pruned, small)
     assert trainable(pruned) == {"base"}
