@@ -34,7 +34,7 @@ OTHER = ("countries=builtin:countries", "letters=builtin:letters")
 LOST = 1.02
 DENSE = "the dense model"
 HEAD = ("model", "command", "parameters", "MB in 16 bits, in Q8_0", "tokens/s", "answers kept")
-HEAD += ("same kinds", "other text", "languages lost")
+HEAD += ("held-out", "other text", "languages lost")
 Row = tuple[str, str, dict[str, Any]]
 
 
