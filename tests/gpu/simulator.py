@@ -470,7 +470,9 @@ def _patches(gpus: Gpus):
         "reset_peak_memory_stats": gpus.reset_peak,
         "empty_cache": _nothing,
         "ipc_collect": _nothing,
-        # The generator of the CPU draws for all devices.
+    }
+    # The generator of the CPU draws for all devices.
+    generators = {
         "manual_seed": _nothing,
         "manual_seed_all": _nothing,
         "get_rng_state": lambda device=None: torch.get_rng_state(),
@@ -486,7 +488,12 @@ def _patches(gpus: Gpus):
         "synchronize": _nothing,
         "empty_cache": _nothing,
     }
-    for module, functions in ((torch.cuda, cuda), (torch.accelerator, accelerator)):
+    cuda |= generators
+    for module, functions in (
+        (torch.cuda, cuda),
+        (torch.cuda.random, generators),
+        (torch.accelerator, accelerator),
+    ):
         for name, function in functions.items():
             yield mock.patch.object(module, name, function, create=True)
     yield mock.patch.object(torch._C, "_cuda_getDevice", lambda: gpus.current, create=True)

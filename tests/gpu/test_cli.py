@@ -50,6 +50,25 @@ def test_prune(desk, on_cpu, tmp_path, name):
 
 
 @pytest.mark.slow
+def test_recover(desk, tmp_path):
+    prune(desk, tmp_path / "out", "--device", "cpu")
+    text = ["--domain", f"a={desk / 'a.jsonl'}", "--tokens", "480", "--seq-length", "24", "--overwrite", "--quiet"]
+    command = ["recover", str(tmp_path / "out"), str(tmp_path / "recovered"), "--teacher", str(desk / "model"), *text]
+    weights = []
+    for count, device in ((0, "cpu"), (1, "cuda"), (2, "cuda:1"), (2, "auto")):
+        if count == 0:
+            assert main([*command, "--device", device]) in (0, None)
+        else:
+            with simulated_gpus(count) as gpus:
+                assert main([*command, "--device", device]) in (0, None)
+            assert gpus.products
+        weights.append(dict(sorted(load_file(tmp_path / "recovered" / "model.safetensors").items())))
+    for other in weights[1:]:
+        assert other.keys() == weights[0].keys()
+        assert all(other[name].shape == weight.shape for name, weight in weights[0].items())
+
+
+@pytest.mark.slow
 def test_evaluate(desk, tmp_path, capsys):
     prune(desk, tmp_path / "out", "--device", "cpu")
     command = ["evaluate", str(tmp_path / "out"), "--against", str(desk / "model"), "--seq-length", "24"]
