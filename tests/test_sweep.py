@@ -86,7 +86,7 @@ def test_a_sweep_goes_on_with_the_same_model_text_and_settings_alone(tmp_path, c
 
 def test_what_cannot_be_done_is_refused_before_anything_runs(folder, capsys, monkeypatch):
     monkeypatch.setattr(sweep, "_pruned", None)
-    for size, message in (("1.5", "must be greater than 0 and less than 1"), ("0.99", "sparsity=0.99 is more than")):
+    for size, message in (("1.5", "must be greater than 0 and less than 1"), ("0.99", "sparsity=0.99 is too large")):
         assert main(line(folder, "refused", "0.1", size)) == 2
         assert message in error_line(capsys) and not (folder / "refused").exists()
     assert main(line(folder, "model", "0.1")) == 2

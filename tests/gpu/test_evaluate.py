@@ -6,16 +6,17 @@ from unittest import mock
 import pytest
 import torch
 from gpu.compare import assert_same_on_gpus, on_gpu, spread
+from gpu.simulator import simulated_gpus
 from models import build, documents, token_ids, tokenizer
 
-from optimum_structprune import DomainConfig, evaluate
+from optimum_structprune import DomainConfig, StructPruneError, evaluate
 from optimum_structprune.evaluation.speed import measure_speed
 from optimum_structprune.forward.metrics import perplexity
 
 
 QUESTIONS = [
-    {"prompt": "w3 w4 w5", "right": "w7", "kind": "x", "continues": "w7"},
-    {"prompt": "w13 w4", "right": "w7", "kind": "x", "continues": "w7"},
+    {"prompt": "w3 w4 w5", "right": "w7", "kind": "x", "opening": "w3 w4 w5", "continues": "w7"},
+    {"prompt": "w13 w4", "right": "w7", "kind": "x", "opening": "w13 w4", "continues": "w7"},
 ]
 
 
@@ -66,13 +67,14 @@ def test_answers(tmp_path, count):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [1, 2])
-def test_speed_is_measured(count):
+def test_speed_is_measured_on_one_device():
     def work(model):
         speed = measure_speed({"model": model}, prompts=(8,), new_tokens=4, repeats=2)
         return sorted(speed.prefill)
 
-    assert_same_on_gpus(work, lambda: build("llama-tied"), count)
+    assert_same_on_gpus(work, lambda: build("llama-tied"))
+    with simulated_gpus(2), pytest.raises(StructPruneError, match="spread over several devices"):
+        work(spread(2)(build("llama-tied")))
 
 
 def test_a_spread_model_with_an_untied_head_has_a_perplexity():
