@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("demo-output"))
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "optimum_structprune")
     parser.add_argument("--num-samples", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=4000, help="training tokens")
+    parser.add_argument("--tokens", type=int, default=3000, help="training tokens")
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()

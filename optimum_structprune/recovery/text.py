@@ -37,7 +37,7 @@ MAX_PASSES = 4
 SEQ_LENGTHS = {"cpu": 512, "gpu": 1_024}
 # A training has at least this number of samples, unless they would be shorter than the minimum.
 MIN_SAMPLES = 100
-MIN_SEQ_LENGTH = 64
+MIN_SEQ_LENGTH = 128
 
 
 def sample_length(config: RecoveryConfig, model: PreTrainedModel) -> int:

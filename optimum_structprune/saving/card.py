@@ -80,7 +80,12 @@ class DenseCard:
             report: The report, which has the id and the licence if the user has given them.
             folder: The folder that the model was loaded from. Records have only the names of folders.
         """
-        fields = _card_fields(source)
+        # The name of a folder without its path is no id, so the Hub is not asked for it.
+        is_from_folder = folder is not None and Path(folder).is_dir()
+        is_folder_name = is_from_folder and "/" not in source and not Path(source).is_dir()
+        fields: dict[str, Any] = {}
+        if not is_folder_name:
+            fields = _card_fields(source)
         if not fields and folder is not None:
             fields = _card_fields(folder)
 
