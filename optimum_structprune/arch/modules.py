@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from ..errors import StructPruneError, one_line
 from ..system.modules import MODULES, modules_root
+from ..system.offloading import placing_hooks
 from .spec import ArchSpec
 
 
@@ -119,14 +120,15 @@ def _move_settings(old_module: nn.Module, new_module: nn.Module) -> None:
 
     dispatch_hook: Any = getattr(old_module, "_hf_hook", None)
     if dispatch_hook is not None:
+        hooks = placing_hooks(old_module)
         remove_hook_from_module(old_module)
         # Accelerate leaves a method here that holds the weights in memory until the next garbage collection.
         vars(old_module).pop("forward", None)
 
         # The hook knows tied weights by their addresses in CPU memory, which other tensors may have by now. It would
         # put a tied weight in the place of such a tensor. The tensors of the new module are on their device already.
-        for hook in getattr(dispatch_hook, "hooks", [dispatch_hook]):
-            if isinstance(hook, AlignDevicesHook) and not hook.offload:
+        for hook in hooks:
+            if not hook.offload:
                 hook.tied_params_map = None
         add_hook_to_module(new_module, dispatch_hook)
 

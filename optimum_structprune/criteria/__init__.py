@@ -4,7 +4,7 @@
 """
 
 from . import block_influence, flap, magnitude, obs, obs_drive, random, reap, wanda
-from .registry import CRITERIA, DEFAULT_CRITERIA, criterion_of, parameters_of, per_unit, register_criterion
+from .registry import CRITERIA, DEFAULT_CRITERIA, criterion_of, parameters_of, per_unit, reads_gram, register_criterion
 
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "parameters_of",
     "per_unit",
     "random",
+    "reads_gram",
     "reap",
     "register_criterion",
     "wanda",

@@ -72,6 +72,11 @@ def parameters_of(criterion: Criterion, config: StructPruneConfig, layer: int) -
     return parameters
 
 
+def reads_gram(config: StructPruneConfig) -> bool:
+    """Return whether scores or refits need Gram matrices."""
+    return config.refit != "none" or CRITERIA.get(config.scored_by).needs_gram
+
+
 def criterion_of(name: str, judged: str) -> Criterion:
     """Return the criterion `name` if it scores units of the kind `judged`, or else the default criterion.
 

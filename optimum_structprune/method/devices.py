@@ -18,6 +18,13 @@ GPU_FACTOR = 16
 PIECE_OF_MEMORY = 1 / 64
 
 
+def default_device() -> torch.device:
+    """Return the GPU if there is one, and the CPU otherwise."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("cpu")
+
+
 def total_bytes(device: torch.device) -> int | None:
     """Return the memory of a GPU in bytes, or None for a device of another type."""
     if device.type != "cuda" or not torch.cuda.is_available():

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING
 
-import torch
-
 from ..config.domains import written_by_model
 from ..config.pruning import StructPruneConfig
 from ..domains.load import texts_of, with_written_text
-from ..method.devices import measured_throughput
+from ..method.devices import default_device, measured_throughput
 from ..sources.other import CALIBRATION_PER_TOKEN, MAX_TOKENS, MIN_TOKENS_READ
 from ..system.stages import readable_time
 from .memory import CalibrationSize, refitted_consumers
@@ -110,10 +108,8 @@ def estimate_time(request: PruningRequest, throughput: float | None = None) -> T
         refit_products += REFIT_PRODUCTS * inputs**3
 
     device = info.device
-    if device.type == "meta" and torch.cuda.is_available():
-        device = torch.device("cuda")
-    elif device.type == "meta":
-        device = torch.device("cpu")
+    if device.type == "meta":
+        device = default_device()
     if throughput is None:
         throughput = measured_throughput(device, model.dtype, channels or 512, 4 * (channels or 512))
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..arch.spec import EXPERT, LAYER, MODEL, VOCAB
-from ..criteria import CRITERIA
+from ..criteria import reads_gram
 from ..domains.load import texts_of
 from ..errors import StructPruneError
 from ..forward.metrics import MEASURED_TOKENS, tokens_at_once
@@ -393,8 +393,7 @@ def _consumer_bytes(
     outputs = 0
     if config.feedback_share and not is_expert:
         outputs = channels
-    reads_gram = config.refit != "none" or CRITERIA.get(config.scored_by).needs_gram
-    moments = Moments.empty(inputs, reads_gram, "meta", outputs).tensors().values()
+    moments = Moments.empty(inputs, reads_gram(config), "meta", outputs).tensors().values()
     moment_bytes = sum(tensor.nbytes for tensor in moments)
     total = 2 * (moment_bytes + FP32_BYTES * inputs * channels)
 

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from ..arch.meta import positions_of, skeleton
+from ..arch.meta import skeleton
 from ..config.recovery import RecoveryConfig
 from ..errors import StructPruneError
-from ..method.devices import free_bytes, measured_throughput
+from ..method.devices import default_device, free_bytes, measured_throughput
 from ..system.stages import readable_size, readable_time
 from .adapter import adapted, lora_config
 from .arguments import TrainingSize, batch_samples, computes_in_bf16
-from .chunked_loss import chunk_tokens, device_kind
-from .text import SEQ_LENGTHS, sample_length
+from .chunked_loss import chunk_tokens
+from .text import sample_length
 
 
 FP32_BYTES = 4
@@ -88,11 +88,8 @@ def estimate_recovery(
         student: The trained model, without weights.
         flops: Multiply-adds per second. By default they are measured for a tenth of a second.
     """
-    device = _training_device()
+    device = default_device()
     seq_length = sample_length(config, student)
-    if config.seq_length is None:
-        seq_length = int(min(seq_length, SEQ_LENGTHS[device_kind(device)], positions_of(student)))
-
     size = TrainingSize(config.tokens // seq_length, seq_length)
     at_once = int(config.training.get("per_device_train_batch_size") or min(batch_samples(size), 4))
 
@@ -133,13 +130,6 @@ def estimate_recovery(
     )
 
 
-def _training_device() -> torch.device:
-    """Return the device that a recovery on this machine trains on."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("cpu")
-
-
 def _trained_weights(config: RecoveryConfig, student: PreTrainedModel) -> int:
     """Count the trained weights: the weights of the adapter, on a copy of the model without weights, or all."""
     if config.train == "full":
@@ -164,7 +154,7 @@ def check_recovery_memory(
         student: The trained model.
         loaded: Whether both models are already in memory, so that they need no free memory.
     """
-    device = _training_device()
+    device = default_device()
     available = free_bytes(device)
     if available is None:
         return

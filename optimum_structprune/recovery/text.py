@@ -8,7 +8,6 @@ from functools import partial
 from itertools import islice
 from math import ceil
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,6 +20,7 @@ from ..domains.manifest import TRAINED, Entry, Manifest
 from ..domains.packing import HELDOUT, Domain, SampleFormat, check_vocabulary, tokenised
 from ..domains.sources import documents, endless, resolve
 from ..errors import StructPruneError, warn
+from ..method.devices import default_device
 from .chunked_loss import device_kind
 
 
@@ -48,10 +48,10 @@ def sample_length(config: RecoveryConfig, model: PreTrainedModel) -> int:
     if config.seq_length is not None:
         return config.seq_length
 
-    kind = device_kind(model.device)
-    if model.device.type == "meta" and not torch.cuda.is_available():
-        kind = "cpu"
-    length = min(SEQ_LENGTHS[kind], max(MIN_SEQ_LENGTH, config.tokens // MIN_SAMPLES // 32 * 32))
+    device = model.device
+    if device.type == "meta":
+        device = default_device()
+    length = min(SEQ_LENGTHS[device_kind(device)], max(MIN_SEQ_LENGTH, config.tokens // MIN_SAMPLES // 32 * 32))
     return int(min(length, positions_of(model)))
 
 

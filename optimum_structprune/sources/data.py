@@ -15,7 +15,7 @@ from ..arch.meta import dequantized, is_offloaded
 from ..arch.spec import ArchSpec
 from ..config.domains import written_by_model
 from ..config.pruning import REFITS, RunOptions, StructPruneConfig
-from ..criteria import CRITERIA, parameters_of
+from ..criteria import CRITERIA, parameters_of, reads_gram
 from ..domains.load import calibration_domains, given_domains, texts_of
 from ..domains.manifest import Entry, Manifest
 from ..domains.packing import Domain
@@ -146,7 +146,7 @@ class CalibrationData:
             refit=REFITS.get(config.refit),
             shares=self.shares,
             damping=config.damping,
-            gram=criterion.needs_gram or config.refit != "none",
+            gram=reads_gram(config),
             statistics=statistics,
         )
 

@@ -89,7 +89,7 @@ def other_text(
     for source, read_documents in sources.items():
         rows: dict[str, Tensor] = {}
 
-        # A source fails without a network, or if the model writes no usable text. Rows before the failure count.
+        # A source fails without a network, or if the model writes no usable text. Its rows up to then are used.
         with suppress(StructPruneError):
             texts = islice(read_documents(), TRIES_PER_DOCUMENT * count)
             for document, row in _rows(texts, tokenizer, excluded, length):

@@ -56,7 +56,7 @@ def _joined(module_name: str, name: str) -> str:
 
 def _own_places(module: nn.Module) -> dict[str, str]:
     """Return the place of each tensor that a module holds itself."""
-    is_offloaded = any(hook.offload for hook in _hooks_of(module))
+    is_offloaded = any(hook.offload for hook in placing_hooks(module))
 
     own_places = {}
     for name, tensor in named_module_tensors(module):
@@ -86,7 +86,7 @@ def declared(model: nn.Module) -> Iterator[None]:
 def compute_device(model: nn.Module) -> torch.device:
     """Return the device of a model's first weights. For offloaded weights, it is the execution device."""
     for module in model.modules():
-        for hook in _hooks_of(module):
+        for hook in placing_hooks(module):
             if hook.offload and hook.execution_device is not None:
                 return torch.device(hook.execution_device)
         parameter = next(module.parameters(recurse=False), None)
@@ -119,13 +119,13 @@ def weight_of(model: nn.Module, name: str) -> Tensor:
     parts = path.split(".")
     for length in range(len(parts), -1, -1):
         owner = ".".join(parts[:length])
-        for hook in _hooks_of(model.get_submodule(owner)):
+        for hook in placing_hooks(model.get_submodule(owner)):
             if hook.offload:
                 return hook.weights_map[name.removeprefix(f"{owner}.")]
     raise StructPruneError(f"{name} is on the meta device and has no values.")
 
 
-def _hooks_of(module: nn.Module) -> list[AlignDevicesHook]:
+def placing_hooks(module: nn.Module) -> list[AlignDevicesHook]:
     """Return the hooks of accelerate that place a module."""
     hook = getattr(module, "_hf_hook", None)
     hooks = [hook]
@@ -137,7 +137,7 @@ def _hooks_of(module: nn.Module) -> list[AlignDevicesHook]:
 def _offloading(model: nn.Module) -> Iterator[tuple[str, nn.Module, AlignDevicesHook]]:
     """Yield the modules with offloaded weights: their names, the modules, and the hooks that load the weights."""
     for name, module in model.named_modules():
-        for hook in _hooks_of(module):
+        for hook in placing_hooks(module):
             if hook.offload:
                 yield name, module, hook
 
@@ -192,7 +192,7 @@ def put_back(model: nn.Module, layer: nn.Module, hooks: list[AlignDevicesHook], 
     on_disk: dict[str, Tensor] = {}
     loaders: dict[str, OffloadedWeightsLoader] = {}
     for module in layer.modules():
-        for hook in _hooks_of(module):
+        for hook in placing_hooks(module):
             if hook not in hooks:
                 continue
             for name, tensor in _tensors_of(module, hook).items():

@@ -38,6 +38,16 @@ FLAGS = {
 }
 
 
+def run(command, count, device):
+    """Run a command on the CPU without simulated GPUs, or on some of them."""
+    if count == 0:
+        assert main([*command, "--device", device]) in (0, None)
+        return
+    with simulated_gpus(count) as gpus:
+        assert main([*command, "--device", device]) in (0, None)
+    assert gpus.products
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FLAGS)
 def test_prune(desk, on_cpu, tmp_path, name):
@@ -56,12 +66,7 @@ def test_recover(desk, tmp_path):
     command = ["recover", str(tmp_path / "out"), str(tmp_path / "recovered"), "--teacher", str(desk / "model"), *text]
     weights = []
     for count, device in ((0, "cpu"), (1, "cuda"), (2, "cuda:1"), (2, "auto")):
-        if count == 0:
-            assert main([*command, "--device", device]) in (0, None)
-        else:
-            with simulated_gpus(count) as gpus:
-                assert main([*command, "--device", device]) in (0, None)
-            assert gpus.products
+        run(command, count, device)
         weights.append(dict(sorted(load_file(tmp_path / "recovered" / "model.safetensors").items())))
     for other in weights[1:]:
         assert other.keys() == weights[0].keys()
@@ -76,12 +81,7 @@ def test_evaluate(desk, tmp_path, capsys):
     texts = []
     for count, device in ((0, "cpu"), (1, "cuda"), (2, "auto")):
         capsys.readouterr()
-        if count == 0:
-            assert main([*command, "--device", device]) in (0, None)
-        else:
-            with simulated_gpus(count) as gpus:
-                assert main([*command, "--device", device]) in (0, None)
-            assert gpus.products
+        run(command, count, device)
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] == texts[2]
 
