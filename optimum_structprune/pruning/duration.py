@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..config.domains import written_by_model
 from ..config.pruning import StructPruneConfig
+from ..criteria import reads_gram
 from ..domains.load import texts_of, with_written_text
 from ..method.devices import default_device, measured_throughput
 from ..sources.other import CALIBRATION_PER_TOKEN, MAX_TOKENS, MIN_TOKENS_READ
@@ -104,8 +105,10 @@ def estimate_time(request: PruningRequest, throughput: float | None = None) -> T
     products_per_token = passes * layer_parameters
     refit_products = 0
     for inputs, _ in refitted_consumers(request):
-        products_per_token += inputs * (inputs + channels)
-        refit_products += REFIT_PRODUCTS * inputs**3
+        if reads_gram(config):
+            products_per_token += inputs * (inputs + channels)
+        if config.refit != "none":
+            refit_products += REFIT_PRODUCTS * inputs**3
 
     device = info.device
     if device.type == "meta":
