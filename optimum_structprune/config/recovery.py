@@ -31,7 +31,8 @@ class RecoveryConfig(Config):
     Args:
         tokens: The total number of training tokens, including prompts and answers. The domains share them by weight.
         seq_length: The number of tokens in a training sample. By default 512 on a CPU and 1,024 on a GPU; less if the
-            model has fewer positions, or if the training would have fewer than 100 samples.
+            model has fewer positions, or if the training would have fewer than 100 samples, but at
+            least 128.
         domains: The training text, without the documents that the perplexity is measured on. The default is the
             domains of the pruning, without general text that the model wrote for it.
         train: The weights to train: `lora` trains a low-rank adapter, `full` all weights.
