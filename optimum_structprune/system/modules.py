@@ -29,9 +29,9 @@ def transformer_folder(folder: Path) -> Path:
     if any(str(module.get("type")).rpartition(".")[2] in ROUTERS for module in modules):
         parts = [path.parent.name for path in sorted(folder.glob(f"*/{CONFIG}")) if _is_model(path.parent)]
         raise StructPruneError(
-            f"{folder} holds several models behind a Router of sentence-transformers. Prune a copy of one of them "
-            f"({', '.join(parts) or 'its folder'}) without removing tokens, which the others number alike, and put "
-            "the result in its place."
+            f"{folder} holds several models behind a Router of sentence-transformers. Prune one of them "
+            f"({', '.join(parts) or 'its folder'}), and put the result in its place. Do not remove tokens, because "
+            "all models use the same token ids."
         )
 
     if (folder / CONFIG).is_file():

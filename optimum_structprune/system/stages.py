@@ -73,15 +73,14 @@ def stage(name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
 
 
 def say(line: str) -> None:
-    """Log a line. If logging is off, write it to standard error unless bars are disabled or one is drawn now."""
+    """Log a line. If logging is off, write it to standard error, above the bars, unless bars are disabled."""
     _last_line[0] = perf_counter()
     if logger.isEnabledFor(logging.INFO):
         logger.info(line)
     elif _bars() is not None:
-        from tqdm.auto import tqdm
+        from tqdm import tqdm
 
-        if not getattr(tqdm, "_instances", ()):
-            sys.stderr.write(f"{line}\n")
+        tqdm.write(line, file=sys.stderr)
 
 
 def progress(iterable: Iterable[Any], **options: Any) -> Iterator[Any]:

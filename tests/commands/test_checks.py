@@ -51,7 +51,7 @@ FLAGS = [
     ("prune parts out --sparsity 0.2", "the folder holds no config.json, and parts/0_Transformer does."),
     (
         "prune routed out --sparsity 0.2",
-        "Prune a copy of one of them (document_0_MLMTransformer) without removing tok",
+        "Prune one of them (document_0_MLMTransformer), and put the result in its place. Do not remove",
     ),
     ("evaluate model no/where", "'no/where' cannot be loaded"),
     (PRUNE, "how much to remove, got none. For example, budget={'parameters': 0.8} (--budget parameters=0.8) keeps"),

@@ -36,10 +36,21 @@ def test_without_a_terminal_a_line_comes_after_ten_seconds(shown):
     assert shown(terminal=False).splitlines() == ["Pruning …", *(f"layers: {done} of 10 layers" for done in (3, 6, 9))]
 
 
-def test_no_line_breaks_up_a_bar_that_is_being_drawn(shown):
+def test_lines_are_written_above_a_bar_that_is_being_drawn(shown):
     with tqdm(total=2, file=io.StringIO()):  # as the Trainer's
-        assert shown(terminal=False) == ""
-    assert shown(terminal=False)
+        assert shown(terminal=False).startswith("Pruning …\n")
+
+
+def test_a_bar_on_the_same_screen_is_cleared_before_a_line_and_drawn_again(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(stages.logger, "level", WARNING)
+    monkeypatch.setattr(sys, "stderr", screen)
+
+    with tqdm(total=2, desc="training", file=screen):
+        stages.say("Removing layers …")
+
+    before, after = screen.getvalue().split("Removing layers …\n")
+    assert before.endswith("\r") and after.startswith("\rtraining")
 
 
 def test_a_terminal_has_bars_and_who_wants_none_has_neither(shown):
