@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo smoke test test-long test-all style quality docs llama-cpp torchao vllm onnx llm-compressor dist lowest venv clean
+.PHONY: help demo smoke test test-long test-all style quality docs llama-cpp torchao deepspeed vllm onnx llm-compressor dist lowest venv clean
 
 help: ## say what each target does
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 11
@@ -47,6 +47,11 @@ llama-cpp: ## a real llama.cpp, as prebuilt binaries in an npm package
 # In a folder of its own: where torchao is installed, transformers and peft import it, which every command waits for.
 torchao: | $(BIN)/activate ## torchao, which the recipe of quantising needs
 	$(BIN)/python -m pip install --no-deps --upgrade --target build/torchao torchao==0.18.0
+
+# In a folder of its own too. Its setup imports torch, and its operators are compiled when they are first used.
+deepspeed: .venv/.test ## DeepSpeed, which recovery with ZeRO-3 needs
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --no-deps --no-build-isolation --upgrade --target build/deepspeed \
+		deepspeed==0.19.8 hjson==3.1.0 msgpack==1.2.4 ninja==1.13.2 py-cpuinfo==9.0.0 einops==0.8.2
 
 # In an environment of its own, because vLLM wants other versions. The wheel names torch "+cpu", which PyPI does not
 # have: on Linux without a GPU, have pip take torch 2.13 from the index for CPUs.

@@ -1,0 +1,112 @@
+"""A teacher under DeepSpeed ZeRO-3: two processes train like one process."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import on_two_ranks, ran
+from models import build
+from safetensors.torch import load_file
+
+
+BUILD = Path(__file__).parents[2] / "build"
+DEEPSPEED = BUILD / "deepspeed"
+# DeepSpeed compiles its operators once.
+OPERATORS = BUILD / "deepspeed-operators"
+
+# The Trainer's arguments turn on ZeRO-3, and transformers then shards every model that it builds. The random student is
+# therefore built first, like a student that a script loads before its arguments. A teacher in a folder is loaded later.
+SCRIPT = """
+import json, os, sys
+import torch
+
+torch.set_num_threads(1)
+engine, case, lora, teacher, folder = sys.argv[1:]
+
+from models import build
+from peft import get_peft_model
+from recovery.test_attach import LORA, labelled_rows, trainer_for
+from safetensors.torch import save_file
+from optimum_structprune import attach_teacher
+
+if engine == "zero3":
+    # The Trainer does this on GPUs, before a model is loaded.
+    import deepspeed
+
+    deepspeed.init_distributed()
+
+torch.manual_seed(0)
+model = build(case)
+if lora == "True":
+    model = get_peft_model(model, LORA)
+
+if teacher == "memory":
+    teacher = build(case, seed=1)
+
+settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "optim": "sgd", "learning_rate": 0.1}
+if engine == "zero3":
+    settings["per_device_train_batch_size"] = 2
+    settings["deepspeed"] = {
+        "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
+        "zero_allow_untested_optimizer": True,
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+    }
+
+trainer = trainer_for(model, folder, labelled_rows(64), **settings)
+attach_teacher(trainer, teacher, task_weight=0.1)
+trainer.train()
+measured = trainer.evaluate()
+
+weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+if trainer.accelerator.is_main_process:
+    logs = [[log["loss"], log["kl"]] for log in trainer.state.log_history if "loss" in log]
+    logs.append([measured["eval_loss"], measured["eval_kl"]])
+    with open(f"{folder}/logs.json", "w") as file:
+        json.dump({"logs": logs, "type": str(trainer.accelerator.distributed_type)}, file)
+    save_file({name.removeprefix("module."): w.clone().contiguous() for name, w in weights.items()}, f"{folder}/w")
+"""
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("case", "lora", "teacher"),
+    [("llama-tied", False, "memory"), ("llama-untied", True, "memory"), ("llama-untied", False, "folder")],
+)
+def test_two_processes_with_sharded_weights_train_like_one_process(case, lora, teacher, tmp_path, monkeypatch):
+    if not DEEPSPEED.exists():
+        pytest.skip("DeepSpeed is not installed: run `make deepspeed`")
+
+    if teacher == "folder":
+        teacher = tmp_path / "teacher"
+        build(case, seed=1).save_pretrained(teacher)
+
+    single = tmp_path / "single"
+    single.mkdir()
+    (single / "script.py").write_text(SCRIPT)
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    ran([sys.executable, single / "script.py", "none", case, lora, teacher, single], env=environment)
+
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(DEEPSPEED), *paths]))
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(OPERATORS))
+    sharded = tmp_path / "sharded"
+    sharded.mkdir()
+    on_two_ranks(SCRIPT, sharded, "zero3", case, lora, teacher, sharded)
+
+    expected = json.loads((single / "logs.json").read_text())
+    result = json.loads((sharded / "logs.json").read_text())
+    assert "DEEPSPEED" in result["type"]
+    torch.testing.assert_close(torch.tensor(result["logs"]), torch.tensor(expected["logs"]), atol=1e-5, rtol=0)
+
+    expected_weights = load_file(single / "w")
+    weights = load_file(sharded / "w")
+    assert weights.keys() == expected_weights.keys()
+    for name, weight in expected_weights.items():
+        torch.testing.assert_close(weights[name], weight, atol=1e-5, rtol=0)
