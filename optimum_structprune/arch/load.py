@@ -252,7 +252,7 @@ def resolve(family: Family, config: PretrainedConfig, shapes: TensorShapes, pref
 
     if not stacks:
         raise UndescribedError(
-            f"A model of type {config.model_type!r} has its layers at {full_path!r}; nothing is there."
+            f"A model of type {config.model_type!r} has its layers at {full_path!r}, and nothing is there."
         )
 
     model_spaces = list(_depth(family.layer, config, layer_params, prefixes, shapes))

@@ -68,7 +68,9 @@ def meta_model(
         StructPruneError: If the config describes no model.
     """
     if not isinstance(config, PretrainedConfig):
-        raise StructPruneError(f"A config is needed, got {type(config).__name__}; AutoConfig.from_pretrained has it.")
+        raise StructPruneError(
+            f"A config is needed, got {type(config).__name__}. Pass `AutoConfig.from_pretrained(folder)`."
+        )
 
     kind = model_class(config, arch_file)
     config = deepcopy(config)
@@ -127,16 +129,16 @@ def check_plain(model: PreTrainedModel) -> None:
 
     if any(isinstance(parameter, DTensor) for parameter in parameters):
         raise StructPruneError(
-            f"The weights of this {name} are spread over processes, as by FSDP or tensor parallelism; "
-            "load it whole in every process, or with a device_map."
+            f"The weights of this {name} are spread over processes, as by FSDP or tensor parallelism. "
+            "Load it whole in every process, or with a device_map."
         )
 
     if not is_quantized(model):
         for parameter in parameters:
             if is_traceable_wrapper_subclass(parameter):
                 raise StructPruneError(
-                    f"Weights of this {name} are of the class {type(parameter).__name__}, which quantization uses; "
-                    "prune the model first."
+                    f"Weights of this {name} are of the class {type(parameter).__name__}, which quantization uses. "
+                    "Prune the model first."
                 )
 
     if any(parameter.is_meta for parameter in parameters):
@@ -237,13 +239,15 @@ def check_changeable(model: Any) -> None:
     check_no_adapter(model)
     check_devices(model)
     if any(parameter.is_inference() for parameter in model.parameters()):
-        raise StructPruneError("model was made inside torch.inference_mode; to change it, pass copy.deepcopy(model).")
+        raise StructPruneError(
+            "`model` was made inside torch.inference_mode. To change it, pass `copy.deepcopy(model)`."
+        )
 
 
 def check_no_adapter(model: PreTrainedModel) -> None:
     """Raise if a model is compiled, is a PEFT model, or has an adapter injected into it."""
     if hasattr(model, "_orig_mod"):
-        raise StructPruneError("model is compiled; pass `model._orig_mod`, and compile the result.")
+        raise StructPruneError("`model` is compiled. Pass `model._orig_mod`, and compile the result.")
 
     # An adapter needs PEFT, which most runs do not import.
     peft = sys.modules.get("peft")
@@ -256,11 +260,11 @@ def check_no_adapter(model: PreTrainedModel) -> None:
         line = "model.merge_and_unload()"
         if model.active_peft_config.is_prompt_learning:
             line = "model.get_base_model()"
-        raise StructPruneError(f"{name} carries a PEFT adapter; pass `{line}` instead.")
+        raise StructPruneError(f"{name} has a PEFT adapter. Pass `{line}` instead.")
 
     if any(isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) for module in model.modules()):
         raise StructPruneError(
-            f"{name} has a PEFT adapter injected into it; merge it first: `for name, m in [*model.named_modules()]: "
+            f"{name} has a PEFT adapter injected into it. Merge it first: `for name, m in [*model.named_modules()]: "
             "hasattr(m, 'get_base_layer') and (m.merge(), model.set_submodule(name, m.get_base_layer()))`"
         )
 
@@ -311,7 +315,7 @@ def dequantized(model: PreTrainedModel, inplace: bool) -> PreTrainedModel:
     method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", "an unknown method")
     problem = f"{type(model).__name__} is quantized with {getattr(method, 'value', method)}"
     if quantizer is None:
-        raise StructPruneError(f"{problem} and has no quantizer to undo it; load it without quantization.")
+        raise StructPruneError(f"{problem} and has no quantizer to undo it. Load it without quantization.")
 
     if not inplace:
         model = deepcopy(model)
@@ -325,7 +329,7 @@ def dequantized(model: PreTrainedModel, inplace: bool) -> PreTrainedModel:
         return model.dequantize()
     except NotImplementedError as error:
         raise StructPruneError(
-            f"{problem}, which transformers cannot undo ({one_line(error)}); load it without quantization."
+            f"{problem}, which transformers cannot undo ({one_line(error)}). Load it without quantization."
         ) from error
 
 

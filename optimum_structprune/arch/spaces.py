@@ -302,7 +302,7 @@ def _axes(
 ) -> list[Axis]:
     """Return one axis for each part of a packed parameter. Raise if its shape does not fit the number of units."""
     if param not in shapes:
-        raise StructPruneError(f"{param} is missing; the description of this family expects it.")
+        raise StructPruneError(f"{param} is missing. The description of this family expects it.")
 
     rows = [units[part] for part in parts]
     if shapes[param][dim] != size * sum(rows):
@@ -402,7 +402,7 @@ def _check_channels(
     if shape is None:
         problem = "is missing"
     raise StructPruneError(
-        f"{axis.param} {problem}; the description of {config.model_type!r} says that its dimension {axis.dim} is the "
+        f"{axis.param} {problem}. The description of {config.model_type!r} says that its dimension {axis.dim} is the "
         f"{size} channels of {template.size}."
     )
 

@@ -116,7 +116,7 @@ def _check_gguf(args: Namespace) -> None:
     check_gguf_type(args.gguf)
     if args.offload is not None:
         raise StructPruneError(
-            f"--gguf takes a whole model in memory, and --offload {args.offload} is for those that do not fit; leave "
+            f"--gguf takes a whole model in memory, and --offload {args.offload} is for those that do not fit. Leave "
             f"out either, or run `structprune export {args.output} OUT{GGUF}` where there is room."
         )
 
@@ -152,7 +152,7 @@ def prune_configs(args: Namespace) -> tuple[StructPruneConfig, RecoveryConfig | 
 
     if args.offload is not None and recovery is not None:
         raise StructPruneError(
-            f"--offload {args.offload} prunes a model that does not fit, and recovery trains it in memory; leave out "
+            f"--offload {args.offload} prunes a model that does not fit, and recovery trains it in memory. Leave out "
             f"recovery, and afterwards run `structprune recover {args.output} OUT --teacher {args.model}`."
         )
     return config, recovery, options

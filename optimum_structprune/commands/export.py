@@ -52,7 +52,7 @@ def to_gguf(loading: Loading, name: str, output: str, gguf_type: str | None, ove
     return export_gguf(model, output, tokenizer, overwrite, gguf_type)
 
 
-def with_gguf(args: Namespace, result: Result, loading: Loading, parameters: int) -> Result:
+def add_gguf(args: Namespace, result: Result, loading: Loading, parameters: int) -> Result:
     """Write the GGUF file of `--gguf`, and return the result with the file; without the flag, do nothing.
 
     Args:

@@ -65,7 +65,7 @@ class Loading:
     def __post_init__(self) -> None:
         self.device = usable_device(self.device)
         if self.offload is not None and self.device in SPREAD_DEVICES:
-            raise StructPruneError(f"--device {self.device} spreads the layers itself; leave out --offload.")
+            raise StructPruneError(f"--device {self.device} spreads the layers itself. Remove --offload.")
         if self.arch_file is not None:
             enable_heterogeneous(self.arch_file)
 
@@ -236,7 +236,7 @@ def usable_device(name: str | None) -> str:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
 
         raise StructPruneError(
-            f"--device {name} cannot be used: {reason}; this machine has {', '.join(devices)}."
+            f"--device {name} cannot be used: {reason}. This machine has {', '.join(devices)}."
         ) from error
     return name
 

@@ -110,7 +110,9 @@ def _check_page(args: Namespace) -> None:
     if len(args.models) > 1:
         raise StructPruneError(f"--html writes the page of one result, and {len(args.models)} models are named.")
     if args.speed and not args.against:
-        raise StructPruneError("The page compares speed with the dense model's; name it by --against.")
+        raise StructPruneError(
+            "The page compares the speed with the speed of the original model. Pass the original model with --against."
+        )
 
     (folder,) = args.models
     check_result(folder)

@@ -70,7 +70,7 @@ def check_file(file: str, label: str, overwrite: bool = False) -> None:
     if not path.absolute().parent.is_dir():
         raise StructPruneError(f"{label} cannot be written: there is no folder {path.parent}.")
     if path.is_file() and path.stat().st_size and not overwrite:
-        raise StructPruneError(f"{label} exists; name another file, or replace it with --overwrite.")
+        raise StructPruneError(f"{label} exists. Choose another file, or replace it with --overwrite.")
 
 
 def visible(text: str) -> str:

@@ -20,10 +20,10 @@ from ..saving.page import write_page_or_warn
 from ..system.disk import OFFLOAD, Output, check_apart, used_paths
 from ..system.processes import across_processes, process_index, unshared
 from .checks import progress_folder, prune_configs
-from .export import with_gguf
+from .export import add_gguf
 from .loading import Loading
 from .output import Result, note
-from .recover import pushed, recover_and_save, recovery_for
+from .recover import push_result, recover_and_save, recovery_for
 from .saved import result_lines
 
 
@@ -47,8 +47,8 @@ def prune(args: Namespace) -> Result:
 
         # Writing a GGUF file loads the model from the folder, which may have been trained.
         del pruned
-        result = with_gguf(args, result, loading, report.dense.parameters)
-        return pushed(args, result)
+        result = add_gguf(args, result, loading, report.dense.parameters)
+        return push_result(args, result)
 
 
 def _check_folders(

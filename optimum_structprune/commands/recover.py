@@ -53,10 +53,10 @@ def recover(args: Namespace) -> Result:
             tokens_of_teacher(loading.without_weights(args.teacher), meta_model, loading.tokenizer(args.model))
 
         model, tokenizer = loading.model_and_tokenizer(args.model)
-        return pushed(args, recover_and_save(args, recovery, model, tokenizer))
+        return push_result(args, recover_and_save(args, recovery, model, tokenizer))
 
 
-def pushed(args: Namespace, result: Result) -> Result:
+def push_result(args: Namespace, result: Result) -> Result:
     """Push a result to the Hub if the arguments ask for it, and return it with the address."""
     if args.push_to_hub is None or not is_first_rank():
         return result

@@ -18,7 +18,7 @@ from ..config.pruning import LANGUAGES, StructPruneConfig
 from ..domains.load import load_domains
 from ..domains.packing import Domain
 from ..record.table import aligned
-from ..vocabulary.choose import VocabularyRequest, wanted_shares
+from ..vocabulary.choose import VocabularyRequest, token_shares
 from ..vocabulary.count import language_shares, shares_of
 from .arguments import tokens_config
 from .loading import Loading
@@ -46,7 +46,7 @@ def plan_tokens(args: Namespace) -> Result:
     heldout_documents: set[str] = set()
     for domain in domains:
         heldout_documents.update(domain.heldout_documents)
-    requested, _ = wanted_shares(request, domains, heldout_documents)
+    requested, _ = token_shares(request, domains, heldout_documents)
     order = request.order(requested.total())
     text_shares = _text_shares(domains, len(order))
     word_shares = _language_shares(config, tokenizer, len(order))

@@ -25,7 +25,7 @@ from ..errors import StructPruneError
 from ..forward.generation import continuations, end_tokens
 from ..forward.metrics import evaluating
 from ..registry import did_you_mean
-from ..system.fingerprint import KeptText, fingerprint
+from ..system.fingerprint import TextCache, fingerprint
 from ..system.processes import broadcast_object, gather_objects, process_index, unshared
 from ..system.stages import progress, stage
 from .packing import tokenize_with_prefix
@@ -214,12 +214,12 @@ class _TextGenerator:
     seed: int
     min_p: float
 
-    def cache(self, name: str) -> KeptText:
+    def cache(self, name: str) -> TextCache:
         """Return the file of the documents of this generator. Every setting that changes them is part of its key."""
         filters = [MAX_TOKENS, MIN_TOKENS, self.min_p, RUN_TOKENS, MIN_DISTINCT_RUNS, MAX_PERPLEXITY_RATIO]
         tokenizer = [len(self.tokenizer), self.tokenizer.chat_template, end_tokens(self.model, self.tokenizer)]
         settings = [fingerprint(self.model)] + filters + tokenizer + [self.prompts[:MAX_BATCH], self.seed]
-        return KeptText(name, *settings)
+        return TextCache(name, *settings)
 
     def generate(self, batch: range) -> list[str]:
         """Generate the documents with these numbers, and return the documents that pass the filters."""
@@ -337,7 +337,7 @@ def _is_varied(ids: Sequence[int]) -> bool:
     return len(ids) >= MIN_TOKENS and len(set(runs)) >= MIN_DISTINCT_RUNS * len(runs)
 
 
-def _generate(generator: _TextGenerator, batches: Sequence[range], cache: KeptText) -> dict[str, list[str]]:
+def _generate(generator: _TextGenerator, batches: Sequence[range], cache: TextCache) -> dict[str, list[str]]:
     """Generate one of the first batches in each process, and add them to the cache.
 
     Returns:

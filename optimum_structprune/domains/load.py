@@ -287,7 +287,10 @@ class _Packer:
             cause = ""
             if isinstance(domain.source, Reiterable):
                 cause = "; a generator yields its text only once"
-            return f"The domain {domain.name!r} is empty{cause}."
+            return (
+                f"The domain {domain.name!r} is empty{cause}. Pass documents that have tokens. If the source holds "
+                "text, check that the tokenizer belongs to the model."
+            )
 
         def fails(num_samples: int) -> bool:
             new_pools = {number: DocumentPool(pool.documents) for number, pool in pools.items()}

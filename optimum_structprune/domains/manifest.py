@@ -217,7 +217,7 @@ class Manifest(Record):
             return self.with_entries([])
         return self.with_entries([replace(entry, use=EARLIER) for entry in earlier.domains])
 
-    def of_use(self, use: str) -> list[Entry]:
+    def with_use(self, use: str) -> list[Entry]:
         """Return the entries with a use."""
         return [entry for entry in self.domains if entry.use == use]
 

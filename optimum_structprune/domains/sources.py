@@ -172,7 +172,7 @@ def _saved_rows(domain: DomainConfig, seed: int | None) -> Iterator[Row]:
 
     if domain.split not in dataset:
         raise StructPruneError(
-            f"The domain {domain.name!r}: {domain.source} has no split {domain.split!r}; it has {', '.join(dataset)}."
+            f"The domain {domain.name!r}: {domain.source} has no split {domain.split!r}. It has {', '.join(dataset)}."
         )
     return _rows(dataset[domain.split], seed)
 
@@ -517,7 +517,7 @@ def resolve(domains: Iterable[DomainConfig]) -> list[DomainConfig]:
     names = [domain.name for domain in resolved]
     for name in names:
         if names.count(name) > 1:
-            raise StructPruneError(f"Two domains are named {name!r} once the presets are resolved; rename one.")
+            raise StructPruneError(f"Two domains are named {name!r} once the presets are resolved. Rename one.")
     return resolved
 
 
@@ -532,7 +532,7 @@ def presets(file: str = "") -> dict[str, Mapping[str, Any]]:
 
     for name, entry in table.items():
         if not isinstance(entry, Mapping) or ("mix" in entry) == ("source" in entry):
-            raise StructPruneError(f"The preset {name!r} needs a source, or a mix of other presets; got {entry!r}.")
+            raise StructPruneError(f"The preset {name!r} needs a source, or a mix of other presets, got {entry!r}.")
     return table
 
 

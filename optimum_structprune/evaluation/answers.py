@@ -30,7 +30,7 @@ GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "use_ca
 RUN_TOKENS = 4
 MAX_REPEATS = 3
 # The form of a line in a file of questions, for an error.
-FORM = 'is no question, which has a "prompt" or "messages", and in "right" a regular expression ("" accepts all)'
+FORM = 'is not a question: it needs a "prompt" or "messages", and in "right" a regular expression ("" accepts all)'
 # The minimum number of answers that are generated together.
 MIN_BATCH = 32
 # The short check of `prune` and `recover` asks the first questions. A run that reads fewer tokens than

@@ -169,7 +169,7 @@ def _compare_text(evaluation: Evaluation, manifest: Manifest, texts: Sequence[He
         overlaps[domain.name] = list(manifest.overlaps(domain, text.documents))
 
     # Without calibration text, the manifest does not show which text the model has seen.
-    if manifest.of_use(CALIBRATED):
+    if manifest.with_use(CALIBRATED):
         evaluation.shared = [name for name, sentences in overlaps.items() if sentences]
     for name, sentences in overlaps.items():
         evaluation.warnings += [f"The domain {name!r}: {sentence}." for sentence in sentences]
@@ -193,7 +193,7 @@ def _compare_vectors(
     compared_texts.update(pairs)
 
     embeddings = Embeddings(models[DENSE], compared_texts, tokenizers[DENSE], tokens_differ, pairs)
-    embeddings.read_by(tokenizers[PRUNED], models[PRUNED])
+    embeddings.set_tokenizer(tokenizers[PRUNED], models[PRUNED])
     if embeddings.spoken:
         costs = with_costs_after(costs_before(None, tokenizers[DENSE], ()), None, tokenizers[PRUNED])
         evaluation.languages = language_costs(costs)
@@ -275,7 +275,9 @@ def check_evaluation(
     if encoders:
         _check_encoders(encoders, answers)
     elif pairs:
-        raise StructPruneError(f"{type(models[-1]).__name__} predicts the next token; pairs are for encoders.")
+        raise StructPruneError(
+            f"{type(models[-1]).__name__} predicts the next token, and pairs are for encoders. Remove `pairs`."
+        )
 
     if domains:
         for model in models:

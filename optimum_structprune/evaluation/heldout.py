@@ -64,7 +64,7 @@ def read_heldout(
     rows = tokenised(documents(domain, None, tokenizer), tokenizer)
     texts = sample_format.take(rows, max_samples * sample_format.body)
     if not texts:
-        raise StructPruneError(f"The domain {domain.name!r} is empty. Pass text with documents.")
+        raise StructPruneError(f"The domain {domain.name!r} is empty. Pass documents that have tokens.")
     if sample_format.length(texts) < sample_format.body:
         num_tokens = sum(len(text.ids) for text in texts)
         raise StructPruneError(
@@ -89,7 +89,7 @@ def read_pairs(paths: Sequence[str | Path]) -> dict[str, list[str]]:
     texts_by_name: dict[str, list[str]] = {}
 
     for path, name in zip(paths, names, strict=True):
-        pairs = read_lines(Path(path), _pair, 'is no pair of two texts, such as {"en": "…", "de": "…"}')
+        pairs = read_lines(Path(path), _pair, 'is not a pair of two texts, such as {"en": "…", "de": "…"}')
         if not pairs:
             raise StructPruneError(f"The file {path} has no pairs of texts.")
 

@@ -160,7 +160,7 @@ class Moments:
         # Both tensors are checked at once, because each check makes the host wait for a GPU.
         if not torch.isfinite(torch.stack([self.mean, self.square])).all():
             raise StructPruneError(
-                f"NaN or infinite activations at {module} in domain {domain}; load the model in float32 or bfloat16, "
+                f"NaN or infinite activations at {module} in domain {domain}. Load the model in float32 or bfloat16, "
                 "or check its weights."
             )
         return self

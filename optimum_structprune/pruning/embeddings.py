@@ -217,7 +217,7 @@ class Embeddings:
                 gaps[name] = Gaps(texts, model, self.tokenizer)
         return gaps
 
-    def read_by(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
         """Encode the texts with another tokenizer from now on."""
         self.tokenizer = tokenizer
 

@@ -115,7 +115,7 @@ class Comparison:
     def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
         """Measure with another tokenizer from now on. Raise if its samples are too long for the model."""
         if self.measure is not None:
-            self.measure.read_by(tokenizer, model)
+            self.measure.set_tokenizer(tokenizer, model)
 
     def finish(self) -> None:
         """Enter the figures of the pruned model, and the share of words that are split."""
@@ -165,7 +165,7 @@ class Measure:
         arch: The description of the model.
         max_tokens: The approximate number of held-out tokens of all domains together.
         tokenizer: The tokenizer of the model.
-        vocabulary_changes: Whether another tokenizer will read the text, see `read_by`.
+        vocabulary_changes: Whether another tokenizer will read the text, see `set_tokenizer`.
         unseen: Rows of unseen text of equal length, each of another document.
     """
 
@@ -200,10 +200,10 @@ class Measure:
         if tokenizer is not None:
             self.texts = {name: Passages(rows, tokenizer) for name, rows in self.heldout.items()}
             if vocabulary_changes:
-                self.read_by(tokenizer, model)
+                self.set_tokenizer(tokenizer, model)
         self.dense_losses = self._losses(model, arch)
 
-    def read_by(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
         """Read the same text with another tokenizer from now on."""
         self.heldout = {name: passages.rows(tokenizer, model) for name, passages in self.texts.items()}
 

@@ -142,7 +142,7 @@ def check_memory(request: PruningRequest, inplace: bool) -> None:
     info = request.model_info
     if info.offloaded and not inplace:
         raise StructPruneError(
-            f"{info.name} is offloaded, and a copy of it would need as much memory again; pass inplace=True."
+            f"{info.name} is offloaded, and a copy of it would need as much memory again. Pass `inplace=True`."
         )
 
     estimate = estimate_memory(request)

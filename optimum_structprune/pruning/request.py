@@ -277,9 +277,10 @@ def resolve_request(
         if loss is None:
             raise
         targets = list(config.targets_or_default)
+        advice = error.advice or "prune another model"
         raise StructPruneError(
             f"budget {LOSS}={loss} finds nothing to remove: no smaller widths of targets={targets} remove a "
-            f"thousandth of the parameters; {error.advice or 'prune another model'}."
+            f"thousandth of the parameters. {advice[0].upper()}{advice[1:]}."
         ) from error
     return request
 

@@ -73,7 +73,7 @@ class Plan:
                     units = tuple(keep[key][unit] for unit in units)
             except IndexError:
                 raise StructPruneError(
-                    f"The later plan keeps units of {name!r} that this plan has removed; it is for another model, "
+                    f"The later plan keeps units of {name!r} that this plan has removed. It is for another model, "
                     "such as the dense one, than this plan leaves."
                 ) from None
             keep[key] = units

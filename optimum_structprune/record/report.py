@@ -122,7 +122,7 @@ class RecoveryReport(ResultRecord):
         return self.domains.setdefault(name, DomainResult())
 
     @property
-    def kept(self) -> str:
+    def checkpoint_phrase(self) -> str:
         """Return a phrase that names the kept checkpoint."""
         if not self.kept_step:
             return "no checkpoint was better than the pruned model, so the pruned model is kept"

@@ -508,9 +508,8 @@ def training_lines(recovery: RecoveryReport) -> list[str]:
 
 def training_line(recovery: RecoveryReport) -> str:
     """Return the cost of a training, and the checkpoint that was kept."""
-    return (
-        f"Recovery: {recovery.tokens:,} tokens, {recovery.steps:,} steps, {recovery.seconds:,.0f} s; {recovery.kept}"
-    )
+    cost = f"{recovery.tokens:,} tokens, {recovery.steps:,} steps, {recovery.seconds:,.0f} s"
+    return f"Recovery: {cost}; {recovery.checkpoint_phrase}"
 
 
 def recovery_lines(recovery: RecoveryReport) -> list[str]:

@@ -18,7 +18,7 @@ from ..arch.meta import positions_of
 from ..errors import StructPruneError, warn
 from ..forward.generation import sampled_continuations
 from ..forward.metrics import evaluating
-from ..system.fingerprint import KeptText
+from ..system.fingerprint import TextCache
 from ..system.stages import progress
 from .samples import Sample, SamplePacker
 
@@ -183,4 +183,4 @@ def write_answers(answers: Answers, packer: SamplePacker, num_samples: int) -> l
 
 def answer_file(*depends_on: Any) -> AnswerFile:
     """Return the file of answers that depend on these values."""
-    return AnswerFile(KeptText("answers", *depends_on).path)
+    return AnswerFile(TextCache("answers", *depends_on).path)

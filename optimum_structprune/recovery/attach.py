@@ -138,7 +138,7 @@ def _check_trainer(trainer: Trainer, student: Any) -> None:
 
     if trainer.compute_loss_func is not None:
         raise StructPruneError(
-            "The Trainer has a `compute_loss_func`, and `attach_teacher` replaces the loss. Leave it out; "
+            "The Trainer has a `compute_loss_func`, and `attach_teacher` replaces the loss. Remove it. "
             "`task_weight` mixes the cross-entropy with the divergence."
         )
 

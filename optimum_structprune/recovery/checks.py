@@ -22,7 +22,7 @@ from .prompts import read_prompts
 from .text import VALIDATION, sample_length, text_config
 
 
-MANY_GPUS = "`attach_teacher` trains a pruned model with it, see docs/recovery_many_gpus.md"
+MANY_GPUS = "To train a pruned model with it, use `attach_teacher`, see docs/recovery_many_gpus.md"
 
 
 def check_recovery(config: RecoveryConfig, pruning: StructPruneConfig, model: PreTrainedModel) -> None:
@@ -37,7 +37,7 @@ def check_recovery(config: RecoveryConfig, pruning: StructPruneConfig, model: Pr
     for name in ("fsdp", "deepspeed"):  # before transformers initializes them
         if config.training.get(name):
             raise StructPruneError(
-                f"`training` has {name}, but every process of a recovery holds the whole model. Leave it out; "
+                f"`training` has {name}, but every process of a recovery holds the whole model. Remove it. "
                 f"{MANY_GPUS}."
             )
 

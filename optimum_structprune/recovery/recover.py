@@ -154,7 +154,7 @@ class Recovery:
         report = replace(report, teacher=name or "", earlier=self._earlier)
         self._record(recovered, tokenizer, data, report, earlier)
         if report.stopped or not report.kept_step:
-            warn(report.stopped or report.kept, NothingGainedWarning)
+            warn(report.stopped or report.checkpoint_phrase, NothingGainedWarning)
         return recovered
 
     def _check(
@@ -284,7 +284,7 @@ class Recovery:
                 "`save` takes the model that `recover_model` returned. Call `recover_model`, and pass its result."
             )
 
-        from ..saving.card import leave_card  # imported here because its libraries take long to import
+        from ..saving.card import write_card  # imported here because its libraries take long to import
 
         def write(folder: Path) -> None:
             for name, record in self._records.items():
@@ -293,7 +293,7 @@ class Recovery:
                 self._manifest.save(folder / MANIFEST_NAME)
             replace_json(folder / RECOVERY_CONFIG_NAME, self.config.without_output_dir().to_dict())
             report.save(folder / RECOVERY_REPORT_NAME)
-            leave_card(folder, save_directory, model, self.pruning.arch_file)
+            write_card(folder, save_directory, model, self.pruning.arch_file)
 
         save_checked(model, save_directory, tokenizer, overwrite, write, used_paths(self.config, self.pruning))
 

@@ -155,7 +155,7 @@ def loader_of(folder: str | Path, config: PretrainedConfig, arch_file: str | Pat
     return SENTENCE_CLASSES[0]
 
 
-def leave_card(folder: Path, output: str | Path, model: PreTrainedModel, arch_file: str | None) -> None:
+def write_card(folder: Path, output: str | Path, model: PreTrainedModel, arch_file: str | None) -> None:
     """Write the card of a result and its chart. An error only causes a warning.
 
     Args:

@@ -15,7 +15,7 @@ from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_N
 from ..steps.resize import pad_
 from ..system.disk import Output
 from ..system.stages import model_bytes
-from .card import leave_card
+from .card import write_card
 from .save import RECORD_NAMES, save_checked
 
 
@@ -87,7 +87,7 @@ def export_uniform(
     def write_records(folder: Path) -> None:
         if model.name_or_path:
             _copy_records(Path(model.name_or_path), folder)
-        leave_card(folder, save_directory, uniform, arch_file)
+        write_card(folder, save_directory, uniform, arch_file)
 
     save_checked(uniform, save_directory, tokenizer, overwrite, write_records, input_paths, like=model)
     added_bytes = model_bytes(uniform) - model_bytes(model)

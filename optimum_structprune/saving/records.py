@@ -69,7 +69,7 @@ class Records:
             dense=dense or report.model.name,
         )
 
-    def of_use(self, use: str) -> list[Entry]:
+    def with_use(self, use: str) -> list[Entry]:
         """Return the text that was used in one way."""
         return [entry for entry in self.domains if entry.use == use]
 

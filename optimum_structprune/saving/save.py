@@ -78,7 +78,7 @@ def save_pruned(
 
     The report notes if the weights have changed since they were measured.
     """
-    from .card import leave_card  # imported here because its libraries take long to import
+    from .card import write_card  # imported here because its libraries take long to import
 
     config = records.config
     report = replace(records.report, pruned=replace(records.report.pruned, bytes=model_bytes(model)))
@@ -93,7 +93,7 @@ def save_pruned(
         # A model that was trained after pruning has a manifest that includes the training text.
         manifest = Manifest.seen_by(model) or records.manifest
         manifest.save(folder / MANIFEST_NAME)
-        leave_card(folder, save_directory, model, config.arch_file)
+        write_card(folder, save_directory, model, config.arch_file)
 
     input_paths: list[str | Path | None] = [model.name_or_path]
     input_paths.extend(used_paths(config))
@@ -138,7 +138,7 @@ def save_checked(
         if model.name_or_path:
             copy_extra_files(model, staging, tokenizer, kept_tokens)
         for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
-            settle(staging / name, type(model.config))
+            make_portable(staging / name, type(model.config))
 
         write_records(staging)
         _remove_folders(staging)
@@ -175,7 +175,7 @@ def _save_model(model: PreTrainedModel, folder: Path) -> None:
         model.save_pretrained(str(folder), **options)
 
 
-def settle(path: Path, kind: type[PretrainedConfig]) -> None:
+def make_portable(path: Path, kind: type[PretrainedConfig]) -> None:
     """Make a saved config readable for other versions of transformers and independent of missing files.
 
     Code files that the config names are dropped unless they are in its folder or on the Hub. Fields that transformers

@@ -251,7 +251,7 @@ def _beginning(text: str) -> str:
 def _domain_table(records: Records, use: str) -> list[list[str]]:
     """Return the table of the domains that were used in one way, or nothing if there are none."""
     rows = []
-    for entry in records.of_use(use):
+    for entry in records.with_use(use):
         fields = [str(entry.origin[name]) for name in ("source", "dataset_config") if entry.origin.get(name)]
         source = short_name(" ".join(fields)) or "given inputs"
         rows.append([entry.name, source, f"{entry.weight:.2f}", f"{entry.calibration_tokens:,}"])

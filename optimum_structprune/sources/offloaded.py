@@ -120,18 +120,20 @@ def check_offloaded(config: StructPruneConfig, described: ModelInfo, widths: Wid
     advice = "load the model in memory, or over several devices"
 
     if described.quantized:
-        raise StructPruneError(f"{name} is offloaded and quantized, and is unpacked in memory; {advice}.")
+        raise StructPruneError(
+            f"{name} is offloaded and quantized, and is unpacked in memory. {advice[0].upper()}{advice[1:]}."
+        )
 
     if CRITERIA.get(config.scored_by).whole_model_statistics is not None:
         raise StructPruneError(
-            f"{name} is offloaded, and criterion={config.scored_by!r} takes all its layers at once; choose "
+            f"{name} is offloaded, and criterion={config.scored_by!r} takes all its layers at once. Choose "
             f"criterion='obs' or 'wanda', or {advice}."
         )
 
     for space in (HIDDEN, VOCAB):
         if space in widths:
             raise StructPruneError(
-                f"{name} is offloaded, and {space!r} changes weights of all layers at once; prune inside the layers, "
+                f"{name} is offloaded, and {space!r} changes weights of all layers at once. Prune inside the layers, "
                 f"or {advice}."
             )
 

@@ -22,7 +22,7 @@ from ..domains.packing import Domain, document_hash, tokenize_with_prefix
 from ..domains.sources import documents, resolve
 from ..errors import StructPruneError
 from ..forward.metrics import MIN_DOCUMENTS
-from ..system.fingerprint import KeptText
+from ..system.fingerprint import TextCache
 from ..system.processes import broadcast_object, process_index
 
 
@@ -169,7 +169,7 @@ def _written(
 def _from_hub(count: int) -> Iterator[str]:
     """Return the first rows of data sets of many kinds. The rows are cached on the disk."""
     data_sets = resolve([DomainConfig(name=OTHER, source=f"{PRESET}{OTHER}")])
-    cache = KeptText(OTHER, count, [data_set.to_dict() for data_set in data_sets])
+    cache = TextCache(OTHER, count, [data_set.to_dict() for data_set in data_sets])
     texts = cache.read().get(OTHER, [])
 
     if not texts and process_index() == 0:

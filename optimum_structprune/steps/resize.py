@@ -138,7 +138,7 @@ def resize_(model: PreTrainedModel, arch: ArchSpec, tensors: Mapping[str, Tensor
         reason = arch.uniform or arch.of(kind)[0].uniform
         if reason:
             raise StructPruneError(
-                f"The state dict has {narrowest} units of {kind!r} in one layer and {widest} in another; a plain "
+                f"The state dict has {narrowest} units of {kind!r} in one layer and {widest} in another. A plain "
                 f"{arch.model_type} config takes one width for all: {reason}."
             )
         sizes[kind] = widths

@@ -105,7 +105,7 @@ def json_hash(value: Any) -> str:
     return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-class KeptText:
+class TextCache:
     """A cache of batches of text for later runs, in a file whose name is a hash of all dependencies.
 
     Args:

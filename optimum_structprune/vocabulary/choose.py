@@ -243,7 +243,7 @@ class TokenShares:
         return self.text + self.languages + self.prior + self.letters
 
 
-def wanted_shares(
+def token_shares(
     request: VocabularyRequest, domains: Sequence[Domain], held_out: Collection[str], expected: Tensor | None = None
 ) -> tuple[TokenShares, list[Entry]]:
     """Return the expected share of each token, and the records of the counted text.
@@ -383,8 +383,8 @@ class Ranking:
 def rank_tokens(
     request: VocabularyRequest, domains: Sequence[Domain], held_out: Collection[str], expected: Tensor | None
 ) -> Ranking:
-    """Rank all tokens by their expected shares; see `wanted_shares` for the arguments."""
-    shares, entries = wanted_shares(request, domains, held_out, expected)
+    """Rank all tokens by their expected shares; see `token_shares` for the arguments."""
+    shares, entries = token_shares(request, domains, held_out, expected)
     order = request.order(shares.total())
     return Ranking(order, shares, _removed_shares(request, order, domains), entries)
 

@@ -126,7 +126,7 @@ def check_reach(config: StructPruneConfig, budget: Budget, smallest: float, name
     """
     label = f"budget {budget.name}={budget.limit:,}"
     if budget.limit >= budget.dense:
-        raise StructPruneError(f"{label} is met by the dense model, with {budget.dense:,}; ask for less.")
+        raise StructPruneError(f"{label} is met by the original model, with {budget.dense:,}. Set a smaller budget.")
 
     untargeted = _untargeted_spaces(config, budget.name, names, arch)
     if not names:
@@ -134,8 +134,8 @@ def check_reach(config: StructPruneConfig, budget: Budget, smallest: float, name
         if untargeted:
             advice = f"target {' or '.join(repr(kind) for kind in untargeted)}"
         raise UnreachableBudgetError(
-            f"{label} is not met by the dense model, which has {budget.dense:,}, and targets="
-            f"{list(config.targets_or_default)} do not change that; {advice}.",
+            f"{label} is not met by the original model, which has {budget.dense:,}, and targets="
+            f"{list(config.targets_or_default)} do not change that. {advice[0].upper()}{advice[1:]}.",
             advice,
         )
 
@@ -145,10 +145,10 @@ def check_reach(config: StructPruneConfig, budget: Budget, smallest: float, name
         if advice:
             suggestion = f", or {advice}"
         if budget.limit < 101:
-            suggestion += "; a share of the dense model lies below 1"
+            suggestion += ". A share of the original model is below 1"
         raise UnreachableBudgetError(
             f"{label} cannot be met: with the smallest widths of {', '.join(names)} the model still has "
-            f"{smallest:,} of {budget.dense:,}; allow that{suggestion}.",
+            f"{smallest:,} of {budget.dense:,}. Allow that{suggestion}.",
             advice,
         )
 

@@ -96,8 +96,8 @@ def _check_lengths(config: StructPruneConfig, arch: ArchSpec) -> None:
     for name, width in (config.widths or {}).items():
         if isinstance(width, list) and len(width) != arch.num_layers:
             raise StructPruneError(
-                f"widths[{name!r}] has a list of length {len(width)}, and the model has {arch.num_layers} layers; "
-                f"list one width for each, or name layers: {dict(enumerate(width))}."
+                f"widths[{name!r}] has a list of length {len(width)}, and the model has {arch.num_layers} layers. "
+                f"List one width for each, or name layers: {dict(enumerate(width))}."
             )
 
 
@@ -108,7 +108,7 @@ def _check_disjoint(config: StructPruneConfig, arch: ArchSpec, names: Sequence[s
         kind = model_kinds[0]
         raise StructPruneError(
             f"targets={list(names)} has {kind!r}, whose removal also removes units of the other targets, so neither "
-            f"sparsity nor a budget says how much of each to remove; target {kind!r} alone, or set widths."
+            f"sparsity nor a budget says how much of each to remove. Target {kind!r} alone, or set `widths`."
         )
 
     expert_kinds = [name for name in names if not arch.of(name)[0].inside]
@@ -120,7 +120,7 @@ def _check_disjoint(config: StructPruneConfig, arch: ArchSpec, names: Sequence[s
     if expert_kinds and inner_kinds:
         raise StructPruneError(
             f"targets={list(names)} would remove whole experts and channels inside them, and neither "
-            f"sparsity nor a budget says how much of each; target {inner_kinds[0]!r}, which loses less, or "
+            f"sparsity nor a budget says how much of each. Target {inner_kinds[0]!r}, which loses less, or "
             f"{expert_kinds[0]!r}, or set both widths."
         )
 
@@ -135,7 +135,7 @@ def _check_width(arch: ArchSpec, name: str, width: Width, legal: Sequence[int]) 
     for layer, layer_width in width.items():
         if layer not in sizes:
             raise StructPruneError(
-                f"widths[{name!r}] names layer {layer}, which has no {name!r}; the layers that have it are "
+                f"widths[{name!r}] names layer {layer}, which has no {name!r}. The layers that have it are "
                 f"{min(sizes)} to {max(sizes)}."
             )
         _check_legal(arch, name, f"widths[{name!r}][{layer}]", layer_width, legal, sizes[layer])
@@ -150,7 +150,7 @@ def _check_legal(arch: ArchSpec, name: str, label: str, width: int, legal: Seque
     index = bisect_left(allowed, width)
     nearest = " or ".join(str(choice) for choice in allowed[max(index - 1, 0) : index + 1])
     raise StructPruneError(
-        f"{label} = {width} is not legal for this {arch.model_type} model, which has {arch.of(name)[0].size}; the "
+        f"{label} = {width} is not legal for this {arch.model_type} model, which has {arch.of(name)[0].size}. The "
         f"nearest legal choice is {nearest}."
     )
 
@@ -292,7 +292,7 @@ def check_may_differ(config: StructPruneConfig, arch: ArchSpec, names: Sequence[
         if reason:
             raise StructPruneError(
                 f"{cause} makes layers of different widths, which {name!r} of a {arch.model_type} model cannot have: "
-                f"{reason}; use allocation='uniform' without skip_layers, and one number per space in widths."
+                f"{reason}. Use `allocation='uniform'` without `skip_layers`, and one number per space in `widths`."
             )
 
 
@@ -304,7 +304,7 @@ def without_layers(arch: ArchSpec, layers: Sequence[int], names: Collection[str]
     """
     for layer in layers:
         if not 0 <= layer < arch.num_layers:
-            raise StructPruneError(f"skip_layers names layer {layer}; the layers are 0 to {arch.num_layers - 1}.")
+            raise StructPruneError(f"skip_layers names layer {layer}. The layers are 0 to {arch.num_layers - 1}.")
 
     pruned = replace(arch, spaces=tuple(space for space in arch.spaces if space.layer not in layers))
     for name in arch.names:

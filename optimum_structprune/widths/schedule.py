@@ -82,15 +82,17 @@ def removal_steps(
         end_step = _step_number("end", end, max_steps)
 
     if interval is not None and (not isinstance(interval, int) or interval < 1):
-        raise StructPruneError(f"every is a number of steps, 1 or more, got {interval!r}.")
+        raise StructPruneError(f"`every` must be a number of steps, at least 1, got {interval!r}.")
     if end is None and interval is not None:
-        raise StructPruneError(f"every={interval} divides the removal up to end; name end, or leave every out.")
+        raise StructPruneError(f"`every={interval}` divides the removal up to `end`. Set `end`, or remove `every`.")
     if end is None and config.rounds > 1:
-        raise StructPruneError(f"rounds={config.rounds} divides the removal up to end; name end, or leave rounds out.")
+        raise StructPruneError(
+            f"`rounds={config.rounds}` divides the removal up to `end`. Set `end`, or remove `rounds`."
+        )
 
     if end_step < start_step:
         raise StructPruneError(
-            f"end={end!r} is step {end_step}, before start={start!r}, step {start_step}; name a later step."
+            f"`end={end!r}` is step {end_step}, before `start={start!r}`, step {start_step}. Set a later `end`."
         )
     if end_step > max_steps:
         raise StructPruneError(f"The last removal is after step {end_step}, but training has {max_steps} steps.")
@@ -100,8 +102,8 @@ def removal_steps(
         return list(range(start_step, end_step + 1, interval))
     if num_steps > 0 and config.rounds == 1:
         raise StructPruneError(
-            f"end={end!r} divides the removal over the steps {start_step} to {end_step}, and rounds=1 removes "
-            "everything at once; set rounds=4 or more, or every, or leave end out."
+            f"`end={end!r}` divides the removal over the steps {start_step} to {end_step}, but `rounds=1` removes "
+            "everything at once. Set `rounds` to 4 or more, set `every`, or remove `end`."
         )
 
     count = min(config.rounds, num_steps + 1)
@@ -114,7 +116,7 @@ def _step_number(name: str, step: int | float, max_steps: int) -> int:
     is_step_or_share = is_number and (isinstance(step, int) or step <= 1 or step.is_integer())
     # The comparison is false for NaN.
     if not is_step_or_share or not step >= 0:
-        raise StructPruneError(f"{name} is a step, or a share of all steps from 0.0 to 1.0, got {step!r}.")
+        raise StructPruneError(f"`{name}` must be a step, or a share of all steps from 0.0 to 1.0, got {step!r}.")
 
     if isinstance(step, float) and step <= 1:
         return round(max_steps * step)
