@@ -1,4 +1,4 @@
-"""The pruned model that recoveries are tried on."""
+"""Fixtures of a pruned model to recover."""
 
 from copy import deepcopy
 
@@ -10,10 +10,11 @@ from optimum_structprune import prune_model
 
 @pytest.fixture(scope="package")
 def small():
-    """What no test changes."""
+    """Return a pruned model that no test may change."""
     return prune_model(build("llama-tied"), config(), tokenizer())
 
 
 @pytest.fixture
 def pruned(small):
+    """Return a copy of `small` that a test may change."""
     return deepcopy(small)

@@ -30,8 +30,8 @@ from optimum_structprune.recovery.recover import check_recovery
 from optimum_structprune.recovery.teacher import load_teacher
 
 
-def domain(**fields) -> dict:
-    return {"domains": [DomainConfig(**{"name": "x", **fields})]}
+def domain(source) -> dict:
+    return {"domains": [DomainConfig(name="x", source=source)]}
 
 
 @pytest.mark.parametrize(("fields", "message"), [
@@ -43,58 +43,69 @@ def domain(**fields) -> dict:
     ({"lora": {"r": 0}}, "peft cannot put the adapter on LlamaForCausalLM: .*the value passed is 0"),
     ({"training": {"deepspeed": "zero3.json"}}, "has deepspeed, but .*attach_teacher"),
     ({"training": {"fsdp": True}}, "has fsdp, but .*attach_teacher"),
-    (domain(source="preset:nothing"), "The preset 'nothing' does not exist"),
-    (domain(source="memory:list"), "Set its source again"),
+    (domain("preset:nothing"), "The preset 'nothing' does not exist"),
+    (domain("memory:list"), "Set its source again"),
     ({"tokens": 2_000, "seq_length": 65}, "recovery's seq_length=65 is longer than the model's 64 positions"),
 ])  # fmt: skip
-def test_mistakes(fields, message):
+def test_mistakes_are_refused(fields, message):
     with pytest.raises(StructPruneError, match=message):
         check_recovery(recovery_config(**fields), config(), build("llama-tied"))
 
 
 def test_models_whose_weights_cannot_change_and_compiled_ones_are_refused():
     with torch.inference_mode():
-        fixed = LlamaForCausalLM(build("llama-tied").config)
+        inference_model = LlamaForCausalLM(build("llama-tied").config)
+    compiled = torch.compile(build("llama-tied"), backend="eager")
+
     for model, message in (
-        (torch.compile(build("llama-tied"), backend="eager"), "model is compiled; pass `model._orig_mod`"),
-        (fixed, "inside torch.inference_mode.*pass copy.deepcopy"),
+        (compiled, "model is compiled; pass `model._orig_mod`"),
+        (inference_model, "inside torch.inference_mode.*pass copy.deepcopy"),
         ("a/folder", "`model` must be a transformers model, got str"),
     ):
         with pytest.raises(StructPruneError, match=message):
-            recover(model, tokenizer(), recovery_config(**domain(source=unread())))
+            recover(model, tokenizer(), recovery_config(**domain(unread())))
     with pytest.raises(StructPruneError, match="model is compiled; pass `model._orig_mod`"):
-        export_gguf(torch.compile(build("llama-tied"), backend="eager"), "nowhere.gguf", tokenizer())
+        export_gguf(compiled, "nowhere.gguf", tokenizer())
 
 
 def arguments_of(config, samples=1_000, validation=4, on_cpu=True):
     return training_arguments(config, TrainingSize(samples, 24, validation), 0, on_cpu, "scratch")
 
 
-def test_no_checkpoints_are_no_to_yaml_too():
+def test_a_false_save_strategy_means_no_checkpoints():
+    """YAML reads `no` as false."""
     arguments = arguments_of(recovery_config(training={"save_strategy": False}))
-    assert arguments.save_strategy == arguments.eval_strategy == "no" and not arguments.load_best_model_at_end
+    assert arguments.save_strategy == "no"
+    assert arguments.eval_strategy == "no"
+    assert not arguments.load_best_model_at_end
 
 
-def test_the_batch_grows_with_the_tokens_and_evaluations_take_a_tenth_of_the_time():
+def test_the_batch_grows_with_the_tokens_and_evaluations_need_a_tenth_of_the_time():
     steps = {}
     for samples in (20, 200, 2_000, 20_000, 200_000):
         arguments = arguments_of(RecoveryConfig(), samples)
         batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
         steps[samples] = arguments.max_steps
-        assert arguments.max_steps * batch >= samples and batch <= 64
-        # Samples of an evaluation cost half of a training sample.
+        assert arguments.max_steps * batch >= samples
+        assert batch <= 64
+
+        # A sample of an evaluation costs half as much as a training sample.
         evaluations = arguments.max_steps // arguments.eval_steps
         assert evaluations == 1 or evaluations * 4 * 0.5 <= 0.1 * samples
-    assert steps[20] == 20 and 150 <= steps[2_000] <= 250 and steps[200_000] > 1_000
+
+    assert steps[20] == 20
+    assert 150 <= steps[2_000] <= 250
+    assert steps[200_000] > 1_000
 
 
-def test_mixed_precision_is_the_default_where_the_cpu_computes_in_it(monkeypatch):
+def test_mixed_precision_is_the_default_if_the_cpu_supports_it(monkeypatch):
     for supported in (True, False):
         for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
             monkeypatch.setattr(torch.cpu, name, lambda value=supported: value)
         assert computes_in_bf16("cpu") is supported
         assert arguments_of(RecoveryConfig()).bf16 is supported
         assert not arguments_of(RecoveryConfig(training={"bf16": False})).bf16
+
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
     monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
     assert not computes_in_bf16("cpu")
@@ -105,22 +116,29 @@ def test_mixed_precision_is_the_default_where_the_cpu_computes_in_it(monkeypatch
     {"per_device_train_batch_size": 0}, {"learning_rate": -1.0}, {"gradient_accumulation_steps": 0},
     {"optim": "lomo", "learning_rate": None},
 ])  # fmt: skip
-def test_what_other_libraries_refuse_leaves_the_model_as_it_was(pruned, small, training):
+def test_errors_of_other_libraries_leave_the_model_unchanged(pruned, small, training):
     with pytest.raises(StructPruneError, match="TrainingArguments: |stopped at step 0, .*The model is as it was"):
         recover(pruned, tokenizer(), recovery_config(tokens=96, training=training))
-    assert same_weights(pruned, small) and [*pruned.state_dict()] == [*small.state_dict()]
+
+    assert same_weights(pruned, small)
+    assert list(pruned.state_dict()) == list(small.state_dict())
 
 
-def test_only_causal_language_models_in_memory_are_trained():
-    for case in ("bert", "t5"):
-        for refused in (
-            lambda model: recover(model, tokenizer(), recovery_config(**domain(source=unread()))),
-            lambda model: check_recovery(recovery_config(), config(), model),
-        ):
-            with pytest.raises(StructPruneError, match="causal language models, and (Bert|T5)For.*own loss"):
-                refused(build(case))
+@pytest.mark.parametrize("case", ["bert", "t5"])
+def test_only_causal_language_models_are_trained(case):
+    message = "causal language models, and (Bert|T5)For.*own loss"
+    with pytest.raises(StructPruneError, match=message):
+        recover(build(case), tokenizer(), recovery_config(**domain(unread())))
+    with pytest.raises(StructPruneError, match=message):
+        check_recovery(recovery_config(), config(), build(case))
+
+
+def test_a_config_of_another_class_is_refused():
     with pytest.raises(StructPruneError, match="must be a RecoveryConfig, got StructPruneConfig"):
         recover(build("llama-tied"), tokenizer(), config())
+
+
+def test_an_offloaded_model_is_not_trained():
     model = cpu_offload(build("llama-tied"), execution_device=torch.device("cpu"))
     with pytest.raises(StructPruneError, match="LlamaForCausalLM is offloaded. Prune without recovery, save, and"):
         check_recovery(recovery_config(), config(), model)
@@ -128,77 +146,97 @@ def test_only_causal_language_models_in_memory_are_trained():
 
 @pytest.mark.parametrize(("variable", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "Deep")])
 def test_a_launch_that_shards_is_refused(variable, name, monkeypatch):
-    """Pruning in it would see empty weights in all processes but one."""
+    """All processes except one would see empty weights in such a launch."""
     monkeypatch.setenv(variable, "true")
+
     with pytest.raises(StructPruneError, match=f"accelerate is set to use {name}.*torchrun"):
         check_recovery(recovery_config(), config(), build("llama-tied"))
     with pytest.raises(StructPruneError, match=f"accelerate is set to use {name}"), across_processes():
         pass
 
 
-def test_a_model_in_shards_is_not_pruned():
+def test_a_sharded_model_is_not_pruned():
     init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
-        sharded, mesh = build("llama-tied"), init_device_mesh("cpu", (1,))
+        sharded = build("llama-tied")
+        mesh = init_device_mesh("cpu", (1,))
         for name, parameter in list(sharded.named_parameters()):
             path, _, leaf = name.rpartition(".")
-            setattr(sharded.get_submodule(path), leaf, nn.Parameter(distribute_tensor(parameter.detach(), mesh)))
+            shard = nn.Parameter(distribute_tensor(parameter.detach(), mesh))
+            setattr(sharded.get_submodule(path), leaf, shard)
+
         with pytest.raises(StructPruneError, match="LlamaForCausalLM are spread over processes"):
             prune_model(sharded, config())
     finally:
         destroy_process_group()
 
 
-# --- a teacher has the same tokens, is another model, and predicts something
+# --- a teacher has the same tokens, is another model, and is a causal language model
+def draw_tokens(data):
+    """Draw the tokens of a teacher and of a student, which may have lost, reordered and added tokens."""
+    special = [0, 1, 2]
+    teacher_words = data.draw(st.lists(st.sampled_from(range(3, VOCAB)), min_size=2, unique=True))
+    shared_words = [token for token in teacher_words if data.draw(st.booleans())]
+    student_words = list(data.draw(st.just(shared_words) | st.permutations(shared_words)))
+
+    foreign_words = sorted(set(range(3, VOCAB)) - set(teacher_words)) or [95]
+    added_words = data.draw(st.just([]) | st.lists(st.sampled_from(foreign_words), max_size=1))
+    student_words += [token for token in added_words if token not in student_words]
+    return special + teacher_words, special + student_words
+
+
 @pytest.mark.slow
 @settings(max_examples=40)
 @given(data=st.data())
-def test_a_teacher_is_refused_where_an_id_means_another_token(data):
-    """Both have some of 96 tokens; what is left of the teacher's in their order can be compared, and nothing else."""
-    dense, special = build("llama-tied"), [0, 1, 2]
-    taught = special + data.draw(st.lists(st.sampled_from(range(3, VOCAB)), min_size=2, unique=True))
-    left = [token for token in taught[3:] if data.draw(st.booleans())]
-    order = data.draw(st.just(left) | st.permutations(left))
-    others = sorted({*range(3, VOCAB)} - {*taught}) or [95]
-    more = data.draw(st.just([]) | st.lists(st.sampled_from(others), max_size=1))
-    learnt = special + order + [token for token in more if token not in order]
-    teacher, theirs = with_tokens(dense, tokenizer(), taught)
-    model, own = with_tokens(dense, tokenizer(), learnt)
-    before = deepcopy(teacher)
+def test_a_teacher_is_refused_if_an_id_means_another_token(data):
+    """A teacher is compatible only if the student's tokens are a subset of its tokens in the same order."""
+    dense = build("llama-tied")
+    teacher_tokens, student_tokens = draw_tokens(data)
+    teacher, teacher_reader = with_tokens(dense, tokenizer(), teacher_tokens)
+    student, student_reader = with_tokens(dense, tokenizer(), student_tokens)
+    original_teacher = deepcopy(teacher)
     with torch.no_grad():
-        model.model.norm.weight.mul_(2)  # a teacher with the weights of the student is refused
-    if learnt == taught:
-        assert load_teacher(teacher, model, own, theirs).alignment is None
-    else:  # a token that is no word of others cannot be spelled by them
-        numbers = f"vocabulary of {len(taught)} tokens .* one of {len(learnt)}, and by"
-        fewer = learnt == [token for token in taught if token in learnt]
-        with pytest.raises(StructPruneError, match="of the kind WordLevel" if fewer else numbers):
-            load_teacher(teacher, model, own, theirs)
-    assert same_weights(teacher, before)
+        student.model.norm.weight.mul_(2)  # a teacher with the weights of the student is refused
+
+    if student_tokens == teacher_tokens:
+        assert load_teacher(teacher, student, student_reader, teacher_reader).alignment is None
+    else:
+        message = f"vocabulary of {len(teacher_tokens)} tokens .* one of {len(student_tokens)}, and by"
+        if student_tokens == [token for token in teacher_tokens if token in student_tokens]:
+            message = "of the kind WordLevel"  # words cannot be spelled with other words
+        with pytest.raises(StructPruneError, match=message):
+            load_teacher(teacher, student, student_reader, teacher_reader)
+    assert same_weights(teacher, original_teacher)
 
 
 def test_rows_without_a_token_make_no_difference():
-    """As embeddings of several sizes are padded to several multiples, with the same tokenizer."""
-    wide, narrow = build("llama-tied"), build("llama-tied")
+    """Embeddings for the same tokenizer may be padded to different sizes."""
+    wide = build("llama-tied")
+    narrow = build("llama-tied")
     wide.resize_token_embeddings(128)
     narrow.resize_token_embeddings(104)
+
     assert load_teacher(wide, narrow, tokenizer(), tokenizer()).alignment.spellings[-1] == ()
     assert load_teacher(narrow, wide, tokenizer(), tokenizer()).alignment.size == 128
 
 
-def test_the_tokens_of_a_teacher_are_those_of_its_folder_or_its_run_unless_a_tokenizer_is_passed(pruned, tmp_path):
-    other, renumbered = with_tokens(build("llama-tied"), tokenizer(), [0, 1, 2, *range(VOCAB - 1, 2, -1)])
-    save_with_tokenizer(other, tmp_path, renumbered)
-    by_run = build("llama-tied", seed=1)
-    StructPruner(config()).prune_model(by_run, renumbered)
-    for teacher in (str(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path), by_run):
-        with pytest.raises(StructPruneError, match="by the same ids they mean other tokens"):
+def test_a_teachers_tokens_are_known_from_its_folder_its_run_or_its_tokenizer(pruned, tmp_path):
+    renumbered_tokens = [0, 1, 2, *range(VOCAB - 1, 2, -1)]
+    renumbered, renumbered_reader = with_tokens(build("llama-tied"), tokenizer(), renumbered_tokens)
+    save_with_tokenizer(renumbered, tmp_path, renumbered_reader)
+    pruned_before = build("llama-tied", seed=1)
+    StructPruner(config()).prune_model(pruned_before, renumbered_reader)
+
+    message = "by the same ids they mean other tokens"
+    for teacher in (str(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path), pruned_before):
+        with pytest.raises(StructPruneError, match=message):
             recover(pruned, tokenizer(), recovery_config(), teacher=teacher)
-    with pytest.raises(StructPruneError, match="by the same ids they mean other tokens"):
-        recover(pruned, tokenizer(), recovery_config(), teacher=other, teacher_tokenizer=renumbered)
-    # Of a model in memory nothing is known; who passes it says that it has the same tokens.
-    assert load_teacher(other, pruned, tokenizer()).model is other
-    assert load_teacher(by_run, pruned, tokenizer(), tokenizer()).model is by_run
+    with pytest.raises(StructPruneError, match=message):
+        recover(pruned, tokenizer(), recovery_config(), teacher=renumbered, teacher_tokenizer=renumbered_reader)
+
+    # The tokens of a model in memory are unknown, so its user is responsible for them.
+    assert load_teacher(renumbered, pruned, tokenizer()).model is renumbered
+    assert load_teacher(pruned_before, pruned, tokenizer(), tokenizer()).model is pruned_before
 
 
 def test_a_model_does_not_teach_itself(tmp_path):
@@ -207,25 +245,36 @@ def test_a_model_does_not_teach_itself(tmp_path):
     for teacher in (model, str(tmp_path), tmp_path):
         with pytest.raises(StructPruneError, match="`teacher` and the trained model are the same model"):
             recover(model, tokenizer(), recovery_config(), teacher=teacher)
-    model.model.norm.weight.data.mul_(1.1)  # the folder holds another model by then
+
+    model.model.norm.weight.data.mul_(1.1)  # now the model differs from its folder
     assert load_teacher(str(tmp_path), model, tokenizer()).model.name_or_path == str(tmp_path)
 
 
-def test_what_is_no_causal_language_model_is_no_teacher(pruned):
+def test_a_teacher_that_is_no_causal_language_model_is_refused(pruned):
     for teacher in (3, build("bert"), torch.nn.Linear(2, 2), build("t5")):
         with pytest.raises(StructPruneError, match=f"`teacher` must be a causal .* got {type(teacher).__name__}"):
             recover(pruned, tokenizer(), recovery_config(), teacher=teacher)
 
 
-def test_a_teacher_whose_base_does_not_say_what_it_takes():
-    sizes = {"vocab_size": VOCAB, "d_model": 32, "decoder_layers": 1}
-    sizes |= {"decoder_ffn_dim": 32, "decoder_attention_heads": 2}
-    teacher, student = (BartForCausalLM(BartConfig(**sizes, is_decoder=True, is_encoder_decoder=False)) for _ in "12")
+def test_a_teacher_whose_base_model_has_a_generic_signature_is_supported():
+    bart_config = BartConfig(
+        vocab_size=VOCAB,
+        d_model=32,
+        decoder_layers=1,
+        decoder_ffn_dim=32,
+        decoder_attention_heads=2,
+        is_decoder=True,
+        is_encoder_decoder=False,
+    )
+    teacher = BartForCausalLM(bart_config)
+    student = BartForCausalLM(bart_config)
     recovery = Recovery(recovery_config(tokens=96))
     recovery.recover_model(student, tokenizer(), teacher)
+
     assert recovery.report.domains["a"].divergence.recovered > 0
 
 
-def test_a_compiled_teacher_is_the_model_in_it():
+def test_a_compiled_teacher_is_unwrapped():
     dense = build("llama-tied")
-    assert load_teacher(torch.compile(dense, backend="eager"), build("llama-tied", seed=1), tokenizer()).model is dense
+    compiled = torch.compile(dense, backend="eager")
+    assert load_teacher(compiled, build("llama-tied", seed=1), tokenizer()).model is dense

@@ -1,4 +1,4 @@
-"""The memory and the time of a recovery are estimated from shapes, and what cannot fit is refused."""
+"""The memory and the time of a recovery are estimated from shapes, and a recovery that cannot fit is refused."""
 
 import pytest
 import torch
@@ -9,36 +9,43 @@ from optimum_structprune import DomainConfig, RecoveryConfig, StructPruneError, 
 from optimum_structprune.recovery.memory import estimate_recovery
 
 
-def estimate(flops=1e9, **fields):
-    return estimate_recovery(RecoveryConfig(**fields), build("llama-tied"), build("llama-tied"), flops)
+def estimate(**fields):
+    return estimate_recovery(RecoveryConfig(**fields), build("llama-tied"), build("llama-tied"), 1e9)
 
 
-def test_full_training_takes_gradients_and_moments_of_all_weights():
-    model = build("llama-tied")
+def test_full_training_needs_gradients_and_moments_of_all_weights():
     lora = estimate(tokens=10_000, seq_length=32)
     full = estimate(tokens=10_000, seq_length=32, train="full")
-    assert full.trained == 4 * 4 * model.num_parameters() > lora.trained > 0
+
+    assert full.trained == 4 * 4 * build("llama-tied").num_parameters()
+    assert full.trained > lora.trained > 0
     assert full.total == full.weights + full.teacher + full.trained + full.activations
 
 
-def test_time_follows_the_tokens_and_memory_does_not():
-    few = estimate(tokens=100_000, seq_length=32, training={"per_device_train_batch_size": 4})
-    many = estimate(tokens=1_000_000, seq_length=32, training={"per_device_train_batch_size": 4})
-    assert many.seconds == pytest.approx(10 * few.seconds)
-    assert many.total == few.total
+def test_time_is_proportional_to_the_tokens_and_memory_is_not():
+    training = {"per_device_train_batch_size": 4}
+    short = estimate(tokens=100_000, seq_length=32, training=training)
+    long = estimate(tokens=1_000_000, seq_length=32, training=training)
+
+    assert long.seconds == pytest.approx(10 * short.seconds)
+    assert long.total == short.total
 
 
-def test_checkpointed_activations_take_less():
-    whole = estimate(tokens=100_000, seq_length=64)
+def test_checkpointed_activations_need_less_memory():
+    plain = estimate(tokens=100_000, seq_length=64)
     checkpointed = estimate(tokens=100_000, seq_length=64, training={"gradient_checkpointing": True})
-    assert checkpointed.activations < whole.activations
+    assert checkpointed.activations < plain.activations
 
 
-def test_a_dry_run_says_what_a_recovery_takes():
+def test_a_dry_run_estimates_the_memory_of_a_recovery():
     model = build("llama-tied")
-    plan = dry_run(model.config, config(recovery=recovery_config(tokens=2_400)))
-    assert plan.recovery.seq_length == 24 and plan.recovery.total > 0
-    assert "the recovery takes" in str(plan) and "samples of 24 tokens" in str(plan)
+    outcome = dry_run(model.config, config(recovery=recovery_config(tokens=2_400)))
+
+    assert outcome.recovery.seq_length == 24
+    assert outcome.recovery.total > 0
+    assert "the recovery takes" in str(outcome)
+    assert "samples of 24 tokens" in str(outcome)
+
     with pytest.raises(StructPruneError, match="longer than the model's 64 positions"):
         dry_run(model.config, config(recovery=recovery_config(tokens=20_000, seq_length=65)))
 
@@ -46,6 +53,7 @@ def test_a_dry_run_says_what_a_recovery_takes():
 def test_a_recovery_that_cannot_fit_is_refused_before_text_is_read(monkeypatch):
     monkeypatch.setattr("optimum_structprune.recovery.memory.free_bytes", lambda device: 1_000)
     settings = recovery_config(train="full", lora={}, domains=[DomainConfig("a", unread())])
+
     with pytest.raises(StructPruneError, match="The recovery takes at least .* are free. Set .*`train`='lora'"):
         recover(build("llama-tied"), tokenizer(), settings)
     with pytest.raises(StructPruneError, match="The recovery takes at least"):

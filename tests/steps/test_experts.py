@@ -1,4 +1,4 @@
-"""Whole experts go, and those that stay are refitted toward what all of them gave."""
+"""Pruning of whole experts, and the refit of the kept experts toward the output of all experts."""
 
 from copy import deepcopy
 
@@ -16,104 +16,135 @@ from optimum_structprune.steps import experts
 from optimum_structprune.steps.experts import Block, refit_blocks_
 
 
-# The families whose experts, gates, biases and shared experts differ; the last hands on more than hidden states.
+# Families with different experts, gates, biases and shared experts. The last one passes on more than hidden states.
 FAMILIES = ["olmoe", "gpt_oss", "qwen2_moe", "deepseek_v2", "deepseek_v3", "granitemoe", "nemotron_h"]
 FAMILIES += ["gemma4_text-experts"]
 FEW = {"widths": {"expert": 2}, "num_samples": 48}
 
 
+def prune_experts(model, **fields):
+    return prune_model(model, config(**FEW, **fields), tokenizer())
+
+
 @pytest.mark.parametrize("case", with_long(FAMILIES, ["olmoe", "gpt_oss"]))
-def test_the_refit_makes_up_for_the_experts_that_are_gone(case):
-    model, ids = build(case), token_ids(16, 24, seed=7)  # others than were calibrated on
-    models = (prune_model(model, config(refit=refit, **FEW), tokenizer()) for refit in ("none", "least_squares"))
-    with torch.no_grad():
-        states = [each.model(ids, output_hidden_states=True).hidden_states[2] for each in (model, *models)]
-    plain, fitted = ((ours - states[0]).square().mean() for ours in states[1:])
-    assert fitted < 0.95 * plain
+def test_the_refit_compensates_for_removed_experts(case):
+    model = build(case)
+    plain = prune_experts(model, refit="none")
+    refitted = prune_experts(model, refit="least_squares")
+    ids = token_ids(16, 24, seed=7)  # not among the calibration samples
+
+    @torch.no_grad()
+    def states(model):
+        return model.model(ids, output_hidden_states=True).hidden_states[2]
+
+    expected = states(model)
+    plain_error = (states(plain) - expected).square().mean()
+    refitted_error = (states(refitted) - expected).square().mean()
+    assert refitted_error < 0.95 * plain_error
 
 
 @pytest.mark.parametrize("case", with_long(["mixtral", "qwen2_moe", "gpt_oss", "granitemoe", "jamba"], ["mixtral"]))
-def test_the_loss_of_the_router_is_the_same_reloaded(case, tmp_path):
+def test_the_reloaded_model_has_the_same_router_loss(case, tmp_path):
     small = prune_model(build(case), config(widths={"expert": 3}, refit="none"), tokenizer())
     small.save_pretrained(tmp_path)
+    reloaded = type(small).from_pretrained(tmp_path)
+
     ids = token_ids()
-    both = small, type(small).from_pretrained(tmp_path)
-    torch.testing.assert_close(*(one(ids, labels=ids, output_router_logits=True).loss for one in both))
+    loss = small(ids, labels=ids, output_router_logits=True).loss
+    reloaded_loss = reloaded(ids, labels=ids, output_router_logits=True).loss
+    torch.testing.assert_close(loss, reloaded_loss)
 
 
-def test_only_what_the_experts_and_the_shared_ones_give_is_refitted():
+def test_the_refit_changes_only_outputs_of_experts_and_shared_experts():
     model = build("deepseek_v2")
-    plain, fitted = (prune_model(model, config(refit=how, **FEW), tokenizer()) for how in ("none", "least_squares"))
-    before, after = plain.state_dict(), fitted.state_dict()
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    plain = prune_experts(model, refit="none").state_dict()
+    refitted = prune_experts(model, refit="least_squares").state_dict()
+
+    changed = {name for name in plain if not torch.equal(plain[name], refitted[name])}
     prefix = "model.layers.1.mlp"
     assert changed == {f"{prefix}.experts.down_proj", f"{prefix}.shared_experts.down_proj.weight"}
 
 
 class Sum(nn.Module):
-    """Two matrices that read inputs of their own, and whose outputs are added."""
+    """Two matrices with separate inputs, whose outputs are added."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.second = nn.Linear(6, 4, bias=False), nn.Linear(5, 4, bias=False)
+        self.first = nn.Linear(6, 4, bias=False)
+        self.second = nn.Linear(5, 4, bias=False)
+
+    def joint_weight(self):
+        return torch.cat([self.first.weight, self.second.weight], 1)
 
 
 def blocks_of(inputs):
-    """The matrices of `Sum` as blocks; the second one reads every other token."""
+    """Return the matrices of `Sum` as blocks. The second matrix reads every other token."""
     blocks = []
-    for name, every in (("first", 1), ("second", 2)):
-        read = [(torch.arange(0, len(x) * every, every), x) for x in inputs[name]]
-        blocks.append(Block(Axis(f"{name}.weight", 1), read.__getitem__))
+    for name, stride in (("first", 1), ("second", 2)):
+        calls = []
+        for x in inputs[name]:
+            tokens = torch.arange(0, len(x) * stride, stride)
+            calls.append((tokens, x))
+        blocks.append(Block(Axis(f"{name}.weight", 1), calls.__getitem__))
     return blocks
 
 
 def random_inputs(tokens=400):
     torch.manual_seed(0)
-    shared = torch.randn(2, tokens, 3)  # so that the inputs of both are correlated
+    shared = torch.randn(2, tokens, 3)  # correlates the inputs of both matrices
     first = [torch.cat([x, torch.randn(tokens, 3)], 1) for x in shared]
     second = [torch.cat([x[::2], torch.randn(tokens // 2, 2)], 1) for x in shared]
     return {"first": first, "second": second}
 
 
-def test_sweeps_over_the_blocks_solve_for_all_of_them():
-    model, inputs = Sum(), random_inputs()
+def test_sweeps_over_the_blocks_solve_for_all_blocks_jointly():
+    model = Sum()
+    inputs = random_inputs()
     target = [torch.randn(400, 4) for _ in range(2)]
     joint = []
-    for x, y in zip(inputs["first"], inputs["second"], strict=True):
-        sparse = torch.zeros(len(x), 5)
-        sparse[::2] = y
-        joint.append(torch.cat([x, sparse], 1))
+    for first, second in zip(inputs["first"], inputs["second"], strict=True):
+        sparse = torch.zeros(len(first), 5)
+        sparse[::2] = second
+        joint.append(torch.cat([first, sparse], 1))
     expected = torch.linalg.lstsq(torch.cat(joint), torch.cat(target)).solution.T
-    present = torch.cat([model.first.weight, model.second.weight], 1).detach()
-    residual = [t - x @ present.T for t, x in zip(target, joint, strict=True)]
+
+    original = model.joint_weight().detach()
+    residual = [y - x @ original.T for y, x in zip(target, joint, strict=True)]
     refit_blocks_(model, blocks_of(inputs), residual, OneProcess(), prior=0.0, sweeps=40)
-    torch.testing.assert_close(torch.cat([model.first.weight, model.second.weight], 1), expected, atol=1e-4, rtol=1e-3)
-    for left, t, x in zip(residual, target, joint, strict=True):
-        torch.testing.assert_close(left, t - x @ expected.T, atol=1e-4, rtol=1e-3)
+
+    torch.testing.assert_close(model.joint_weight(), expected, atol=1e-4, rtol=1e-3)
+    for difference, y, x in zip(residual, target, joint, strict=True):
+        torch.testing.assert_close(difference, y - x @ expected.T, atol=1e-4, rtol=1e-3)
 
 
-def test_where_nothing_is_left_to_make_up_for_no_bit_changes():
+def test_a_zero_residual_changes_no_bit():
     model = Sum()
-    before = deepcopy(model)
+    original = deepcopy(model)
     refit_blocks_(model, blocks_of(random_inputs()), [torch.zeros(400, 4)] * 2, OneProcess())
-    assert same_weights(model, before)
+    assert same_weights(model, original)
 
 
-def test_a_card_does_not_hold_the_weights_that_all_experts_began_with(monkeypatch):
-    # Solving depends on values, which tensors of this card do not have.
-    monkeypatch.setattr(experts, "least_squares", lambda start, *others: (start, None))
+def test_the_original_weights_of_all_experts_are_not_held_on_the_device(monkeypatch):
+    # Tensors of the fake device have no values, and solving depends on values.
+    monkeypatch.setattr(experts, "least_squares", lambda start, *arguments: (start, None))
     model = nn.ModuleList(nn.Linear(64, 64, bias=False) for _ in range(16))
-    with card() as found:
+
+    with card() as memory:
         put_on_card_(model)
-        read = torch.arange(1, device=CARD), torch.empty(1, 64, device=CARD)
-        blocks = [Block(Axis(f"{index}.weight", 1), lambda number: read) for index in range(16)]
-        whole = found.now()
+        tokens = torch.arange(1, device=CARD)
+        inputs = torch.empty(1, 64, device=CARD)
+        blocks = [Block(Axis(f"{index}.weight", 1), lambda number: (tokens, inputs)) for index in range(16)]
+        model_bytes = memory.now()
         refit_blocks_(model, blocks, [torch.empty(1, 64, device=CARD)], OneProcess())
-    assert found.peak < 1.7 * whole
+
+    assert memory.peak < 1.7 * model_bytes
 
 
 def with_idle_experts(case):
-    """No token ever chooses experts 1 and 2: a multiple of channel 0, always positive, is taken from their logits."""
+    """Return a model in which no token chooses experts 1 and 2.
+
+    Channel 0 is always positive, and a multiple of it is subtracted from the logits of these experts.
+    """
     model = build(case)
     with torch.no_grad():
         model.get_input_embeddings().weight[:, 0] = 8.0
@@ -122,35 +153,42 @@ def with_idle_experts(case):
                 parameter[..., 0, :] = 0
         for space in describe(model).of("expert"):
             model.get_submodule(space.producers[0].module).weight[1:3, 0] = -1e5
-        for norm in (module for name, module in model.named_modules() if name.endswith("layernorm")):
-            norm.weight[0] = 1.0
+        for name, module in model.named_modules():
+            if name.endswith("layernorm"):
+                module.weight[0] = 1.0
     return model
 
 
 @pytest.mark.parametrize("criterion", ["reap", "reap_sum"])
 @pytest.mark.parametrize("case", ["olmoe", "qwen2_moe", "granitemoe"])
-def test_experts_that_no_token_chose_go_without_a_trace(case, criterion):
+def test_removing_experts_without_tokens_changes_no_output(case, criterion):
     model = with_idle_experts(case)
     pruner = StructPruner(config(criterion=criterion, widths={"expert": 2}))
     small = pruner.prune_model(model, tokenizer())
-    assert {units for (_, name), units in pruner.plan.keep.items() if name == "expert"} == {(0, 3)}
-    # Products of fewer experts may be summed in another order, as some processors do.
+
+    kept_experts = {units for (_, name), units in pruner.plan.keep.items() if name == "expert"}
+    assert kept_experts == {(0, 3)}
+    # Some processors sum the products of fewer experts in another order.
     torch.testing.assert_close(logits(small), logits(model), atol=1e-6, rtol=1e-6)
 
 
-def test_error_feedback_reaches_the_experts_where_layers_run_by_themselves():
+def test_error_feedback_changes_experts_only_if_layers_run_one_by_one():
     model = build("olmoe")
-    local, whole = (prune_model(model, config(error_feedback=f, **FEW), tokenizer()) for f in (0.0, 1.0))
-    experts = [[layer.mlp.experts.down_proj for layer in each.model.layers] for each in (local, whole)]
-    differ = [not torch.equal(*pair) for pair in zip(*experts, strict=True)]
-    assert differ == [False, True], "the first layer has no error in front of it"
+    plain = prune_experts(model, error_feedback=0.0)
+    corrected = prune_experts(model, error_feedback=1.0)
+
+    changed = []
+    for layer, corrected_layer in zip(plain.model.layers, corrected.model.layers, strict=True):
+        changed.append(not torch.equal(layer.mlp.experts.down_proj, corrected_layer.mlp.experts.down_proj))
+    assert changed == [False, True], "no error precedes the first layer"
+
     with whole_model_at_once():
-        at_once = prune_model(model, config(error_feedback=1.0, **FEW), tokenizer()).state_dict()
-    for name, tensor in local.state_dict().items():
+        at_once = prune_experts(model, error_feedback=1.0).state_dict()
+    for name, tensor in plain.state_dict().items():
         torch.testing.assert_close(at_once[name], tensor, atol=1e-4, rtol=1e-3)
 
 
-def test_a_criterion_of_whole_experts_judges_nothing_else():
+def test_a_criterion_of_whole_experts_is_refused_for_other_spaces():
     for widths in ({"mlp": 24}, {"expert": 3, "mlp": 24}):
         with pytest.raises(StructPruneError, match="scores whole experts only.*'mlp'.*'reap'"):
             prune_model(build("mixtral"), config(criterion="reap", widths=widths), tokenizer())

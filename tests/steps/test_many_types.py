@@ -1,4 +1,4 @@
-"""Tokens go from tiny models of many types, whose saved results compute the same for the kept tokens."""
+"""Vocabulary trimming of tiny models of many types: the saved result computes the same for the kept tokens."""
 
 import pytest
 import torch
@@ -140,23 +140,27 @@ NAMES = [f"{model_type} {auto.removeprefix('AutoModel')}".strip() for auto, mode
 
 @pytest.mark.parametrize(("auto", "model_type", "fields"), MODELS, ids=NAMES)
 @torch.no_grad()
-def test_a_saved_result_computes_the_same_for_the_kept_tokens(auto, model_type, fields, tmp_path):
+def test_a_trimmed_model_reloads_and_computes_the_same_for_kept_tokens(auto, model_type, fields, tmp_path):
     reader = real_text_model()[1]
     random_model(getattr(transformers, auto), model_type, fields).save_pretrained(tmp_path / "dense")
     model = getattr(transformers, auto).from_pretrained(tmp_path / "dense").eval()
     pruner = StructPruner(fewer_tokens())
     pruner.save(pruner.prune_model(model, reader), tmp_path / "small")
-    again = type(model).from_pretrained(tmp_path / "small").eval()
+    reloaded = type(model).from_pretrained(tmp_path / "small").eval()
 
     keep = torch.tensor(pruner.plan.keep[-1, "vocab"])
-    assert again.config.get_text_config().vocab_size == len(keep) == 320
+    assert len(keep) == 320
+    assert reloaded.config.get_text_config().vocab_size == 320
     text = "The sum of 17 and 25 is 42, of course."
     ids = pruner.tokenizer(text, return_tensors="pt")["input_ids"]
     assert pruner.tokenizer.decode(ids[0]) == reader.decode(keep[ids[0]])
-    dense, small = outputs_of(run_model(model, keep[ids])), outputs_of(run_model(again, ids))
-    dense = dense[..., keep] if dense.shape[-1] == 400 else dense
-    torch.testing.assert_close(small, dense, atol=1e-5, rtol=1e-4)
+
+    expected = outputs_of(run_model(model, keep[ids]))
+    if expected.shape[-1] == 400:
+        expected = expected[..., keep]
+    torch.testing.assert_close(outputs_of(run_model(reloaded, ids)), expected, atol=1e-5, rtol=1e-4)
+
     for name in ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id", "image_token_id"):
-        old, new = getattr(model.config, name, None), getattr(again.config, name, None)
-        if isinstance(old, int) and 0 <= old < 400:
-            assert keep[new] == old, name
+        token = getattr(model.config, name, None)
+        if isinstance(token, int) and 0 <= token < 400:
+            assert keep[getattr(reloaded.config, name)] == token, name

@@ -1,4 +1,4 @@
-"""Tokens go from types of models that nothing describes, or the type is refused before any text is read."""
+"""Vocabulary trimming of undescribed model types, and types that are refused before any text is read."""
 
 import pytest
 import torch
@@ -77,7 +77,7 @@ def two_berts():
     return EncoderDecoderModel(parts).eval()
 
 
-def built(case):
+def build_case(case):
     if case == "two models":
         return two_berts()
     name, model_type, fields = MODELS[case]
@@ -87,43 +87,53 @@ def built(case):
 @pytest.mark.parametrize("case", [*MODELS, "two models"])
 @pytest.mark.filterwarnings("ignore:Version v4.12.0")
 @torch.no_grad()
-def test_logits_states_and_losses_are_those_of_the_kept_tokens(case, tmp_path):
-    built(case).save_pretrained(tmp_path)  # transformers sets the row of the padding to 0 when it loads a model
-    model, small = (type(built(case)).from_pretrained(tmp_path).eval() for _ in range(2))
-    keep = sorted({*range(0, 60, 2)} | named_ids(model) & {*range(SIZE)})
+def test_logits_states_and_losses_of_kept_tokens_are_unchanged(case, tmp_path):
+    build_case(case).save_pretrained(tmp_path)  # transformers sets the row of the padding to 0 when it loads a model
+    model_class = type(build_case(case))
+    model = model_class.from_pretrained(tmp_path).eval()
+    small = model_class.from_pretrained(tmp_path).eval()
+    keep = sorted(set(range(0, 60, 2)) | named_ids(model) & set(range(SIZE)))
     drop_tokens_(small, describe(small), keep)
     small.save_pretrained(tmp_path)
-    again = type(small).from_pretrained(tmp_path).eval()
+    reloaded = model_class.from_pretrained(tmp_path).eval()
 
     ids = torch.arange(4, 16)[None]
-    old = torch.tensor(keep)[ids]
-    beside = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-    old_beside = {name: old for name in beside}
-    dense, logits = model(input_ids=old, **old_beside).logits, again(input_ids=ids, **beside).logits
-    torch.testing.assert_close(logits, dense[..., keep], atol=1e-6, rtol=0)
+    inputs = {"input_ids": ids}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    original_inputs = {name: torch.tensor(keep)[ids] for name in inputs}
+
+    logits = reloaded(**inputs).logits
+    torch.testing.assert_close(logits, model(**original_inputs).logits[..., keep], atol=1e-6, rtol=0)
     assert logits.shape[-1] == len(keep)
     if model.config.is_encoder_decoder or type(model).__name__.endswith("MaskedLM"):
-        torch.testing.assert_close(last_states(again, ids), last_states(model, old))
+        torch.testing.assert_close(last_states(reloaded, ids), last_states(model, torch.tensor(keep)[ids]))
         assert small(input_ids=ids, labels=ids).loss.isfinite()
 
 
 @pytest.mark.parametrize("case", ["images as tokens", "images as tokens of a text model"])
-def test_the_places_of_images_in_text_are_found_after_a_trim(case, tmp_path):
-    """Chameleon and Emu3 look tokens up in a map, and once built in an object that holds it."""
-    model = built(case)
-    keep = sorted({*range(0, 60, 2)} | named_ids(model))
+def test_image_tokens_have_new_ids_after_trimming(case, tmp_path):
+    """Chameleon and Emu3 look tokens up in a map, and later in an object that is built from the map."""
+    model = build_case(case)
+    keep = sorted(set(range(0, 60, 2)) | named_ids(model))
     drop_tokens_(model, describe(model), keep)
     model.save_pretrained(tmp_path)
+
     for small in (model, type(model).from_pretrained(tmp_path)):
-        assert small.config.image_token_id == keep.index(68) == small.config.vocabulary_map["<image>"]
-        assert small.model.vocabulary_mapping.image_token_id == keep.index(68)
-        codes = small.model.vocabulary_mapping.image_tokens
-        assert len(codes) == 8 and codes == [small.config.vocabulary_map[MAP_NAMES[keep[code]]] for code in codes]
-        assert len(small.config.vocabulary_map) == len(keep)
+        vocabulary = small.config.vocabulary_map
+        mapping = small.model.vocabulary_mapping
+        assert len(vocabulary) == len(keep)
+        assert vocabulary["<image>"] == keep.index(68)
+        assert small.config.image_token_id == keep.index(68)
+        assert mapping.image_token_id == keep.index(68)
+
+        codes = mapping.image_tokens
+        assert len(codes) == 8
+        assert codes == [vocabulary[MAP_NAMES[keep[code]]] for code in codes]
 
 
 class FixedHead(transformers.BertForMaskedLM):
-    """A model whose forward pass knows the number of tokens by heart."""
+    """A model whose forward pass has the number of tokens as a constant."""
 
     def forward(self, *args, **kwargs):
         outputs = super().forward(*args, **kwargs)
@@ -135,14 +145,16 @@ class Undescribed(BertConfig):
     model_type = "undescribed"
 
 
-def test_a_type_that_cannot_run_with_fewer_tokens_is_refused_before_text_is_read(tmp_path, capsys):
-    fields = {**TOKENS, **PLAIN, "vocab_size": 400, "max_position_embeddings": 12}
+def test_a_type_that_cannot_run_with_fewer_tokens_is_refused_before_text_is_read():
+    fields = TOKENS | PLAIN | {"vocab_size": 400, "max_position_embeddings": 12}
     model = FixedHead(Undescribed(**fields)).eval()
-    arch = describe(model)
-    assert arch.offered == ()
-    reason = "the model type 'undescribed' is not described, and FixedHead does not work with fewer tokens .*4788"
+    original = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert describe(model).offered == ()
+
     pruner = StructPruner(fewer_tokens(domains=[DomainConfig("a", unread())], seq_length=12))
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    reason = "the model type 'undescribed' is not described, and FixedHead does not work with fewer tokens .*4788"
     with pytest.raises(StructPruneError, match=reason):
         pruner.prune_model(model, real_text_model()[1], inplace=True)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, original[name])
