@@ -1,4 +1,4 @@
-"""Token ids in configs keep naming the same tokens, whatever the fields are called."""
+"""Token ids in a config refer to the same tokens after vocabulary trimming, whatever the names of the fields."""
 
 import re
 
@@ -14,9 +14,9 @@ from optimum_structprune.arch.meta import check_positions, positions_of
 from optimum_structprune.arch.token_space import counted_from, holds_token_ids, named_ids, renumber_, resize_
 
 
-# The endings of names of fields that may hold token ids.
+# Fields whose names end like this may hold token ids.
 SUSPECTS = re.compile(r"\w*(id|ids|idx|idxs|index|indexes|indices|token|tokens|map|lang|langs)")
-# The fields with such names that hold something else, by what it is.
+# Fields with such names that hold something else, grouped by their content.
 NO_TOKEN_IDS = {
     "the number of tokens or languages": (
         "default_num_delay_tokens default_num_lookahead_tokens n_cls_tokens n_langs num_cls_tokens "
@@ -48,14 +48,17 @@ NO_TOKEN_IDS = {
 
 def config_classes():
     """Return all config classes of the installed transformers."""
+    # transformers imports a config class at the first access.
     for model_type in CONFIG_MAPPING:
         CONFIG_MAPPING[model_type]
-    waiting = [PretrainedConfig]
+
+    parents = [PretrainedConfig]
     classes = set()
-    while waiting:
-        new = [kind for kind in waiting.pop().__subclasses__() if kind.__module__.startswith("transformers.models.")]
-        waiting += new
-        classes.update(new)
+    while parents:
+        for kind in parents.pop().__subclasses__():
+            if kind.__module__.startswith("transformers.models."):
+                parents.append(kind)
+                classes.add(kind)
     return classes
 
 
@@ -65,34 +68,45 @@ def number_fields(kind):
     for base in kind.__mro__:
         if not base.__module__.startswith("transformers."):
             continue
-        for name, declared in vars(base).get("__annotations__", {}).items():
-            if re.search(r"\bint\b|\bdict\b", str(declared)) and "Config" not in str(declared):
+
+        for name, annotation in vars(base).get("__annotations__", {}).items():
+            if re.search(r"\bint\b|\bdict\b", str(annotation)) and "Config" not in str(annotation):
                 names.add(name)
     return names
 
 
-def test_every_field_of_transformers_that_may_hold_token_ids_is_renumbered_or_explained():
-    names = {*vars(GenerationConfig()), "max_initial_timestamp_index", "lang_to_id", "text_decoder_lang_to_code_id"}
+def suspicious_fields():
+    """Return the fields of all configs of transformers that may hold token ids by their names."""
+    names = {"max_initial_timestamp_index", "lang_to_id", "text_decoder_lang_to_code_id"}
+    names.update(vars(GenerationConfig()))
     for kind in config_classes():
-        names |= number_fields(kind)
-    suspects = {name for name in names if SUSPECTS.fullmatch(name)}
-    explained = {name for listed in NO_TOKEN_IDS.values() for name in listed.split()}
-    counts = {name for name in suspects if name.startswith(("max_", "min_", "num_"))}
-    unexplained = {name for name in suspects - explained - counts if not holds_token_ids(name)}
-    assert len(suspects) > 100 and not unexplained
+        names.update(number_fields(kind))
+    return {name for name in names if SUSPECTS.fullmatch(name)}
+
+
+def test_every_field_of_transformers_that_may_hold_token_ids_is_renumbered_or_explained():
+    explained = set(" ".join(NO_TOKEN_IDS.values()).split())
     assert not {name for name in explained if holds_token_ids(name)}
 
+    suspects = suspicious_fields()
+    assert len(suspects) > 100
+    for name in sorted(suspects - explained):
+        is_count = name.startswith(("max_", "min_", "num_"))
+        assert is_count or holds_token_ids(name), name
 
-def numbered(fields, keep=(1, 3, 5), size=10, **options):
-    """Return a config with these fields after a trim of a vocabulary of ten."""
+
+def trimmed_config(fields, keep=(1, 3, 5), size=10, **options):
+    """Return a config with these fields after the trimming of a vocabulary of ten tokens."""
     model_config = AutoConfig.for_model("llama", vocab_size=size)
-    vars(model_config).update({"bos_token_id": None, "eos_token_id": None, "pad_token_id": None} | fields)
+    special_tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    vars(model_config).update(special_tokens | fields)
     renumber_(model_config, keep, size, **options)
     return model_config
 
 
-def test_ids_are_renumbered_in_numbers_lists_and_mappings_of_any_name():
-    changed = numbered(
+@pytest.fixture(scope="module")
+def trimmed():
+    return trimmed_config(
         {
             "pad_index": 3,
             "unk_index": -1,
@@ -114,72 +128,112 @@ def test_ids_are_renumbered_in_numbers_lists_and_mappings_of_any_name():
             "label2id": {"person_id": 3},
         }
     )
-    assert (changed.pad_index, changed.unk_index, changed.eos_index, changed.boundary_id) == (1, -1, 12, 2)
-    assert (changed.image_token, changed.end_token, changed.speaker_token_map) == (2, "</s>", {"Anna": 1})
-    assert (changed.device_map, changed.label_map) == ({"": 1}, {"cat": 1})
-    assert changed.lang_id == 3 and changed.t2u_lang_code_to_id == {"deu": 5} and changed.label2id == {"person_id": 3}
-    assert (changed.eos_token_id, changed.bad_words_ids, changed.begin_suppress_tokens) == ([0, 2], [[1, 0]], (2,))
-    assert changed.text_decoder_lang_to_code_id == {"deu": 2}
-    assert changed.sequence_bias == {(1, 2): 2.0} and changed.forced_decoder_ids == [[3, 2]]
-    listed = numbered({"sequence_bias": [[[3], -1.0]]})
-    assert listed.sequence_bias == [[[1], -1.0]]
 
 
-def test_a_field_that_names_a_removed_token_is_refused_by_its_name():
+def test_ids_are_renumbered_whatever_the_name_of_the_field(trimmed):
+    assert trimmed.pad_index == 1
+    assert trimmed.boundary_id == 2
+    assert trimmed.image_token == 2
+
+
+def test_ids_are_renumbered_in_lists(trimmed):
+    assert trimmed.eos_token_id == [0, 2]
+    assert trimmed.bad_words_ids == [[1, 0]]
+    assert trimmed.begin_suppress_tokens == (2,)
+    # The first number of a pair is a position.
+    assert trimmed.forced_decoder_ids == [[3, 2]]
+
+
+def test_ids_are_renumbered_in_mappings(trimmed):
+    assert trimmed.speaker_token_map == {"Anna": 1}
+    assert trimmed.text_decoder_lang_to_code_id == {"deu": 2}
+    assert trimmed.sequence_bias == {(1, 2): 2.0}
+    assert trimmed_config({"sequence_bias": [[[3], -1.0]]}).sequence_bias == [[[1], -1.0]]
+
+
+def test_numbers_that_are_not_token_ids_do_not_change(trimmed):
+    assert trimmed.unk_index == -1
+    assert trimmed.eos_index == 12
+    assert trimmed.end_token == "</s>"
+    assert trimmed.device_map == {"": 1}
+    assert trimmed.label_map == {"cat": 1}
+    assert trimmed.lang_id == 3
+    assert trimmed.t2u_lang_code_to_id == {"deu": 5}
+    assert trimmed.label2id == {"person_id": 3}
+
+
+def test_a_field_that_refers_to_a_removed_token_is_refused_by_its_name():
     with pytest.raises(StructPruneError, match="`boundary_id` of the LlamaConfig names the token 2"):
-        numbered({"boundary_id": 2})
-    assert numbered({"boundary_id": 2}, only_shapes=True).boundary_id == 2
+        trimmed_config({"boundary_id": 2})
+    assert trimmed_config({"boundary_id": 2}, only_shapes=True).boundary_id == 2
 
 
-def test_a_map_of_the_whole_vocabulary_loses_the_removed_words_and_keeps_its_special_tokens():
+def test_a_map_of_the_vocabulary_loses_the_removed_words():
     words = {"word": 0, "<image>": 1, "IMGIMGAZ": 2, "other": 3}
-    smaller = {"<image>": 0, "IMGIMGAZ": 1, "other": 2}
-    assert numbered({"vocabulary_map": words}, keep=(1, 2, 3)).vocabulary_map == smaller
+    trimmed = trimmed_config({"vocabulary_map": words}, keep=(1, 2, 3))
+    assert trimmed.vocabulary_map == {"<image>": 0, "IMGIMGAZ": 1, "other": 2}
+
+
+def test_the_special_tokens_in_a_map_of_the_vocabulary_are_kept():
     model = build("llama-tied")
-    before = named_ids(model)
+    ids_without_map = named_ids(model)
     model.config.vocabulary_map = {"word": 80, "<image>": 81, "IMGIMGAZ": 82, "other": 83}
-    assert named_ids(model) - before == {81, 82}
+    assert named_ids(model) - ids_without_map == {81, 82}
 
 
-def test_other_sizes_of_the_same_vocabulary_follow_and_offsets_keep_their_tokens():
-    text = AutoConfig.for_model("llama", vocab_size=10)
-    vars(text).update(decoder_vocab_size=10, type_vocab_size=2, unpadded_vocab_size=8, image_token_offset=7)
-    text.inner = {"vocab_size": 10, "other": 10}
-    resize_(text, (1, 3, 5, 7, 8, 9), 10)
-    assert (text.vocab_size, text.decoder_vocab_size, text.type_vocab_size) == (6, 6, 2)
-    assert (text.unpadded_vocab_size, text.image_token_offset, text.inner) == (4, 3, {"vocab_size": 6, "other": 10})
+def test_all_sizes_of_the_trimmed_vocabulary_change():
+    model_config = AutoConfig.for_model("llama", vocab_size=10)
+    vars(model_config).update(decoder_vocab_size=10, type_vocab_size=2, unpadded_vocab_size=8, image_token_offset=7)
+    model_config.inner = {"vocab_size": 10, "other": 10}
+    resize_(model_config, (1, 3, 5, 7, 8, 9), 10)
 
+    assert model_config.vocab_size == 6
+    assert model_config.decoder_vocab_size == 6
+    assert model_config.type_vocab_size == 2
+    assert model_config.unpadded_vocab_size == 4
+    assert model_config.image_token_offset == 3
+    assert model_config.inner == {"vocab_size": 6, "other": 10}
+
+
+def test_the_tokens_behind_an_offset_are_kept():
     model = build("llama-tied")
-    model.config.image_token_offset = model.config.vocab_size - 3
-    assert {*range(model.config.vocab_size - 3, model.config.vocab_size)} <= named_ids(model)
+    size = model.config.vocab_size
+    model.config.image_token_offset = size - 3
+    assert {size - 3, size - 2, size - 1} <= named_ids(model)
 
 
-def test_a_config_with_another_vocabulary_is_left_alone():
-    whole = AutoConfig.for_model("llama", vocab_size=10)
-    whole.speech = AutoConfig.for_model("llama", vocab_size=4, boundary_id=3)
-    renumber_(whole, (1, 3, 5), 10, only_shapes=True)
-    resize_(whole, (1, 3, 5), 10)
-    assert (whole.vocab_size, whole.speech.vocab_size, whole.speech.boundary_id) == (3, 4, 3)
+def test_the_config_of_another_vocabulary_does_not_change():
+    model_config = AutoConfig.for_model("llama", vocab_size=10)
+    model_config.speech = AutoConfig.for_model("llama", vocab_size=4, boundary_id=3)
+    renumber_(model_config, (1, 3, 5), 10, only_shapes=True)
+    resize_(model_config, (1, 3, 5), 10)
+
+    assert model_config.vocab_size == 3
+    assert model_config.speech.vocab_size == 4
+    assert model_config.speech.boundary_id == 3
 
 
-ENTITIES = {"entity_vocab_size": 10, "entity_emb_size": 8}
+LUKE = PLAIN | {"entity_vocab_size": 10, "entity_emb_size": 8}
 
 
 @pytest.mark.parametrize(
-    ("name", "model_type", "fields", "padding", "first"),
+    ("name", "model_type", "fields", "padding", "first_position"),
     [
         ("RobertaModel", "roberta", PLAIN, 0, 1),
         ("XLMRobertaModel", "xlm-roberta", PLAIN, 1, 2),
-        ("LukeModel", "luke", {**PLAIN, **ENTITIES}, 3, 4),
+        ("LukeModel", "luke", LUKE, 3, 4),
         ("BertModel", "bert", PLAIN, 3, 0),
         ("LlamaModel", "llama", GROUPED, 3, 0),
     ],
 )
-def test_positions_that_are_counted_from_the_padding_are_fewer(name, model_type, fields, padding, first):
-    sizes = {**TOKENS, **fields, "vocab_size": 96, "max_position_embeddings": 64, "pad_token_id": padding}
+def test_a_model_that_counts_positions_from_the_padding_has_fewer(name, model_type, fields, padding, first_position):
+    sizes = TOKENS | fields | {"vocab_size": 96, "max_position_embeddings": 64, "pad_token_id": padding}
     model = random_model(getattr(transformers, name), model_type, sizes)
-    assert positions_of(model) == 64 - first and counted_from(model) == max(first - 1, 0)
-    longest = torch.full((1, 64 - first), 5)
-    assert model(longest).last_hidden_state.shape[1] == 64 - first
-    with pytest.raises(StructPruneError, match=f"longer than the model's {64 - first} positions"):
-        check_positions(model, 65 - first, "text")
+    longest = 64 - first_position
+    assert positions_of(model) == longest
+    assert counted_from(model) == max(first_position - 1, 0)
+
+    output = model(torch.full((1, longest), 5))
+    assert output.last_hidden_state.shape[1] == longest
+    with pytest.raises(StructPruneError, match=f"longer than the model's {longest} positions"):
+        check_positions(model, longest + 1, "text")

@@ -1,4 +1,6 @@
-"""A plugin of pytest for the process that `conftest.py` starts: load the simulated GPUs, and write down all reports.
+"""Load the simulated GPUs and write all reports into a file, as a plugin of pytest in a child process.
+
+`conftest.py` starts the child process.
 
 To debug a test, run pytest with this plugin in one process:
 
@@ -12,11 +14,12 @@ from gpu.runtime import load
 
 
 load()
-REPORTS = "SIMULATED_GPU_REPORTS"  # the variable that holds the path of the file for the reports
+# This variable holds the path of the file for the reports.
+REPORTS = "SIMULATED_GPU_REPORTS"
 
 
 class Recorder:
-    """Writes each report as one line of JSON."""
+    """Write each report as one line of JSON."""
 
     def __init__(self, config):
         self.config = config

@@ -1,6 +1,7 @@
 """Run the same work on the CPU and on simulated GPUs, and compare the results."""
 
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,28 +22,32 @@ def on_gpu(model: PreTrainedModel, device: str = "cuda") -> PreTrainedModel:
 
 
 def device_map(model: PreTrainedModel, count: int) -> dict[str, Any]:
-    """Spread a model over devices: equal parts of its layers, and what follows the layers on the last device.
+    """Spread a model over devices: each device holds an equal part of the layers.
 
-    A head that is tied to the embeddings is on their device.
+    Modules in front of the layers are on the first device, and modules behind the layers on the last device. A head
+    that is tied to the embeddings is on the device of the embeddings.
     """
     stacks = dict(describe(model).stacks)
-    tied = model.config.get_text_config().tie_word_embeddings
-    head = model.get_output_embeddings()
+    tied_head = None
+    if model.config.get_text_config().tie_word_embeddings:
+        tied_head = model.get_output_embeddings()
     places: dict[str, Any] = {}
 
     def place(name: str, module: torch.nn.Module) -> None:
+        prefix = f"{name}." if name else ""
         if name in stacks:
             layers = len(module)
-            places.update({f"{name}.{layer}": layer * count // layers for layer in range(layers)})
-        elif any(stack.startswith(f"{name}." if name else "") for stack in stacks):
-            prefix = f"{name}." if name else ""
-            tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-            places.update({f"{prefix}{tensor}": 0 for tensor, _ in tensors})
-            for child, part in module.named_children():
-                place(prefix + child, part)
+            for layer in range(layers):
+                places[f"{name}.{layer}"] = layer * count // layers
+        elif any(stack.startswith(prefix) for stack in stacks):
+            for tensor, _ in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
+                places[prefix + tensor] = 0
+            for child_name, child in module.named_children():
+                place(prefix + child_name, child)
+        elif module is tied_head or any(word in name for word in FIRST):
+            places[name] = 0
         else:
-            is_first = any(word in name for word in FIRST) or tied and module is head
-            places[name] = 0 if is_first else count - 1
+            places[name] = count - 1
 
     place("", model)
     return places
@@ -72,20 +77,22 @@ def assert_same_on_gpus(
         work: The code under test. It returns tensors, numbers, and text, also in mappings and lists.
         make: Makes the model, or all models.
         count: The number of GPUs that the process sees.
-        place: Puts what `make` returns on the GPUs. By default a model goes to `cuda`, or over all GPUs if `count` is
-            above 1.
+        place: Puts the result of `make` on the GPUs. By default it puts a model on `cuda`, or spreads the model over
+            all GPUs if `count` is above 1.
         tolerance: The largest difference, relative to the largest value of a tensor.
         float64: Whether the GPUs compute in fp64.
 
     Returns:
-        The GPUs, with all that they counted.
+        The GPUs with their counts.
     """
     if place is None:
         place = on_gpu if count == 1 else spread(count)
+
     expected = work(make())
     with simulated_gpus(count, float64) as gpus:
         actual = work(place(make()))
         assert_same(actual, expected, tolerance)
+
     assert gpus.products, "No matrix product ran on a GPU."
     return gpus
 
@@ -101,10 +108,19 @@ def assert_same(actual: Any, expected: Any, tolerance: float = TOLERANCE, path: 
         for index, value in enumerate(expected):
             assert_same(actual[index], value, tolerance, f"{path}[{index}]")
     elif isinstance(expected, (torch.Tensor, float)):
-        first, second = (torch.as_tensor(value).detach().cpu().double() for value in (actual, expected))
-        assert first.shape == second.shape, path
-        if first.numel():
-            difference = float((first - second).abs().max() / second.abs().max().clamp(min=1e-12))
-            assert difference <= tolerance, f"{path} differs by {difference:.2g}"
+        assert_close(torch.as_tensor(actual), torch.as_tensor(expected), tolerance, path)
     else:
         assert actual == expected, path
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float, path: str) -> None:
+    """Assert that two tensors have the same shape, and that their largest difference is within the tolerance."""
+    actual = actual.detach().cpu().double()
+    expected = expected.detach().cpu().double()
+    assert actual.shape == expected.shape, path
+    if actual.numel() == 0:
+        return
+
+    scale = expected.abs().max().clamp(min=1e-12)
+    difference = float((actual - expected).abs().max() / scale)
+    assert difference <= tolerance, f"{path} differs by {difference:.2g}"

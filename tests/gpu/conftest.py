@@ -1,7 +1,6 @@
-"""Tests on simulated GPUs, in processes of their own.
+"""Run the tests of each file on simulated GPUs in one child process, and repeat their reports in this process.
 
-The runtime of the devices has to be loaded before torch, and other tests should not run with it. So the tests of each
-file here run in one child process, and this process repeats their reports.
+The runtime of the devices has to be loaded before torch, and other tests should not run with it.
 """
 
 import json
@@ -20,8 +19,10 @@ TESTS = HERE.parent
 CHILD = "gpu.child"
 REPORTS = "SIMULATED_GPU_REPORTS"
 REASON = missing()
-_reports: dict[str, list] = {}  # by the id of a test
-_finished: set[Path] = set()  # the files whose tests have run
+# The reports of each test, by its id.
+_reports: dict[str, list] = {}
+# The files whose tests have run.
+_finished: set[Path] = set()
 
 
 def pytest_collection_modifyitems(items):
@@ -47,19 +48,22 @@ def pytest_runtest_protocol(item, nextitem):
 
 
 def _run_in_child(item):
-    """Run all selected tests of an item's file in one process, and keep their reports."""
-    selected = [other.nodeid for other in item.session.items if other.path == item.path]
+    """Run all selected tests in the file of an item in one process, and keep their reports."""
+    selected = [selected_item for selected_item in item.session.items if selected_item.path == item.path]
     reports = Path(item.config.rootpath, "build", "simulator", f"reports-{os.getpid()}.jsonl")
     reports.parent.mkdir(parents=True, exist_ok=True)
     reports.unlink(missing_ok=True)
 
-    search = [str(TESTS), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search)), REPORTS: str(reports)}
-    # Of the workers of xdist, the child is none.
+    search_path = str(TESTS)
+    if os.environ.get("PYTHONPATH"):
+        search_path += os.pathsep + os.environ["PYTHONPATH"]
+    environment = os.environ | {"PYTHONPATH": search_path, REPORTS: str(reports)}
+    # The child is not a worker of xdist.
     for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_ADDOPTS"):
         environment.pop(name, None)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", CHILD, "-p", "no:cacheprovider", *selected]
-    done = subprocess.run(command, cwd=item.config.rootpath, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", CHILD, "-p", "no:cacheprovider"]
+    command += [selected_item.nodeid for selected_item in selected]
+    process = subprocess.run(command, cwd=item.config.rootpath, env=environment, capture_output=True, text=True)
 
     by_test = defaultdict(list)
     if reports.exists():
@@ -67,11 +71,11 @@ def _run_in_child(item):
             data = json.loads(line)
             by_test[data["nodeid"]].append(data)
         reports.unlink()
-    for other in item.session.items:
-        if other.path == item.path and not by_test[other.nodeid]:
-            by_test[other.nodeid] = [
-                _failure(other, f"The process of the tests ended with {done.returncode}.\n{done.stdout}{done.stderr}")
-            ]
+
+    message = f"The process of the tests ended with {process.returncode}.\n{process.stdout}{process.stderr}"
+    for selected_item in selected:
+        if not by_test[selected_item.nodeid]:
+            by_test[selected_item.nodeid] = [_failure(selected_item, message)]
     _reports.update(by_test)
     _finished.add(item.path)
 

@@ -1,4 +1,4 @@
-"""Compile `runtime.cpp` and load it. This must happen before `import torch`, which asks once which devices exist."""
+"""Compile and load `runtime.cpp`, before `import torch` looks for devices."""
 
 import ctypes
 import hashlib
@@ -56,7 +56,7 @@ def compiled() -> Path:
 
 @cache
 def load() -> ctypes.CDLL:
-    """Load the runtime into this process, in front of torch."""
+    """Load the runtime into this process before torch."""
     if "torch" in sys.modules:
         raise RuntimeError("Load the simulated GPUs before `import torch`.")
     library = compiled()

@@ -4,8 +4,8 @@
         model.to("cuda:1")
         gpus.waits, gpus.copies, gpus.peak(1)
 
-A tensor on `cuda:N` is a `CudaTensor`: its device and dispatch keys are CUDA's, and it holds a CPU tensor. Each
-operator runs on the held tensors, after the checks of devices and dtypes that CUDA makes. transformers, accelerate,
+A tensor on `cuda:N` is a `CudaTensor`. It has the device and the dispatch keys of CUDA, and it holds a CPU tensor.
+Each operator checks devices and dtypes as CUDA does, and then runs on the held tensors. transformers, accelerate,
 PEFT and autograd run unchanged. A process has to call `runtime.load()` before `import torch`.
 
 Not simulated: time, the rounding of CUDA kernels, fused attention, streams, limits of memory, and `nn.DataParallel`.
@@ -42,9 +42,9 @@ ONE_DEVICE = {
 # Operators that take indices, which may be on the CPU.
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 COPIES = {"_to_copy", "copy_", "_copy_from", "_copy_from_and_resize"}
-# Matrix products, which CUDA has for floating point alone.
+# Matrix products. CUDA has them for floating point only.
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "mv", "addmv", "dot", "addr"}
-# Operators whose result or shape the host needs, so that it waits for the device.
+# Operators that make the host wait for the device, because it needs the result or its shape.
 WAITING = {
     "_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "bincount", "repeat_interleave",
     "_unique", "_unique2", "unique_dim", "unique_consecutive",
@@ -52,7 +52,7 @@ WAITING = {
 
 
 class Gpus:
-    """The simulated devices, and counts of what they did.
+    """Hold simulated devices, and count their waits, copies and matrix products.
 
     Attributes:
         waits: The number of times that the host waited for a device, by `(operator, line)`.
@@ -69,13 +69,16 @@ class Gpus:
         self.waits: Counter[tuple[str, str]] = Counter()
         self.copies: Counter[tuple[str, str]] = Counter()
         self.products: Counter[str] = Counter()
-        self._users: Counter[tuple[int, int]] = Counter()  # tensors by device and storage
+        # The number of tensors by device and storage.
+        self._users: Counter[tuple[int, int]] = Counter()
         self._allocated: Counter[int] = Counter()
         self._peak: Counter[int] = Counter()
 
     def device(self, device: int | str | torch.device | None = None) -> torch.device:
         """Return a device with its index. Raise an error like CUDA's if it does not exist."""
-        index = device if isinstance(device, int) or device is None else torch.device(device).index
+        index = device
+        if isinstance(device, (str, torch.device)):
+            index = torch.device(device).index
         if index is None or index < 0:
             index = self.current
         if index >= self.count:
@@ -91,7 +94,7 @@ class Gpus:
         return self._peak[self.device(device).index]
 
     def reset_peak(self, device: int | str | torch.device | None = None) -> None:
-        """Let `peak` start again from the bytes that are allocated now."""
+        """Set `peak` to the bytes that are allocated now."""
         self._peak[self.device(device).index] = self.allocated(device)
 
     def waits_in(self, file: str) -> int:
@@ -103,16 +106,19 @@ class Gpus:
         return self._in(file, self.copies)
 
     def _in(self, file: str, counts: Counter[tuple[str, str]]) -> int:
-        assert (Path(__file__).parents[2] / f"{PACKAGE}{file}".strip("/")).is_file(), f"There is no {file}."
+        path = Path(__file__).parents[2] / PACKAGE.strip("/") / file
+        assert path.is_file(), f"There is no {file}."
         return sum(number for (_, line), number in counts.items() if line.startswith(f"{file}:"))
 
     def hold(self, tensor: torch.Tensor, device: torch.device) -> None:
-        """Count a tensor's storage as allocated, until the last tensor that uses it is gone."""
+        """Count the storage of a tensor as allocated until the last tensor that uses it is deleted."""
         storage = tensor.untyped_storage()
-        key, size = (device.index, storage._cdata), storage.nbytes()
+        key = (device.index, storage._cdata)
+        size = storage.nbytes()
         if not self._users[key]:
             self._allocated[device.index] += size
             self._peak[device.index] = max(self._peak[device.index], self._allocated[device.index])
+
         self._users[key] += 1
         weakref.finalize(tensor, self._release, key, size).atexit = False
 
@@ -134,25 +140,28 @@ def active() -> Gpus:
 
 
 def calling_line() -> str:
-    """Return the innermost line of the package that is running, else of the code that called torch."""
-    frame, caller = sys._getframe(1), None
+    """Return the innermost running line of the package, or else the line of the code that called torch."""
+    frame = sys._getframe(1)
+    caller = "torch"
     while frame is not None:
         name = frame.f_code.co_filename
         if PACKAGE in name:
             return f"{name.rpartition(PACKAGE)[2]}:{frame.f_lineno}"
-        if caller is None and "/torch/" not in name and name != __file__:
+        if caller == "torch" and "/torch/" not in name and name != __file__:
             caller = f"{name.rpartition('/')[2]}:{frame.f_lineno}"
         frame = frame.f_back
-    return caller or "torch"
+    return caller
 
 
 class CudaTensor(torch.Tensor):
-    """A tensor on a simulated device. `held` is the CPU tensor with its values."""
+    """Hold the values of a tensor on a simulated device in a CPU tensor, `held`."""
 
     @staticmethod
     def __new__(cls, held: torch.Tensor, device: torch.device | None = None, **options):
-        if device is None:  # accelerate makes a parameter by `type(parameter)(values, requires_grad=…)`
+        # accelerate makes a parameter by `type(parameter)(values, requires_grad=…)`.
+        if device is None:
             return torch.nn.Parameter(held, **options)
+
         if held.dtype in (torch.float64, torch.complex128) and not active().float64:
             raise TypeError(
                 "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
@@ -187,8 +196,10 @@ class CudaTensor(torch.Tensor):
             return function(args[0].held)
         if function is torch.Tensor.is_shared:
             return False
+
         with torch._C.DisableTorchFunctionSubclass():
             result = function(*args, **(kwargs or {}))
+
         if function == torch.Tensor.data.__set__:
             if not isinstance(args[1], CudaTensor):
                 raise NotImplementedError("The data of a tensor on a simulated GPU was replaced by a CPU tensor.")
@@ -198,10 +209,13 @@ class CudaTensor(torch.Tensor):
     def __deepcopy__(self, memo):
         if id(self) in memo:
             return memo[id(self)]
+
         with torch.no_grad():
-            storage = copy.deepcopy(self.held.untyped_storage(), memo)  # tensors that share memory go on to share it
+            # Copies of tensors that share memory share memory too.
+            storage = copy.deepcopy(self.held.untyped_storage(), memo)
             held = torch.empty(0, dtype=self.held.dtype)
             held.set_(storage, self.held.storage_offset(), self.held.size(), self.held.stride())
+
         copied = _restored(held, self.device, self.requires_grad, isinstance(self, torch.nn.Parameter))
         memo[id(self)] = copied
         if self.grad is not None:
@@ -215,7 +229,9 @@ class CudaTensor(torch.Tensor):
         return f"{self.held!r:.200} on {self.device}"
 
     def __format__(self, spec):
-        return format(self.item(), spec) if self.dim() == 0 else repr(self)
+        if self.dim() == 0:
+            return format(self.item(), spec)
+        return repr(self)
 
 
 def _restored(held: torch.Tensor, device: torch.device, requires_grad: bool, is_parameter: bool) -> torch.Tensor:
@@ -226,6 +242,7 @@ def _restored(held: torch.Tensor, device: torch.device, requires_grad: bool, is_
 
 
 def _leaves(value):
+    """Yield all leaves of lists and tuples."""
     if isinstance(value, (list, tuple)):
         for element in value:
             yield from _leaves(element)
@@ -245,15 +262,19 @@ def _held(value):
 
 
 class Call:
-    """A call of an operator on the CUDA key: its checks, its counts, and its run on the held tensors."""
+    """Check and count a call of an operator for CUDA, and run it on the held tensors."""
 
     def __init__(self, operator, args, kwargs):
-        self.operator, self.args, self.kwargs = operator, args, kwargs
+        self.operator = operator
+        self.args = args
+        self.kwargs = kwargs
         self.name = operator._schema.name.removeprefix("aten::")
-        self.tensors = [leaf for leaf in _leaves((args, *kwargs.values())) if isinstance(leaf, torch.Tensor)]
+        leaves = _leaves([args, list(kwargs.values())])
+        self.tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         self.simulated = [tensor for tensor in self.tensors if isinstance(tensor, CudaTensor)]
-        asked = kwargs.get("device")
-        self.asked = None if asked is None else torch.device(asked)
+        self.requested_device = None
+        if kwargs.get("device") is not None:
+            self.requested_device = torch.device(kwargs["device"])
 
     def run(self):
         """Check the call, run it on the CPU, and return its results on their device."""
@@ -261,8 +282,9 @@ class Call:
         self._check_dtype()
         self._check_generator(target)
         self._count(target)
+        # The choice 0 is attention in plain operators.
         if self.name == "_fused_sdp_choice":
-            return 0  # the formula in plain operators
+            return 0
         if self.name == "_pin_memory":
             return self.args[0]
         if self.name == "record_stream":
@@ -270,27 +292,27 @@ class Call:
 
         result = self._result()
         self._repeat_on_wrapper()
-        if self.is_list:  # such as _foreach_add: each result is where its first input is
-            if isinstance(result, (list, tuple)):
-                pairs = zip(result, self.args[0], strict=True)
-                return [self._wrapped(output, tensor.device) for output, tensor in pairs]
-            return result
+        if self.is_list:
+            return self._wrapped_list(result)
         if target.type != "cuda":
             return result
         return _mapped(lambda output: self._wrapped(output, target), result)
 
     @property
     def is_list(self) -> bool:
+        """Whether the operator works on lists of tensors, as `_foreach_add` does."""
         return self.name.startswith(("_foreach", "_fused", "_amp_foreach")) and self.name != "_fused_sdp_choice"
 
     def _target(self) -> torch.device:
         """Return the device of the results. Raise an error like CUDA's if the arguments are on several devices."""
-        if self.asked is not None and self.asked.type == "cuda":
-            self.asked = active().device(self.asked)
+        if self.requested_device is not None and self.requested_device.type == "cuda":
+            self.requested_device = active().device(self.requested_device)
         if self.is_list:
             return self.simulated[0].device
+        if self.name == "copy_":
+            return self.args[0].device
         if self.name in COPIES:
-            return self.args[0].device if self.name == "copy_" else self.asked or self.args[0].device
+            return self.requested_device or self.args[0].device
 
         if self.name in INDEXED:
             devices = self._indexed_devices()
@@ -298,35 +320,43 @@ class Call:
             devices = {tensor.device for tensor in self.tensors if not self._is_number(tensor)}
         if self.name.endswith("_") and isinstance(self.args[0], torch.Tensor):
             devices.add(self.args[0].device)
+
         if len(devices) > 1:
             first, second = sorted(map(str, devices), reverse=True)[:2]
             raise RuntimeError(
                 "Expected all tensors to be on the same device, but found at least two devices, "
                 f"{first} and {second}! (when checking arguments of {self.operator})"
             )
-        if self.asked is not None:
-            return self.asked
+        if self.requested_device is not None:
+            return self.requested_device
         if devices:
             return devices.pop()
-        return self.simulated[0].device if self.simulated else CPU
+        if self.simulated:
+            return self.simulated[0].device
+        return CPU
 
     def _is_number(self, tensor: torch.Tensor) -> bool:
         return tensor.device == CPU and tensor.dim() == 0 and self.name not in ONE_DEVICE
 
     def _indexed_devices(self) -> set[torch.device]:
-        indexed, indices = self.args[0], [index for index in self.args[1] if index is not None]
-        for index in indices:
-            if index.device not in (CPU, indexed.device):
+        indexed = self.args[0]
+        for index in self.args[1]:
+            if index is not None and index.device not in (CPU, indexed.device):
                 raise RuntimeError(
                     "indices should be either on cpu or on the same device as the indexed tensor "
                     f"({indexed.device}), got {index.device}"
                 )
-        values = [value for value in self.args[2:3] if not self._is_number(value)]
-        return {indexed.device, *(value.device for value in values)}
+
+        devices = {indexed.device}
+        for value in self.args[2:3]:
+            if not self._is_number(value):
+                devices.add(value.device)
+        return devices
 
     def _check_dtype(self) -> None:
         if self.name not in PRODUCTS or not self.simulated:
             return
+
         dtype = self.simulated[0].dtype
         if not (dtype.is_floating_point or dtype.is_complex):
             raise RuntimeError(f'"{self.name}_cuda" not implemented for {str(dtype)!r}')
@@ -339,13 +369,7 @@ class Call:
     def _count(self, target: torch.device) -> None:
         gpus = active()
         if self.name in COPIES:
-            source = self.args[1] if self.name == "copy_" else self.args[0]
-            if source.device == target:
-                return
-            direction = f"{source.device.type} to {target.type}"
-            gpus.copies[direction, calling_line()] += 1
-            if target.type == "cpu":
-                gpus.waits["copy to the CPU", calling_line()] += 1
+            self._count_copy(target)
         elif self.name in WAITING and self.simulated:
             gpus.waits[self.name, calling_line()] += 1
         elif self.name in INDEXED and any(index is not None and index.dtype == torch.bool for index in self.args[1]):
@@ -353,54 +377,79 @@ class Call:
         elif self.name in PRODUCTS:
             gpus.products[str(target)] += 1
 
+    def _count_copy(self, target: torch.device) -> None:
+        source = self.args[1] if self.name == "copy_" else self.args[0]
+        if source.device == target:
+            return
+
+        direction = f"{source.device.type} to {target.type}"
+        active().copies[direction, calling_line()] += 1
+        if target.type == "cpu":
+            active().waits["copy to the CPU", calling_line()] += 1
+
     def _result(self):
         """Run the operator on the CPU."""
         args = _mapped(_held, self.args)
         kwargs = {name: _mapped(_held, value) for name, value in self.kwargs.items()}
         for name in ("pin_memory", "non_blocking"):
             kwargs.pop(name, None)
-        if self.asked is not None:
-            kwargs["device"] = CPU if self.asked.type == "cuda" else self.asked
+        if self.requested_device is not None:
+            kwargs["device"] = CPU if self.requested_device.type == "cuda" else self.requested_device
 
-        if self.operator._overloadname == "dtype" and self.name in PRODUCTS:  # `out_dtype`, which CUDA alone has
+        # Only CUDA has `out_dtype`.
+        if self.operator._overloadname == "dtype" and self.name in PRODUCTS:
             if args[0].dtype not in (torch.bfloat16, torch.float16) or args[-1] != torch.float32:
                 raise RuntimeError("out_dtype must be float32, and the inputs float16 or bfloat16")
             product = getattr(torch.ops.aten, self.name).default
-            return product(*(tensor.float() for tensor in args[:-1]))
-        if self.name == "histc" and not args[0].dtype.is_floating_point:  # which CUDA has for integers too
+            inputs = [tensor.float() for tensor in args[:-1]]
+            return product(*inputs)
+
+        # CUDA has `histc` for integers too.
+        if self.name == "histc" and not args[0].dtype.is_floating_point:
             return self.operator(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
         return self.operator(*args, **kwargs)
 
     def _repeat_on_wrapper(self) -> None:
-        """Change the shape of the wrapper as that of the held tensor has changed, by `squeeze_` and the like."""
+        """Repeat an operator that changes a shape in place, such as `squeeze_`, on the wrapper of the held tensor."""
         if torch.Tag.inplace_view not in self.operator.tags or not isinstance(self.args[0], CudaTensor):
             return
-        before = torch._C._meta_in_tls_dispatch_include()
+
+        included = torch._C._meta_in_tls_dispatch_include()
         with torch.utils._mode_utils.no_dispatch():
             torch._C._set_meta_in_tls_dispatch_include(True)
             try:
                 self.operator(*self.args, **self.kwargs)
             finally:
-                torch._C._set_meta_in_tls_dispatch_include(before)
+                torch._C._set_meta_in_tls_dispatch_include(included)
 
     def _wrapped(self, output, device: torch.device):
         if not isinstance(output, torch.Tensor):
             return output
+
+        # An operator that works in place returns its argument.
         for tensor in self.simulated:
-            if tensor.held is output:  # an operator that works in place returns its argument
+            if tensor.held is output:
                 return tensor
         return CudaTensor(output, device)
+
+    def _wrapped_list(self, result):
+        """Put each result of an operator on lists on the device of its first input."""
+        if not isinstance(result, (list, tuple)):
+            return result
+        pairs = zip(result, self.args[0], strict=True)
+        return [self._wrapped(output, tensor.device) for output, tensor in pairs]
 
 
 @cache
 def _factories():
-    """Return the operators that make a tensor out of no tensor, with their names."""
+    """Return the operators that make a tensor from other arguments than tensors, with their names."""
     factories = []
     for full_name in torch._C._dispatch_get_all_op_names():
         if not full_name.startswith("aten::"):
             continue
         if torch._C._dispatch_has_kernel_for_dispatch_key(full_name, "CUDA"):
             continue
+
         name = full_name.removeprefix("aten::")
         base, _, overload = name.partition(".")
         with suppress(AttributeError, RuntimeError):
@@ -414,22 +463,24 @@ def _factories():
 
 def _kernel(operator):
     def kernel(*args, **kwargs):
-        return Call(operator, args, {"device": "cuda", **kwargs}).run()
+        kwargs.setdefault("device", "cuda")
+        return Call(operator, args, kwargs).run()
 
     return kernel
 
 
 class ChosenDevice(AbstractContextManager):
-    """`torch.cuda.device`: the current device inside `with`."""
+    """Replace `torch.cuda.device`, which sets the current device inside `with`."""
 
     def __init__(self, device):
         self.index = active().device(device).index
 
     def __enter__(self):
-        self.before, active().current = active().current, self.index
+        self.previous_index = active().current
+        active().current = self.index
 
     def __exit__(self, *error):
-        active().current = self.before
+        active().current = self.previous_index
 
 
 def _set_device(device) -> None:
@@ -488,7 +539,8 @@ def _patches(gpus: Gpus):
         "synchronize": _nothing,
         "empty_cache": _nothing,
     }
-    cuda |= generators
+    cuda.update(generators)
+
     for module, functions in (
         (torch.cuda, cuda),
         (torch.cuda.random, generators),
@@ -496,10 +548,11 @@ def _patches(gpus: Gpus):
     ):
         for name, function in functions.items():
             yield mock.patch.object(module, name, function, create=True)
+
     yield mock.patch.object(torch._C, "_cuda_getDevice", lambda: gpus.current, create=True)
     yield mock.patch.object(torch.Tensor, "pin_memory", lambda self, *args: self)
     yield mock.patch.object(torch.Tensor, "is_pinned", lambda self, *args: False)
-    # transformers loads weights in threads on CUDA, whose order would differ from run to run.
+    # On CUDA transformers loads weights in threads, and their order would differ in each run.
     yield mock.patch.dict("os.environ", HF_DEACTIVATE_ASYNC_LOAD="1")
 
 
@@ -514,14 +567,17 @@ def simulated_gpus(count: int = 1, float64: bool = True):
     global _gpus
     if _gpus is not None:
         raise RuntimeError("Simulated GPUs cannot be nested.")
-    swaps, lifts = torch.__future__.get_swap_module_params_on_conversion(), torch._C._only_lift_cpu_tensors()
+
+    swaps_params = torch.__future__.get_swap_module_params_on_conversion()
+    lifts_only_cpu = torch._C._only_lift_cpu_tensors()
     loaded = runtime.load()
     _gpus = Gpus(count, float64)
     loaded.enable(1)
     library = torch.library.Library("aten", "IMPL")
     try:
         for operator, name in _factories():
-            with suppress(RuntimeError):  # an operator that is made of others has no kernel of its own
+            # A composite operator does not accept a kernel.
+            with suppress(RuntimeError):
                 library.impl(name, _kernel(operator), "CUDA")
         torch.__future__.set_swap_module_params_on_conversion(True)
         torch._C._set_only_lift_cpu_tensors(True)
@@ -531,7 +587,7 @@ def simulated_gpus(count: int = 1, float64: bool = True):
             yield _gpus
     finally:
         library._destroy()
-        torch.__future__.set_swap_module_params_on_conversion(swaps)
-        torch._C._set_only_lift_cpu_tensors(lifts)
+        torch.__future__.set_swap_module_params_on_conversion(swaps_params)
+        torch._C._set_only_lift_cpu_tensors(lifts_only_cpu)
         loaded.enable(0)
         _gpus = None

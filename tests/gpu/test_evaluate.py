@@ -1,4 +1,4 @@
-"""An evaluation on one or several simulated GPUs has the figures of the CPU."""
+"""An evaluation on one or several simulated GPUs has the same figures as an evaluation on the CPU."""
 
 import json
 from unittest import mock
@@ -12,6 +12,7 @@ from models import build, documents, token_ids, tokenizer
 from optimum_structprune import DomainConfig, StructPruneError, evaluate
 from optimum_structprune.evaluation.speed import measure_speed
 from optimum_structprune.forward.metrics import perplexity
+from optimum_structprune.method.calibrate import Moments
 
 
 QUESTIONS = [
@@ -20,50 +21,52 @@ QUESTIONS = [
 ]
 
 
-def pair(case):
-    return lambda: [build(case), build(case, seed=1)]
+def assert_same_figures(case, count, **options):
+    """Assert that the evaluation of a model against another model has the same figures on simulated GPUs."""
+    place_model = on_gpu if count == 1 else spread(count)
 
+    def make():
+        return [build(case), build(case, seed=1)]
 
-def both(place):
-    return lambda models: [place(model) for model in models]
-
-
-def figures(**options):
-    """Return work that evaluates a model against a dense one, and returns all numbers but times."""
+    def place(models):
+        return [place_model(model) for model in models]
 
     def work(models):
         model, dense = models
         domain = DomainConfig(name="a", source=documents(seed=4))
         evaluation = evaluate(model, tokenizer(), [domain], dense, seq_length=24, num_samples=6, **options)
-        return numbers(evaluation.to_dict())
+        return figures_in(evaluation.to_dict())
 
-    return work
+    assert_same_on_gpus(work, make, count, place)
 
 
-def numbers(value, path=""):
-    if isinstance(value, dict):
-        found = {}
-        for name, part in value.items():
-            if not any(word in name for word in ("second", "time", "speed")):
-                found.update(numbers(part, f"{path}.{name}"))
-        return found
-    return {path: value} if isinstance(value, float) else {}
+def figures_in(value, path=""):
+    """Return all numbers with a fraction in nested dictionaries, except times."""
+    if isinstance(value, float):
+        return {path: value}
+    if not isinstance(value, dict):
+        return {}
+
+    figures = {}
+    for name, part in value.items():
+        is_time = any(word in name for word in ("second", "time", "speed"))
+        if not is_time:
+            figures.update(figures_in(part, f"{path}.{name}"))
+    return figures
 
 
 @pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", ["llama-tied", pytest.param("llama-untied", marks=pytest.mark.slow)])
-def test_perplexity_and_divergence(case, count):
-    place = both(on_gpu if count == 1 else spread(count))
-    assert_same_on_gpus(figures(), pair(case), count, place)
+def test_perplexity_and_divergence_are_the_same(case, count):
+    assert_same_figures(case, count)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
-def test_answers(tmp_path, count):
+def test_the_figures_of_answers_are_the_same(tmp_path, count):
     path = tmp_path / "questions.jsonl"
     path.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
-    place = both(on_gpu if count == 1 else spread(count))
-    assert_same_on_gpus(figures(answers=str(path), max_new_tokens=8), pair("llama-tied"), count, place)
+    assert_same_figures("llama-tied", count, answers=str(path), max_new_tokens=8)
 
 
 @pytest.mark.slow
@@ -77,29 +80,27 @@ def test_speed_is_measured_on_one_device():
         work(spread(2)(build("llama-tied")))
 
 
-def test_a_spread_model_with_an_untied_head_has_a_perplexity():
+def test_a_spread_model_with_an_untied_head_has_the_same_perplexity():
     samples = token_ids(4, 16)
     assert_same_on_gpus(lambda model: perplexity(model, samples), lambda: build("llama-untied"), 2)
 
 
 def test_bf16_products_need_no_out_dtype():
-    """torch 2.7 and earlier have no product of bf16 matrices in fp32."""
-    from optimum_structprune.method.calibrate import Moments
-
-    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    """torch 2.7 and earlier do not have a product of bf16 matrices in fp32."""
+    inputs = torch.randn(64, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
     product = torch.mm
 
-    def old(left, right, **options):
+    def product_of_torch_2_7(a, b, **options):
         if options:
             raise TypeError("mm() got an unexpected keyword argument 'out_dtype'")
-        return product(left, right)
+        return product(a, b)
 
-    def gram(x):
-        return Moments.empty(8, gram=True, device=x.device).update(x).gram
+    def compute_gram(tensor):
+        return Moments.empty(8, gram=True, device=tensor.device).update(tensor).gram
 
     with (
-        mock.patch("torch.mm", old),
+        mock.patch("torch.mm", product_of_torch_2_7),
         mock.patch("optimum_structprune.method.calibrate.MM_TAKES_OUT_DTYPE", False),
     ):
-        assert_same_on_gpus(gram, lambda: x, place=lambda tensor: tensor.cuda())
-    assert_same_on_gpus(gram, lambda: x, place=lambda tensor: tensor.cuda())
+        assert_same_on_gpus(compute_gram, lambda: inputs, place=lambda tensor: tensor.cuda())
+    assert_same_on_gpus(compute_gram, lambda: inputs, place=lambda tensor: tensor.cuda())

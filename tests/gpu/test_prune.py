@@ -1,9 +1,10 @@
-"""A pruning on one or several simulated GPUs keeps the units and weights that a pruning on the CPU keeps."""
+"""A pruning on one or several simulated GPUs keeps the same units and weights as a pruning on the CPU."""
 
+from itertools import product
 from unittest import mock
 
 import pytest
-from gpu.compare import assert_same_on_gpus, spread, weights
+from gpu.compare import assert_same_on_gpus, on_gpu, spread, weights
 from helpers import whole_model_at_once
 from models import build, config, fewer_tokens, real_text_model, three_layers, token_ids, tokenizer
 from quantized import Reversible, quantized
@@ -13,14 +14,15 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.steps.checkpoint import LayerCheckpoint
 
 
-def pruned(settings, **options):
+def prune_with(settings):
     """Return work that prunes a model on random tokens, and returns its weights and the kept units."""
     inputs = {"a": token_ids(6, 24), "b": token_ids(6, 24, seed=2)}
 
     def work(model):
         pruner = StructPruner(settings)
-        small = pruner.prune_model(model, **(options or {"inputs": inputs}))
-        return {"keep": {str(key): list(kept) for key, kept in pruner.plan.keep.items()}, "weights": weights(small)}
+        small = pruner.prune_model(model, inputs=inputs)
+        units = {str(key): list(units) for key, units in pruner.plan.keep.items()}
+        return {"keep": units, "weights": weights(small)}
 
     return work
 
@@ -47,21 +49,27 @@ SPACES = {
     "modernbert": ("modernbert", {"widths": {"mlp": 24}}),
 }
 FAST = [("untied head", 2), ("layers", 2), ("sensitivity", 2), ("channels and groups", 1)]
-CASES = [
-    pytest.param(name, count, marks=() if (name, count) in FAST else pytest.mark.slow)
-    for name in SPACES
-    for count in (1, 2)
-]
 
 
-@pytest.mark.parametrize(("name", "count"), CASES)
-def test_a_gpu_or_two_compute_what_the_cpu_computes(name, count):
+def parameters_of_spaces():
+    """Return each name with one and with two GPUs. Only the fast ones are not marked as slow."""
+    parameters = []
+    for name, count in product(SPACES, (1, 2)):
+        if (name, count) in FAST:
+            parameters.append((name, count))
+        else:
+            parameters.append(pytest.param(name, count, marks=pytest.mark.slow))
+    return parameters
+
+
+@pytest.mark.parametrize(("name", "count"), parameters_of_spaces())
+def test_one_or_two_gpus_prune_as_the_cpu_does(name, count):
     case, fields = SPACES[name]
-    gpus = assert_same_on_gpus(pruned(config(**fields)), lambda: build(case), count)
+    gpus = assert_same_on_gpus(prune_with(config(**fields)), lambda: build(case), count)
     assert len(gpus.products) == count
 
 
-THREE = {
+THREE_LAYERS = {
     "layers and units": {"widths": {"mlp": 24, "attention": 2, "layer": 2}},
     "residual stream": {"widths": {"hidden": 24, "mlp": 24}},
     "sensitivity": {"sparsity": 0.2, "allocation": "sensitivity", "round_to": 1},
@@ -70,19 +78,20 @@ THREE = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", THREE)
-def test_three_gpus(name):
-    gpus = assert_same_on_gpus(pruned(config(**THREE[name])), three_layers, 3)
+@pytest.mark.parametrize("name", THREE_LAYERS)
+def test_three_gpus_prune_as_the_cpu_does(name):
+    settings = config(**THREE_LAYERS[name])
+    gpus = assert_same_on_gpus(prune_with(settings), three_layers, 3)
     assert len(gpus.products) == 3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("with_channels", [False, True])
-def test_tokens_with_languages(count, with_channels):
+def test_a_vocabulary_trimming_for_a_language_is_the_same(count, with_channels):
     fields = {"languages": ["de"]}
     if with_channels:
-        fields |= {"widths": None, "budget": {"parameters": 0.8}, "targets": ["vocab", "mlp"]}
+        fields.update(widths=None, budget={"parameters": 0.8}, targets=["vocab", "mlp"])
     _, reader = real_text_model()
 
     def work(model):
@@ -94,33 +103,35 @@ def test_tokens_with_languages(count, with_channels):
             "languages": pruner.report.to_dict()["languages"],
         }
 
-    # Figures of languages are those of few words.
+    # The figures of a language are measured on few words, so a small difference is large in them.
     assert_same_on_gpus(work, lambda: real_text_model()[0], count, tolerance=1e-3)
 
 
 @pytest.mark.slow
-def test_a_budget_of_loss():
+def test_a_pruning_to_a_budget_of_loss_is_the_same():
     settings = config(widths=None, budget={"loss": 0.3}, targets=["mlp"], round_to=1)
-    assert_same_on_gpus(
-        lambda model: weights(prune(model, settings, tokenizer()).model), lambda: build("llama-untied")
-    )
+
+    def work(model):
+        return weights(prune(model, settings, tokenizer()).model)
+
+    assert_same_on_gpus(work, lambda: build("llama-untied"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_run_that_was_interrupted(tmp_path, count):
+def test_an_interrupted_pruning_resumes_with_the_same_weights(tmp_path, count):
     settings = config(widths={"mlp": 24})
+    save_checkpoint = LayerCheckpoint.save
+
+    def interrupt(self, *arguments):
+        save_checkpoint(self, *arguments)
+        raise KeyboardInterrupt
 
     def work(model):
         options = RunOptions(checkpoint_dir=str(tmp_path / model.device.type))
-        saved = LayerCheckpoint.save
-
-        def interrupt(self, *arguments):
-            saved(self, *arguments)
-            raise KeyboardInterrupt
-
         with mock.patch.object(LayerCheckpoint, "save", interrupt), pytest.raises(KeyboardInterrupt):
             StructPruner(settings, options).prune_model(model, tokenizer())
+
         pruner = StructPruner(settings, options)
         small = pruner.prune_model(model, tokenizer())
         assert pruner.report.resumed
@@ -131,43 +142,43 @@ def test_a_run_that_was_interrupted(tmp_path, count):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_quantized_model(count):
-    """The stand-in unpacks to plain layers."""
+def test_a_pruning_of_a_quantized_model_is_the_same(count):
+    """The quantizer of this test unpacks to plain layers."""
+    place_model = on_gpu if count == 1 else spread(count)
 
     def place(model):
-        model = model.to("cuda") if count == 1 else spread(count)(model)
-        return quantized(Reversible(), model)
+        return quantized(Reversible(), place_model(model))
 
     def work(model):
         if model.device.type == "cpu":
             model = quantized(Reversible(), model)
-        return pruned(config(widths={"mlp": 24}))(model)
+        return prune_with(config(widths={"mlp": 24}))(model)
 
     assert_same_on_gpus(work, lambda: build("llama-tied"), count, place)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("criterion", ["wanda", "obs"])
-def test_bf16(criterion):
+def test_a_pruning_in_bf16_is_the_same(criterion):
     settings = config(widths={"mlp": 24}, criterion=criterion)
-    # Products of bf16 tensors are rounded in another order on the CPU.
-    assert_same_on_gpus(pruned(settings), lambda: build("llama-tied").bfloat16(), tolerance=5e-2)
+    # The CPU rounds products of bf16 tensors in another order.
+    assert_same_on_gpus(prune_with(settings), lambda: build("llama-tied").bfloat16(), tolerance=5e-2)
 
 
 @pytest.mark.slow
-def test_the_whole_model_as_a_source():
-    """Its moments are gathered on the devices of the layers."""
+def test_moments_of_the_whole_model_are_collected_on_the_devices_of_the_layers():
+    settings = config(widths={"mlp": 24, "attention": 2})
 
     def work(model):
         with whole_model_at_once():
-            return pruned(config(widths={"mlp": 24, "attention": 2}))(model)
+            return prune_with(settings)(model)
 
     assert_same_on_gpus(work, lambda: build("llama-untied"), 2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["modernbert", "t5-gated", "bart"])
-def test_the_figures_of_encoders(case):
+def test_a_pruning_of_a_model_with_an_encoder_has_the_same_figures(case):
     def work(model):
         space = next(space.kind for space in describe(model).spaces if "mlp" in space.kind)
         pruner = StructPruner(config(widths={space: 24}))

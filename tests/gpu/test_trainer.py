@@ -1,4 +1,4 @@
-"""A Trainer prunes while it trains on one GPU or a spread model; on several GPUs without DDP it is refused."""
+"""A Trainer prunes while it trains on one GPU or a spread model. It is refused on several GPUs without DDP."""
 
 import pytest
 from gpu.compare import assert_same_on_gpus, on_gpu, weights
@@ -9,18 +9,28 @@ from transformers import Trainer, TrainingArguments
 from optimum_structprune import StructPruneError, attach_pruner
 
 
-def trainer_of(model, folder, **fields):
+def trainer_of(model, folder):
     rows = [{"input_ids": ids, "labels": ids} for ids in token_ids(32, 24)]
-    settings = {"max_steps": 6, "per_device_train_batch_size": 2, "logging_steps": 2, "learning_rate": 1e-3}
-    settings |= {"disable_tqdm": True, "report_to": "none", "save_strategy": "no", "seed": 0}
-    settings["use_cpu"] = model.device.type == "cpu"
-    arguments = TrainingArguments(str(folder), **settings, **fields)
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=6,
+        per_device_train_batch_size=2,
+        logging_steps=2,
+        learning_rate=1e-3,
+        disable_tqdm=True,
+        report_to="none",
+        save_strategy="no",
+        seed=0,
+        use_cpu=model.device.type == "cpu",
+    )
     return Trainer(model, arguments, train_dataset=rows, processing_class=tokenizer())
 
 
-def trained(folder, **fields):
+def train_and_prune(folder):
+    """Return work that prunes a model during a training, and returns its weights."""
+
     def work(model):
-        trainer = trainer_of(model, folder, **fields)
+        trainer = trainer_of(model, folder)
         callback = attach_pruner(trainer, config(widths={"mlp": 24}, rounds=2), 2, end=4)
         trainer.train()
         assert callback.plan.keep
@@ -32,12 +42,12 @@ def trained(folder, **fields):
 @pytest.mark.parametrize("repetition", range(3))
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.slow
-def test_a_trainer_prunes(tmp_path, count, repetition):
-    # Six steps of AdamW enlarge the rounding of the first ones, because it divides by the size of the gradients.
-    assert_same_on_gpus(trained(tmp_path), lambda: build("llama-tied"), count, tolerance=2e-2)
+def test_a_trainer_prunes_the_same(tmp_path, count, repetition):
+    # AdamW enlarges the rounding of the first steps, because it divides by the size of the gradients.
+    assert_same_on_gpus(train_and_prune(tmp_path), lambda: build("llama-tied"), count, tolerance=2e-2)
 
 
-def test_several_gpus_without_ddp_are_refused_with_both_ways_out(tmp_path):
+def test_several_gpus_without_ddp_are_refused_with_two_solutions(tmp_path):
     with simulated_gpus(2):
         trainer = trainer_of(on_gpu(build("llama-tied")), tmp_path)
         attach_pruner(trainer, config(widths={"mlp": 24}), 2)
@@ -46,10 +56,11 @@ def test_several_gpus_without_ddp_are_refused_with_both_ways_out(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_refused_trainer_leaves_nothing_behind(tmp_path):
+def test_a_refused_trainer_does_not_change_later_trainers(tmp_path):
     with simulated_gpus(2):
         trainer = trainer_of(on_gpu(build("llama-tied")), tmp_path)
         attach_pruner(trainer, config(widths={"mlp": 24}), 2)
         with pytest.raises(StructPruneError, match="torchrun"):
             trainer.train()
-    assert_same_on_gpus(trained(tmp_path), lambda: build("llama-tied"), 2, tolerance=2e-2)
+
+    assert_same_on_gpus(train_and_prune(tmp_path), lambda: build("llama-tied"), 2, tolerance=2e-2)

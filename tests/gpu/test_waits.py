@@ -1,7 +1,6 @@
-"""Ceilings on how often the host waits for a GPU and copies tensors, where a loop runs often."""
+"""The host waits for a GPU and copies tensors only a few times, also where a loop runs often."""
 
 from copy import deepcopy
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from helpers import batches, random_plan, shrunk
 from models import build, config, token_ids, tokenizer
 
 import optimum_structprune
-from optimum_structprune import StructPruner, trainer
+from optimum_structprune import prune_model, trainer
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.meta import shrunk_skeleton
 from optimum_structprune.arch.modules import layer_list
@@ -32,95 +31,121 @@ from optimum_structprune.vocabulary.token_alignment import TokenAlignment
 
 
 def file_of(module):
-    """Return the path of a module inside the package, as the counters name it."""
-    path = Path(module.__file__)
-    return path.relative_to(Path(optimum_structprune.__file__).parent).as_posix()
+    """Return the path of a module inside the package, as the simulated GPUs count by it."""
+    package = Path(optimum_structprune.__file__).parent
+    return Path(module.__file__).relative_to(package).as_posix()
 
 
-ALIGNMENT, EXPERTS, EXPERT_REFIT = map(file_of, (token_alignment, sources_experts, steps_experts))
-FINGERPRINT, CALIBRATE, SHRINK = map(file_of, (fingerprint, calibrate, shrink))
+ALIGNMENT = file_of(token_alignment)
+CALIBRATE = file_of(calibrate)
+EXPERT_REFIT = file_of(steps_experts)
+EXPERTS = file_of(sources_experts)
+FINGERPRINT = file_of(fingerprint)
+SHRINK = file_of(shrink)
 TRAINER = file_of(trainer)
+# The number of tokens in the vocabulary of the pruned model.
 SIZE = 50
 
 
 def aligned_batch(count):
-    """An alignment, logits of both models, and the rows and nodes of a text with so many counted dense tokens."""
+    """Return an alignment, and the arguments of `divergence` for a text.
+
+    The text has `count` dense tokens that the divergence counts. The arguments are the logits of the pruned and of
+    the dense model, and the rows and nodes of the text.
+    """
     generator = torch.Generator().manual_seed(0)
-    lost = torch.randint(SIZE, (30, 3), generator=generator)
-    spellings = [*((token,) for token in range(SIZE)), *(tuple(parts) for parts in lost.tolist())]
+    spellings = [(token,) for token in range(SIZE)]
+    for parts in torch.randint(SIZE, (30, 3), generator=generator).tolist():
+        spellings.append(tuple(parts))
     alignment = TokenAlignment(spellings, SIZE)
+
     ids = torch.randint(len(spellings), (count + 1,), generator=generator).tolist()
-    aligned = alignment.align(ids, [False, *[True] * count])
-    following = torch.tensor([after for _, after in pairwise(aligned) if after.row >= 0])
-    logits = torch.randn(len(following), SIZE, generator=generator)
-    dense = torch.randn(count, len(spellings), generator=generator)
-    return alignment, logits, dense, following[:, 1], following[:, 2]
+    is_counted = [False] + [True] * count
+    aligned = alignment.align(ids, is_counted)
+    counted_tokens = torch.tensor([token for token in aligned[1:] if token.row >= 0])
+
+    logits = torch.randn(len(counted_tokens), SIZE, generator=generator)
+    dense_logits = torch.randn(count, len(spellings), generator=generator)
+    return alignment, logits, dense_logits, counted_tokens[:, 1], counted_tokens[:, 2]
 
 
 @pytest.mark.parametrize("count", [40, 400])
-def test_the_divergence_of_other_tokens_copies_indices_once(count):
-    alignment, logits, dense, rows, nodes = aligned_batch(count)
-    expected = alignment.divergence(logits, dense, rows, nodes)
-    with simulated_gpus() as gpus:
-        on_gpu = (logits.cuda(), dense.cuda())
-        first = alignment.divergence(*on_gpu, rows, nodes)
-        copies = gpus.copies_in(ALIGNMENT)
-        again = alignment.divergence(*on_gpu, rows, nodes)
-        assert gpus.waits_in(ALIGNMENT) == 0
-        assert copies <= 4  # the tables of the vocabulary, and the indices
-        assert gpus.copies_in(ALIGNMENT) - copies == 1
-        assert_same([first, again], [expected, expected])
+def test_the_divergence_across_vocabularies_copies_indices_once(count):
+    alignment, logits, dense_logits, rows, nodes = aligned_batch(count)
+    expected = alignment.divergence(logits, dense_logits, rows, nodes)
 
-        alignment.divergence(*on_gpu, rows.cuda(), nodes.cuda())
+    with simulated_gpus() as gpus:
+        logits = logits.cuda()
+        dense_logits = dense_logits.cuda()
+        first = alignment.divergence(logits, dense_logits, rows, nodes)
+        copies_of_first = gpus.copies_in(ALIGNMENT)
+        second = alignment.divergence(logits, dense_logits, rows, nodes)
+
+        assert_same(first, expected)
+        assert_same(second, expected)
+        assert gpus.waits_in(ALIGNMENT) == 0
+        # The first call copies the tables of the vocabulary and the indices, and the second call only the indices.
+        assert copies_of_first <= 4
+        assert gpus.copies_in(ALIGNMENT) - copies_of_first == 1
+
+        alignment.divergence(logits, dense_logits, rows.cuda(), nodes.cuda())
         assert gpus.waits_in(ALIGNMENT) == 1
 
 
 @pytest.mark.parametrize("case", ["olmoe", "mixtral"])
 @torch.no_grad()
 def test_tokens_are_sorted_by_expert_once_per_batch(case):
-    def scores(model):
-        arch = describe(model)
-        source = source_of(model, arch, batches())
-        whole = arch.of("expert")[0]
-        inside = [space for space in arch.at(whole.layer) if space.inside and space.experts]
-        contributed = contributions(source, whole, CRITERIA.get("reap"))
-        moments = [moments for space in inside for moments in expert_moments(source, space, gram=True)]
-        return source, len(inside), [contributed, *(own.mean for domain in moments for own in domain)]
+    def source_on(model):
+        return source_of(model, describe(model), batches())
 
-    expected = scores(build(case))[2]
+    def measure(source):
+        """Return the number of consumers in the experts, and the scores and means of the experts of a layer."""
+        space = source.arch.of("expert")[0]
+        results = [contributions(source, space, CRITERIA.get("reap"))]
+        consumers = 0
+
+        for inner_space in source.arch.at(space.layer):
+            if not (inner_space.inside and inner_space.experts):
+                continue
+
+            consumers += 1
+            for domain in expert_moments(source, inner_space, gram=True):
+                results += [moments.mean for moments in domain]
+        return consumers, results
+
+    _, expected = measure(source_on(build(case)))
     with simulated_gpus() as gpus:
-        source, num_experts, actual = scores(build(case).cuda())
+        source = source_on(build(case).cuda())
+        consumers, actual = measure(source)
         assert_same(actual, expected)
+
     # Each batch is routed twice, and the contributions are copied once.
-    sorting = sum(number for (operator, _), number in gpus.waits.items() if operator == "tolist")
-    assert sorting == 2 * len(source.batches)
-    assert gpus.waits_in(EXPERTS) <= sorting + 1
-    assert gpus.waits_in(CALIBRATE) == num_experts * source.num_domains
+    sorts = sum(number for (operator, _), number in gpus.waits.items() if operator == "tolist")
+    assert sorts == 2 * len(source.batches)
+    assert gpus.waits_in(EXPERTS) <= sorts + 1
+    assert gpus.waits_in(CALIBRATE) == consumers * source.num_domains
 
 
 def test_a_refit_of_experts_copies_each_weight_once():
     settings = config(widths={"expert": 3})
+    expected = prune_model(build("olmoe"), settings, tokenizer())
 
-    def pruned(model):
-        return StructPruner(settings).prune_model(model, tokenizer())
-
-    expected = pruned(build("olmoe"))
     with simulated_gpus() as gpus:
-        small = pruned(build("olmoe").cuda())
-        consumers = sum(space.inside and space.experts is not None for space in describe(small).spaces)
-        layers = describe(small).num_layers
-        assert consumers <= gpus.waits_in(EXPERT_REFIT) <= consumers + layers
+        small = prune_model(build("olmoe").cuda(), settings, tokenizer())
+        arch = describe(small)
+        consumers = [space for space in arch.spaces if space.inside and space.experts is not None]
+        assert len(consumers) <= gpus.waits_in(EXPERT_REFIT) <= len(consumers) + arch.num_layers
         assert_same(small.cpu().state_dict(), expected.state_dict())
 
 
-def test_one_hash_of_the_model_is_computed_in_a_pruning():
+def test_a_pruning_hashes_the_model_once():
     with simulated_gpus() as gpus:
         model = build("llama-tied").cuda()
-        StructPruner(config(widths={"mlp": 24})).prune_model(model, tokenizer())
+        prune_model(model, config(widths={"mlp": 24}), tokenizer())
         assert 0 < gpus.waits_in(FINGERPRINT) <= len(model.state_dict()) + 1
 
 
-def test_checksums_are_those_of_the_cpu_and_wait_once():
+def test_checksums_equal_the_checksums_on_the_cpu_and_wait_once():
     model = build("llama-tied").bfloat16()
     expected = checksums(model)
     with simulated_gpus() as gpus:
@@ -134,18 +159,21 @@ def test_moments_are_checked_with_one_wait():
         x = torch.randn(600, 8).cuda()
         moments.update(x, output=x)
         assert not gpus.waits
+
         moments.checked("mlp.down_proj", 0)
         assert sum(gpus.waits.values()) == 1
 
 
 def test_training_text_is_copied_to_the_cpu_once():
     ids = [token_ids(2, 12, seed=call) for call in range(30)]
-    masks = [rows > 10 for rows in ids]
-    expected = torch.cat([rows[mask] for rows, mask in zip(ids, masks, strict=True)])[-48:].view(4, 12)
+    expected = torch.cat([rows[rows > 10] for rows in ids])[-48:].view(4, 12)
+
     with simulated_gpus() as gpus:
         text = RecentText(num_samples=4, seq_length=12)
-        for rows, mask in zip(ids, masks, strict=True):
+        for rows in ids:
+            mask = rows > 10
             text.add_call((rows.cuda(),), {"attention_mask": mask.cuda()})
+
         assert gpus.waits_in(TRAINER) == 0
         assert torch.equal(text.domain().samples, expected)
         assert gpus.waits_in(TRAINER) == 2
@@ -167,19 +195,25 @@ def test_layers_are_cut_on_a_gpu_with_room(case, name, monkeypatch):
     plan = random_plan(arch, [name])
     expected = shrunk(model, arch, plan)
 
-    def copies(free):
-        """Count the copies of tensors to the CPU, while so many bytes of a GPU are free."""
+    def count_copies_to_the_cpu(free_bytes):
+        """Count the copies that cut the layers while some bytes of a GPU are free."""
         with simulated_gpus() as gpus:
             small = deepcopy(model).cuda()
-            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (free, 80 << 30))
+            skeleton = shrunk_skeleton(model, arch, plan.widths())
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (free_bytes, 80 << 30))
             for layer in range(arch.num_layers):
-                shrink_layer_(small, arch, layer, plan.keep, shrunk_skeleton(model, arch, plan.widths()))
+                shrink_layer_(small, arch, layer, plan.keep, skeleton)
             assert {tensor.device.type for tensor in small.parameters()} == {"cuda"}
-            copied = gpus.copies.copy()
-            for layer, other in zip(layer_list(small, arch), layer_list(expected, arch), strict=True):
-                assert_same(layer.state_dict(), other.state_dict(), tolerance=0)
-            return sum(n for (way, line), n in copied.items() if way == "cuda to cpu" and line.startswith(SHRINK))
+
+            copies = 0
+            for (direction, line), number in gpus.copies.items():
+                if direction == "cuda to cpu" and line.startswith(SHRINK):
+                    copies += number
+
+            for layer, expected_layer in zip(layer_list(small, arch), layer_list(expected, arch), strict=True):
+                assert_same(layer.state_dict(), expected_layer.state_dict(), tolerance=0)
+        return copies
 
     largest = max(arch.layer_params) * 4
-    assert copies(free=3 * largest) == 0
-    assert copies(free=largest) >= arch.num_layers
+    assert count_copies_to_the_cpu(free_bytes=3 * largest) == 0
+    assert count_copies_to_the_cpu(free_bytes=largest) >= arch.num_layers
