@@ -71,9 +71,12 @@ def with_long(cases: Iterable, short: Iterable) -> list:
     short = set(short)
     parameters = []
     for case in cases:
-        values = case if isinstance(case, tuple) else (case,)
-        marks = [] if values[0] in short else [pytest.mark.slow]
-        parameters.append(pytest.param(*values, marks=marks))
+        if not isinstance(case, tuple):
+            case = (case,)
+        marks = []
+        if case[0] not in short:
+            marks.append(pytest.mark.slow)
+        parameters.append(pytest.param(*case, marks=marks))
     return parameters
 
 

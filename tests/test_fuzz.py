@@ -66,12 +66,13 @@ def altered(node):
     """Return a strategy that replaces, removes or adds single values anywhere in a description."""
     if isinstance(node, list):
         parts = [altered(item) for item in node]
-        usual = st.tuples(*parts).map(list)
+        strategy = st.tuples(*parts).map(list)
     elif isinstance(node, dict):
-        usual = altered_mapping(node)
+        strategy = altered_mapping(node)
     else:
-        usual = st.just(node)
-    return st.one_of([usual] * 20 + [values])
+        strategy = st.just(node)
+    # One value in 21 is replaced.
+    return st.one_of([strategy] * 20 + [values])
 
 
 def altered_mapping(node):
