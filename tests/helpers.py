@@ -117,7 +117,7 @@ def save_desk(folder, case="llama-tied", count=80):
 
 
 def unread():
-    """Return an iterator of text that fails the test if it is read."""
+    """Return text that fails the test when it is read."""
     pytest.fail("text was read")
     yield
 
@@ -457,7 +457,7 @@ def failing(function, number, error):
 
 
 class Card(TorchDispatchMode):
-    """Record how many bytes the tensors on a card hold at most, inside `with card()`. They have no values."""
+    """Record the peak memory of the tensors on the card, inside `with card()`. The tensors have no values."""
 
     def __init__(self):
         super().__init__()

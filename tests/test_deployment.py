@@ -137,7 +137,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "serving.md").read_text()
 TORCHAO = ROOT / "build" / "torchao"
 GPTQ_PYTHON = ROOT / "build" / "llm-compressor" / "bin" / "python"
-# This code runs after a recipe of the page, in which the quantized model has the name {name}.
+# This code runs after a recipe of the page. The recipe calls the quantized model {name}.
 CHECK = """
 inputs = tokenizer("One and one is two", return_tensors="pt")
 unquantized = AutoModelForCausalLM.from_pretrained("smollm2-32")

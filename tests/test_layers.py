@@ -44,7 +44,7 @@ def is_module(name: tuple[str, ...]) -> bool:
 
 
 def imports(path: Path, typing: bool = False) -> list[tuple[str, ...]]:
-    """Return the modules of the package that a file imports, with `typing` also those for type checkers only."""
+    """Return the modules of the package that a file imports. `typing` includes imports for type checkers."""
     tree = TREES[path]
     nodes_for_typing = type_checking_nodes(tree)
     package = path.relative_to(PACKAGE).parts[:-1]

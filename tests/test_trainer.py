@@ -510,7 +510,7 @@ def test_a_model_is_compiled_once_for_each_width(tmp_path, backend):
 
 
 CHECKPOINTS = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
-# Trainings that two processes run: by name, the arguments of `attach_pruner` and those of the Trainer.
+# Trainings in two processes by name: the arguments of `attach_pruner`, and the arguments of the Trainer.
 TOGETHER = {
     "checkpoints": ({}, CHECKPOINTS | {"load_best_model_at_end": True}),
     "domains": ({"calibration": "domains"}, {}),

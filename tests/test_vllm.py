@@ -111,7 +111,7 @@ def test_vllm_without_this_package(models, folders):
     ("olmoe", "OlmoeForCausalLM", {"num_key_value_heads": 4}),
 ])  # fmt: skip
 def test_a_mixture_of_fewer_experts_needs_no_package(model_type, class_name, fields, tmp_path):
-    """The class of vLLM itself loads the model, even with 5 experts, which is no multiple of 8."""
+    """The class of vLLM itself loads the model, even though 5 experts are not a multiple of 8."""
     model, tokenizer = dense(model_type, **MIXTURE, **fields)
     settings = StructPruneConfig(
         widths={"expert": 5, "mlp": 96}, num_samples=6, seq_length=64, general_text="builtin:prose"

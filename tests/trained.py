@@ -30,7 +30,7 @@ RATIOS: dict[str, float] = {}
 
 
 def loss_ratio(stories, **fields) -> float:
-    """Return the perplexity on held-out stories after pruning, divided by that before pruning."""
+    """Return the perplexity on held-out stories after pruning, divided by the perplexity before."""
     defaults = {"widths": {"mlp": 128}, "num_samples": 32, "seq_length": 256}
     config = stories_config(**(defaults | fields))
     key = json.dumps(config.to_dict(), sort_keys=True)
