@@ -1,7 +1,7 @@
-"""Prunings whose plans and weights are known to the bit: `python tests/golden.py` prints their hashes as JSON.
+"""Hash the plans and weights of a set of prunings: `python tests/golden.py` prints the hashes as JSON.
 
-The arithmetic is held to the instructions that all x86 processors with AVX2 have. `--write` puts the hashes into
-`golden.json`, for a change that is meant to give other results, which its commit then names.
+The arithmetic uses only instructions that all x86 processors with AVX2 have. `--write` writes the hashes to
+`golden.json`. Use it for a change that is meant to change results, and say so in the commit.
 """
 
 import json
@@ -15,11 +15,17 @@ from tempfile import TemporaryDirectory
 
 FILE = Path(__file__).with_suffix(".json")
 TINY = Path(__file__).with_name("tiny_llama")
-# MKL, ATen and oneDNN choose their kernels by processor unless they are told which.
-PORTABLE = {"MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-PORTABLE |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+# By default MKL, ATen and oneDNN choose their kernels by processor.
+PORTABLE = {
+    "MKL_CBWR": "COMPATIBLE",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
 BOTH = {"mlp": 96, "attention": 2}
-# name -> what model, and the fields of its config
+# The prunings by name: the kind of model, and the fields of the config.
 RUNS = {
     "uniform": ("trained", {"sparsity": 0.2}),
     "attention": ("trained", {"widths": BOTH}),
@@ -49,27 +55,30 @@ RUNS = {
     "shared_experts": ("deepseek_v2", {"widths": {"mlp": 24, "dense_mlp": 32, "expert": 3}}),
     "whole_model": ("gemma4_text-experts", {"widths": {"mlp": 24}}),
 }
+# The kinds that use the trained model.
+TRAINED = ("trained", "bfloat16", "offloaded")
 
 
 def run(name: str, folder: Path) -> dict[str, str]:
-    """The hashes of plan and weights of one run, which writes to a folder."""
+    """Return the hashes of the plan and the weights of a run. The folder is for temporary files."""
     from models import tokenizer
     from transformers import AutoTokenizer
 
     from optimum_structprune import StructPruneConfig, StructPruner
 
     kind, fields = RUNS[name]
-    own = kind in ("trained", "bfloat16", "offloaded")
+    trained = kind in TRAINED
     model = model_of(kind, folder)
-    reader = AutoTokenizer.from_pretrained(TINY) if own else tokenizer()
-    config = StructPruneConfig(**{**text_fields(own), **fields})
+    reader = AutoTokenizer.from_pretrained(TINY) if trained else tokenizer()
+    config = StructPruneConfig(**(text_fields(trained) | fields))
+
     pruner = StructPruner(config)
     pruned = pruner.prune_model(model, reader, inplace=kind == "offloaded")
     return {"plan": hash_of_plan(pruner.plan), "weights": hash_of_weights(pruned)}
 
 
 def text_fields(trained: bool) -> dict:
-    """Fields of a config that name the text: two kinds of what the model was trained on, or words of random tests."""
+    """Return the fields of a config that set the text: two kinds of training text, or random words."""
     from models import documents
 
     from optimum_structprune import DomainConfig
@@ -78,13 +87,18 @@ def text_fields(trained: bool) -> dict:
     def read(name: str) -> list[str]:
         return (TEXTS / f"{name}.txt").read_text("utf-8").split("\n%\n")
 
-    texts = {"fiction": read("fiction"), "programs": read("programs")} if trained else {"a": documents(seed=0)}
+    if trained:
+        texts = {"fiction": read("fiction"), "programs": read("programs")}
+        seq_length = 48
+    else:
+        texts = {"a": documents(seed=0)}
+        seq_length = 24
     domains = [DomainConfig(name=name, source=source) for name, source in texts.items()]
-    return {"domains": domains, "general_share": 0.0, "num_samples": 12, "seq_length": 48 if trained else 24}
+    return {"domains": domains, "general_share": 0.0, "num_samples": 12, "seq_length": seq_length}
 
 
 def model_of(kind: str, folder: Path):
-    """The trained model as it is, in bfloat16 or with its layers on the disk, or a random one of a family."""
+    """Return the trained model in float32, in bfloat16 or with its layers on the disk, or a random model."""
     import torch
     from models import build
     from transformers import AutoModelForCausalLM
@@ -93,34 +107,39 @@ def model_of(kind: str, folder: Path):
 
     if kind == "biased":
         return build("llama-bias")
-    if kind not in ("trained", "bfloat16", "offloaded"):
+    if kind not in TRAINED:
         return build(kind)
+
     dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=dtype)
     if kind != "offloaded":
         return model
+
     places = layer_device_map(model.config, "cpu", "disk")
     offload = folder / "offload"
     return AutoModelForCausalLM.from_pretrained(TINY, dtype=dtype, device_map=places, offload_folder=offload)
 
 
 def hash_of_plan(plan) -> str:
-    """The SHA-256 of the units that are kept; the hash of the dense model, which the plan holds too, plays no part."""
+    """Return the SHA-256 of the kept units. The hash of the original model, also in the plan, is left out."""
     keep = [[layer, name, list(units)] for (layer, name), units in sorted(plan.keep.items())]
     return sha256(json.dumps(keep).encode()).hexdigest()[:16]
 
 
 def hash_of_weights(model) -> str:
-    """The SHA-256 of the names, shapes and bits of all tensors of a model, wherever accelerate keeps them."""
+    """Return the SHA-256 of the names, shapes and bits of all tensors of a model, including offloaded tensors."""
     import torch
     from accelerate.utils import align_module_device
 
-    digest = sha256()
     tensors = {}
     for prefix, module in model.named_modules():
+        if list(module.children()):
+            continue
         with align_module_device(module):
-            for leaf, tensor in module.state_dict().items() if not list(module.children()) else ():
+            for leaf, tensor in module.state_dict().items():
                 tensors[f"{prefix}.{leaf}"] = tensor.detach().cpu().clone()
+
+    digest = sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -128,7 +147,7 @@ def hash_of_weights(model) -> str:
 
 
 def main(names: list[str]) -> dict[str, dict[str, str]]:
-    """The hashes of some runs, or of all."""
+    """Return the hashes of some runs, or of all runs."""
     import torch
 
     torch.set_num_threads(1)
@@ -141,11 +160,11 @@ def main(names: list[str]) -> dict[str, dict[str, str]]:
 
 
 def portable(arguments: list[str]) -> dict[str, dict[str, str]]:
-    """The hashes, from a process whose arithmetic does not depend on the processor."""
-    environment = {**os.environ, **PORTABLE}
+    """Return the hashes from a process whose arithmetic does not depend on the processor."""
+    environment = os.environ | PORTABLE
     command = [sys.executable, __file__, "--here", *arguments]
-    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout)
+    process = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(process.stdout)
 
 
 if __name__ == "__main__":
@@ -153,7 +172,10 @@ if __name__ == "__main__":
     if arguments[:1] == ["--here"]:
         print(json.dumps(main(arguments[1:])))
     elif arguments[:1] == ["--write"]:
-        known = json.loads(FILE.read_text()) if FILE.exists() else {}
-        FILE.write_text(json.dumps({**known, **portable(arguments[1:])}, indent=1) + "\n")
+        hashes = {}
+        if FILE.exists():
+            hashes = json.loads(FILE.read_text())
+        hashes.update(portable(arguments[1:]))
+        FILE.write_text(json.dumps(hashes, indent=1) + "\n")
     else:
         print(json.dumps(portable(arguments), indent=1))

@@ -1,4 +1,4 @@
-"""What tests of several folders share: comparisons, masks, and the whole model as a source."""
+"""Functions that tests of several folders share: comparisons, masks, small runs, and other processes."""
 
 import json
 import os
@@ -45,21 +45,39 @@ from optimum_structprune.steps.base import RunState
 from optimum_structprune.system.stages import model_bytes
 
 
-KEEP = {"mlp": 24, "attention": 2, "expert": 3, "shared_mlp": 20, "dense_mlp": 24}
-KEEP |= {"encoder_mlp": 24, "decoder_mlp": 20}
-RECOVERY_TEXT = {"domains": [DomainConfig(name=n, source=documents(200, seed=s)) for s, n in enumerate("ab")]}
+# The widths of random plans, by kind of space.
+KEEP = {
+    "mlp": 24,
+    "attention": 2,
+    "expert": 3,
+    "shared_mlp": 20,
+    "dense_mlp": 24,
+    "encoder_mlp": 24,
+    "decoder_mlp": 20,
+}
+RECOVERY_TEXT = {
+    "domains": [
+        DomainConfig(name="a", source=documents(200, seed=0)),
+        DomainConfig(name="b", source=documents(200, seed=1)),
+    ]
+}
 OTHER_WORDS = TemporaryDirectory()
-# A type of device that torch knows in every build.
+# Every build of torch knows this type of device.
 CARD = torch.device("lazy", 0)
 
 
 def with_long(cases: Iterable, short: Iterable) -> list:
-    """Cases as parameters of a test: those whose first value is in `short` are short, and the others are slow."""
+    """Return cases as parameters of a test, with a slow mark on each case whose first value is not in `short`."""
     short = set(short)
-    return [
-        pytest.param(*case, marks=() if case[0] in short else pytest.mark.slow)
-        for case in (case if isinstance(case, tuple) else (case,) for case in cases)
-    ]
+    parameters = []
+    for case in cases:
+        if not isinstance(case, tuple):
+            case = (case,)
+        marks = []
+        if case[0] not in short:
+            marks.append(pytest.mark.slow)
+        parameters.append(pytest.param(*case, marks=marks))
+    return parameters
 
 
 @torch.no_grad()
@@ -69,178 +87,236 @@ def logits(model):
 
 @torch.no_grad()
 def outputs(model):
-    """Of random tokens, or of pixels where the model reads these."""
-    pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    return outputs_of(run_model(model, pixels if model.main_input_name == "pixel_values" else token_ids()))
+    """Return the outputs of a model on random tokens, or on random pixels if the model reads pixels."""
+    if model.main_input_name == "pixel_values":
+        inputs = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    else:
+        inputs = token_ids()
+    return outputs_of(run_model(model, inputs))
 
 
 def save_with_tokenizer(model, folder, reader=None) -> None:
-    """Save a model of `build` as a folder that a command line can name."""
+    """Save a model with a tokenizer, by default the tokenizer of the models of `build`."""
+    reader = reader or tokenizer()
     model.save_pretrained(folder)
-    (reader or tokenizer()).save_pretrained(folder)
+    reader.save_pretrained(folder)
 
 
 def write_texts(path, texts) -> Path:
-    """A file of documents."""
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    """Write texts as a JSONL file, and return its path."""
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    path.write_text("".join(lines))
     return path
 
 
 def save_desk(folder, case="llama-tied", count=80):
-    """A folder with what a command line names: a dense `model` with its tokenizer, and text in `a.jsonl`."""
+    """Write the files that a command line names: an original `model` with its tokenizer, and text in `a.jsonl`."""
     save_with_tokenizer(build(case), folder / "model")
     write_texts(folder / "a.jsonl", documents(count))
     return folder
 
 
 def unread():
-    """Text that nobody may read."""
+    """Return text that fails the test when it is read."""
     pytest.fail("text was read")
     yield
 
 
 def error_line(capsys) -> str:
-    """The one line that a command has ended with, which refuses something."""
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("structprune: error:")]
+    """Return the error line of a command. Fail if it printed none or several."""
+    output = capsys.readouterr().err
+    lines = [line for line in output.splitlines() if line.startswith("structprune: error:")]
     assert len(lines) == 1, lines
     return lines[0]
 
 
 def with_tokens(model, reader, kept):
-    """A copy of a model and of its tokenizer with these tokens only, numbered in their order."""
-    number = {old: new for new, old in enumerate(kept)}
+    """Return copies of a model and of its tokenizer with the tokens `kept` only, renumbered in their order."""
+    new_ids = {old_id: new_id for new_id, old_id in enumerate(kept)}
+
     state = json.loads(reader.backend_tokenizer.to_str())
     vocab = state["model"]["vocab"]
-    state["model"]["vocab"] = {token: number[old] for token, old in vocab.items() if old in number}
-    if merges := state["model"].get("merges"):
-        state["model"]["merges"] = [pair for pair in merges if vocab["".join(pair)] in number]
-    added = [{**token, "id": number[token["id"]]} for token in state["added_tokens"]]
-    state["added_tokens"] = sorted(added, key=lambda token: token["id"])
+    state["model"]["vocab"] = {token: new_ids[old_id] for token, old_id in vocab.items() if old_id in new_ids}
+    merges = state["model"].get("merges")
+    if merges:
+        state["model"]["merges"] = [pair for pair in merges if vocab["".join(pair)] in new_ids]
+    for token in state["added_tokens"]:
+        token["id"] = new_ids[token["id"]]
+    state["added_tokens"].sort(key=lambda token: token["id"])
     backend = Tokenizer.from_str(json.dumps(state))
-    other = PreTrainedTokenizerFast(tokenizer_object=backend, **reader.special_tokens_map)
+    small_reader = PreTrainedTokenizerFast(tokenizer_object=backend, **reader.special_tokens_map)
+
     small_config = deepcopy(model.config)
     small_config.vocab_size = len(kept)
     small = type(model)(small_config).eval()
-    tables = [name for name, tensor in model.state_dict().items() if len(tensor) == model.config.vocab_size]
-    small.load_state_dict({**model.state_dict(), **{name: model.state_dict()[name][kept] for name in tables}})
-    return small, other
+    weights = model.state_dict()
+    for name, tensor in weights.items():
+        if len(tensor) == model.config.vocab_size:
+            weights[name] = tensor[kept]
+    small.load_state_dict(weights)
+    return small, small_reader
 
 
 def same_weights(left, right) -> bool:
-    """Bit for bit, where a NaN equals a NaN."""
-    mine, theirs = left.state_dict(), right.state_dict()
-    return mine.keys() == theirs.keys() and all(
-        torch.equal(mine[name], theirs[name])
-        or (mine[name].shape == theirs[name].shape and torch.allclose(mine[name], theirs[name], 0, 0, equal_nan=True))
-        for name in mine
-    )
+    """Return whether two models have the same weights, bit for bit. A NaN equals a NaN."""
+    left_weights = left.state_dict()
+    right_weights = right.state_dict()
+    if left_weights.keys() != right_weights.keys():
+        return False
+
+    for name, tensor in left_weights.items():
+        right_tensor = right_weights[name]
+        if torch.equal(tensor, right_tensor):
+            continue
+        if tensor.shape != right_tensor.shape or not torch.allclose(tensor, right_tensor, 0, 0, equal_nan=True):
+            return False
+    return True
 
 
 @contextmanager
 def whole_model_at_once():
-    """No layer runs by itself inside `with`, whatever the model allows: activations come from the whole model."""
-    with patch.object(InMemory, "__init__", side_effect=NotSequentialError("this test runs the whole model at once")):
+    """Take all activations from passes of the whole model, even if its layers can run one by one."""
+    error = NotSequentialError("this test runs the whole model at once")
+    with patch.object(InMemory, "__init__", side_effect=error):
         yield
 
 
 def own_family(model_type: str, **more) -> dict:
-    """The description of a model type whose layers have the FFN of a Llama, and nothing else."""
-    producers = {"mlp.gate_proj": "unit", "mlp.up_proj": "unit"}
-    mlp = {"size": "intermediate_size", "producers": producers, "consumers": {"mlp.down_proj": "unit"}}
-    return {"model_types": [model_type], "layer_path": "layers", "spaces": {"mlp": mlp}, **more}
+    """Return a description of a model type in which only the FFN can be pruned, as in a Llama."""
+    mlp = {
+        "size": "intermediate_size",
+        "producers": {"mlp.gate_proj": "unit", "mlp.up_proj": "unit"},
+        "consumers": {"mlp.down_proj": "unit"},
+    }
+    description = {"model_types": [model_type], "layer_path": "layers", "spaces": {"mlp": mlp}}
+    return description | more
 
 
 def data_of(settings, domains=None) -> CalibrationData:
-    """The calibration data in `domains`, by default those of a config in tokens of the tests' own tokenizer."""
-    return CalibrationData(settings, load_domains(settings, tokenizer()) if domains is None else domains)
+    """Return calibration data in `domains`, by default in the domains of a config with the tests' own tokenizer."""
+    if domains is None:
+        domains = load_domains(settings, tokenizer())
+    return CalibrationData(settings, domains)
 
 
 def weighed(*shares) -> CalibrationData:
-    """Calibration data without samples, in domains of these weights."""
-    nothing = torch.empty(0, 1, dtype=torch.long)
-    return CalibrationData(config(), [Domain("", share, nothing, nothing) for share in shares])
+    """Return calibration data without samples, in domains of these weights."""
+    no_samples = torch.empty(0, 1, dtype=torch.long)
+    domains = [Domain("", share, no_samples, no_samples) for share in shares]
+    return CalibrationData(config(), domains)
 
 
 def pruned_on(data, model, widths) -> RunState:
-    """The finished run that brings a copy of a model to `widths` on given data."""
+    """Prune a copy of a model to `widths` on calibration data, and return the state of the finished run."""
     state = RunState.start(deepcopy(model), describe(model), data)
     state.plan = Plan.of(state.model, state.arch)
     state.report.start(state.model, state.arch)
     comparison = Comparison(state)
+
     for step in StructPruner(data.config).steps(state.arch, state.model, widths):
         step.apply(state)
+
     comparison.finish()
     state.report.finish(state.model, state.arch, state.dense_arch, state.plan)
     return state
 
 
 def mixture_of(moments, shares, weight) -> Moments:
-    """The moments of the mixture at a consumer; those of the domains stay as they are."""
-    (mixture,) = mixed(([deepcopy(part)] for part in moments), shares, [weight])
+    """Return the moments of a mixture of domains at a consumer. The moments of the domains are not changed."""
+    moments_by_domain = ([deepcopy(domain_moments)] for domain_moments in moments)
+    (mixture,) = mixed(moments_by_domain, shares, [weight])
     return mixture
 
 
 def mix(moments, weights) -> Moments:
-    """The weighted average of several moments: the mixture of domains that have the same output energy."""
-    alike = [replace(part, energy=torch.ones(())) for part in moments]
-    return replace(mixture_of(alike, weights, torch.zeros(1, len(alike[0].mean))), energy=None)
+    """Return the weighted average of several moments, as the mixture of domains with the same output energy."""
+    moments = [replace(domain_moments, energy=torch.ones(())) for domain_moments in moments]
+    weight = torch.zeros(1, len(moments[0].mean))
+    mixture = mixture_of(moments, weights, weight)
+    return replace(mixture, energy=None)
 
 
 def config_of(model):
-    """A model's config as it is after saving."""
-    saved = deepcopy(model.config)
-    saved.architectures = [type(model).__name__]
-    return saved
+    """Return the config of a model as `save_pretrained` would write it."""
+    saved_config = deepcopy(model.config)
+    saved_config.architectures = [type(model).__name__]
+    return saved_config
 
 
 @torch.no_grad()
 def cached_bytes(model, tokens: int) -> int:
-    """What the cache holds after so many tokens; the states of a linear attention do not grow with the text."""
-    if not (describe(model).causal or model.config.is_encoder_decoder):
+    """Return the bytes of the KV cache after a number of tokens.
+
+    The states of linear attention do not count: they do not grow with the text.
+    """
+    is_encoder_decoder = model.config.is_encoder_decoder
+    if not describe(model).causal and not is_encoder_decoder:
         return 0
+
     ids = token_ids(1, tokens)
-    both = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-    cache = next(value for value in model(ids, use_cache=True, **both).values() if isinstance(value, Cache))
-    layers = getattr(cache, "self_attention_cache", cache).layers
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers if getattr(layer, "keys", None) is not None)
+    inputs = {"input_ids": ids}
+    if is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    result = model(**inputs, use_cache=True)
+    cache = next(value for value in result.values() if isinstance(value, Cache))
+    cache = getattr(cache, "self_attention_cache", cache)
+
+    num_bytes = 0
+    for layer in cache.layers:
+        if getattr(layer, "keys", None) is not None:
+            num_bytes += layer.keys.nbytes + layer.values.nbytes
+    return num_bytes
 
 
 def assert_as_said(outcome, model, small, cache_known=True) -> None:
-    """Before and after pruning, a dry run says the widths, the parameters, the bytes and the cache for a token."""
-    for that, when in ((model, "before"), (small, "after")):
-        arch = describe(that)
+    """Check the widths and sizes that a dry run predicts against the original and the pruned model."""
+    for actual, when in ((model, "before"), (small, "after")):
+        arch = describe(actual)
         for space in outcome.spaces:
-            width, by_layer = getattr(space, when), {part.layer: part.width for part in arch.of(space.name)}
-            assert (width if isinstance(width, dict) else dict.fromkeys(by_layer, width)) == by_layer
-        assert getattr(outcome.parameters, when) == that.num_parameters()
+            widths = {part.layer: part.width for part in arch.of(space.name)}
+            predicted = getattr(space, when)
+            if not isinstance(predicted, dict):
+                predicted = dict.fromkeys(widths, predicted)
+            assert predicted == widths
+
+        assert getattr(outcome.parameters, when) == actual.num_parameters()
         assert getattr(outcome.layer_parameters, when) == sum(arch.layer_params)
-        assert getattr(outcome.memory, when) == model_bytes(that)
-        if not cache_known:
-            assert outcome.cache_per_token is None
+        assert getattr(outcome.memory, when) == model_bytes(actual)
+        if cache_known:
+            bytes_per_token = cached_bytes(actual, 1)
+            assert cached_bytes(actual, 3) == 3 * bytes_per_token
+            assert getattr(outcome.cache_per_token, when) == bytes_per_token
         else:
-            each, of_three = cached_bytes(that, 1), cached_bytes(that, 3)
-            assert of_three == 3 * each and getattr(outcome.cache_per_token, when) == each
+            assert outcome.cache_per_token is None
+
     assert outcome.parameters.after < outcome.parameters.before
 
 
 def remembered(model: nn.Module) -> dict[tuple[str, str], int]:
-    """The whole numbers that the modules of a model hold."""
-    every = ((name, key, value) for name, module in model.named_modules() for key, value in vars(module).items())
-    return {(name, key): value for name, key, value in every if type(value) is int}
+    """Return the integer attributes of all modules of a model."""
+    numbers = {}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if type(value) is int:
+                numbers[name, key] = value
+    return numbers
 
 
 def assert_remembers_its_own_config(model) -> None:
-    """The modules of a model hold the numbers that they would if it was loaded."""
+    """Check that the modules of a model hold the same numbers as the modules of a model from its config."""
     assert remembered(model) == remembered(skeleton(model, model.config))
 
 
 def modes(model: nn.Module) -> dict[str, bool]:
-    """Which modules of a model are in training mode."""
+    """Return whether each module of a model is in training mode."""
     return {name: module.training for name, module in model.named_modules()}
 
 
 def count_hooks(model: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    total = 0
+    for module in model.modules():
+        total += len(module._forward_hooks) + len(module._forward_pre_hooks)
+    return total
 
 
 def batches():
@@ -248,10 +324,15 @@ def batches():
 
 
 def kept(space) -> int:
-    return KEEP[space.kind] if KEEP[space.kind] < space.width else space.width // 2
+    """Return the width of a space in a random plan: the width of its kind if it is narrower, else half."""
+    width = KEEP[space.kind]
+    if width < space.width:
+        return width
+    return space.width // 2
 
 
 def random_plan(arch, names) -> Plan:
+    """Return a plan that keeps random units of the spaces of some kinds."""
     generator = torch.Generator().manual_seed(3)
     keep = {}
     for space in arch.spaces:
@@ -263,12 +344,15 @@ def random_plan(arch, names) -> Plan:
 
 
 def shrunk(model, arch, plan):
-    return without_refit(model, plan, {name: kept(arch.of(name)[0]) for name in plan.widths()})
+    """Return a copy of a model pruned by a plan of `random_plan`, without a refit."""
+    widths = {name: kept(arch.of(name)[0]) for name in plan.widths()}
+    return without_refit(model, plan, widths)
 
 
 def without_refit(model, plan, widths=None):
-    """A copy of a model with the units of its layers that a plan keeps, as they are."""
-    small, arch = deepcopy(model), describe(model)
+    """Return a copy of a model pruned by a plan, with the remaining weights unchanged."""
+    small = deepcopy(model)
+    arch = describe(model)
     smaller = shrunk_skeleton(small, arch, widths or plan.widths())
     for layer in range(arch.num_layers):
         shrink_layer_(small, arch, layer, plan.keep, smaller)
@@ -277,33 +361,42 @@ def without_refit(model, plan, widths=None):
 
 
 def first_units(model, ffn, groups=()):
-    """A copy of a model whose layers keep their first FFN channels and KV groups, so many of each."""
-    keep = {(layer, "mlp"): tuple(range(width)) for layer, width in enumerate(ffn)}
-    keep |= {(layer, "attention"): tuple(range(count)) for layer, count in enumerate(groups)}
+    """Return a copy of a model with the first `ffn[i]` FFN channels and `groups[i]` KV groups of layer i."""
+    keep = {}
+    for layer, width in enumerate(ffn):
+        keep[layer, "mlp"] = tuple(range(width))
+    for layer, count in enumerate(groups):
+        keep[layer, "attention"] = tuple(range(count))
     return without_refit(model, Plan(model.config.model_type, keep)).eval()
 
 
 def masked(model, arch, plan):
+    """Return a copy of a model in which consumers and routers ignore the units that a plan removes."""
     model = deepcopy(model)
     for space in arch.spaces:
-        if not space.inside and (space.layer, space.name) in plan.keep:
-            silence(model, space, plan.keep[space.layer, space.name])
-        for axis in space.consumers if (space.layer, space.name) in plan.keep else ():
+        units = plan.keep.get((space.layer, space.name))
+        if units is None:
+            continue
+
+        if not space.inside:
+            silence(model, space, units)
+        for axis in space.consumers:
             weight, bias = read_consumer(model, axis)
-            keep = units_to_columns(plan.keep[space.layer, space.name], axis, weight.device)
-            write_consumer_(model, axis, keep, weight[:, keep], bias)
+            columns = units_to_columns(units, axis, weight.device)
+            write_consumer_(model, axis, columns, weight[:, columns], bias)
     return model
 
 
 def silence(model, space, keep):
-    """Make a router's logits minus infinity where an expert is gone."""
+    """Set a router's logits of the removed experts to minus infinity."""
     router = model.get_submodule(space.producers[0].module)
-    gone = [expert for expert in range(space.size) if expert not in keep]
-    forward, linear = router.forward, torch.nn.functional.linear
+    removed = [expert for expert in range(space.size) if expert not in keep]
+    forward = router.forward
+    linear = torch.nn.functional.linear
 
     def silent_linear(*args):
         logits = linear(*args)
-        logits[..., gone] = float("-inf")
+        logits[..., removed] = float("-inf")
         return logits
 
     def silent_forward(*args):
@@ -312,28 +405,45 @@ def silence(model, space, keep):
 
     router.forward = silent_forward
     if hasattr(router, "e_score_correction_bias"):
-        router.e_score_correction_bias[gone] = float("-inf")
+        router.e_score_correction_bias[removed] = float("-inf")
 
 
 def free_spaces(arch):
-    """Kinds of space whose width may differ and that several layers have."""
-    names = [] if arch.uniform else [name for name in arch.names if not arch.of(name)[0].uniform]
-    return [name for name in names if len({space.layer for space in arch.of(name)}) > 1]
+    """Return the kinds of space that several layers have, and whose width may differ between layers."""
+    if arch.uniform:
+        return []
+
+    names = []
+    for name in arch.names:
+        spaces = arch.of(name)
+        layers = {space.layer for space in spaces}
+        if len(layers) > 1 and not spaces[0].uniform:
+            names.append(name)
+    return names
 
 
 def recovery_config(**fields) -> RecoveryConfig:
-    """A short training on two domains of random words, which is compared on others. None leaves a default away."""
-    other = Path(OTHER_WORDS.name, "other.jsonl")
-    if not other.exists():
-        write_texts(other, documents(20, seed=9))
+    """Return the config of a short training on two domains of random words, with other words for validation.
+
+    A training argument of None removes the default.
+    """
+    validation = Path(OTHER_WORDS.name, "other.jsonl")
+    if not validation.exists():
+        write_texts(validation, documents(20, seed=9))
+
     training = {"per_device_train_batch_size": 2, "learning_rate": 1e-2, "disable_tqdm": True, "bf16": False}
-    defaults = {"tokens": 480, "seq_length": 24, "lora": {"r": 2}, "validation": str(other), **RECOVERY_TEXT}
-    training = {key: value for key, value in {**training, **fields.get("training", {})}.items() if value is not None}
-    return RecoveryConfig(**{**defaults, **fields, "training": training})
+    training.update(fields.get("training", {}))
+    training = {name: value for name, value in training.items() if value is not None}
+
+    settings = {"tokens": 480, "seq_length": 24, "lora": {"r": 2}, "validation": str(validation)}
+    settings.update(RECOVERY_TEXT)
+    settings.update(fields)
+    settings["training"] = training
+    return RecoveryConfig(**settings)
 
 
 def failing(function, number, error):
-    """The function, which raises an error at its n-th call after the work is done."""
+    """Wrap a function so that its n-th call does its work and then raises an error."""
     calls = []
 
     def call(*args, **kwargs):
@@ -347,46 +457,47 @@ def failing(function, number, error):
 
 
 class Card(TorchDispatchMode):
-    """Follows how many bytes tensors of a card without values hold at most, inside `with card()`."""
+    """Record the peak memory of the tensors on the card, inside `with card()`. The tensors have no values."""
 
     def __init__(self):
         super().__init__()
-        self.held, self.peak = {}, 0
+        self.sizes = {}
+        self.peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tensor.device == CARD:
                 storage = tensor.untyped_storage()
-                self.held[StorageWeakRef(storage)] = storage.nbytes()
+                self.sizes[StorageWeakRef(storage)] = storage.nbytes()
         self.peak = max(self.peak, self.now())
         return result
 
     def now(self):
-        self.held = {ref: size for ref, size in self.held.items() if not ref.expired()}
-        return sum(self.held.values())
+        self.sizes = {reference: size for reference, size in self.sizes.items() if not reference.expired()}
+        return sum(self.sizes.values())
 
 
 @contextmanager
 def card():
-    with FakeTensorMode(allow_non_fake_inputs=True), Card() as found:
-        yield found
+    with FakeTensorMode(allow_non_fake_inputs=True), Card() as memory:
+        yield memory
 
 
 def put_on_card_(model):
-    """Give a model parameters without values on the card."""
+    """Move the parameters of a model to the card, without values."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=CARD)))
 
 
 class Killed(Exception):
-    """Stands for the end of the process."""
+    """Stand for the end of the process."""
 
 
 @contextmanager
 def dying(monkeypatch, module, number, after):
-    """The process dies at the n-th touch of the disk, before or after it; gives a function that counts them."""
+    """Raise `Killed` at the n-th access to the disk, before or after it. Yield a function that counts accesses."""
     calls = []
 
     def wrapped(function):
@@ -394,6 +505,7 @@ def dying(monkeypatch, module, number, after):
             calls.append(function)
             if len(calls) == number and not after:
                 raise Killed
+
             result = function(*args, **kwargs)
             if len(calls) == number:
                 raise Killed
@@ -409,42 +521,55 @@ def dying(monkeypatch, module, number, after):
 
 
 def main_of(script: str):
-    """The `main` of an example, or of what we measure with."""
+    """Return the `main` of an example or of a benchmark."""
     return import_module(script).main
 
 
 def ran(command, **options) -> str:
-    """What a process writes to its standard output, which has to end well."""
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, **options)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    """Run a command, fail unless it succeeds, and return its standard output."""
+    words = [str(word) for word in command]
+    process = subprocess.run(words, capture_output=True, text=True, **options)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return process.stdout
 
 
 def on_two_ranks(script: str, folder: Path, *arguments: object) -> subprocess.CompletedProcess:
-    """What two processes of `torchrun` say that run a script, which may import what the tests share, and end well.
+    """Run a script in two processes of `torchrun`, fail unless it succeeds, and return the process with its output.
 
-    Every rank writes into a file of its own: two that share a pipe write into each other's lines.
+    The script may import the modules of the tests. Each rank writes into its own log file: two ranks that share a
+    pipe would mix their lines.
     """
-    (folder / "script.py").write_text(script)
-    tests, said = str(Path(__file__).parent), folder / "said"
-    path = os.pathsep.join(filter(None, [tests, os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = path
+    script_path = folder / "script.py"
+    script_path.write_text(script)
+    logs = folder / "logs"
+
+    tests = str(Path(__file__).parent)
+    paths = [tests, os.environ.get("PYTHONPATH")]
+    environment = dict(os.environ)
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    environment["HF_HUB_OFFLINE"] = "1"
+    environment["OMP_NUM_THREADS"] = "1"
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["--redirects", "3", "--log-dir", str(said), str(folder / "script.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-    for stream in ("stdout", "stderr"):
-        ranks = "".join(file.read_text() for file in sorted(said.rglob(f"{stream}.log")))
-        setattr(done, stream, getattr(done, stream) + ranks)
-    assert done.returncode == 0, done.stderr
-    return done
+    command += ["--redirects", "3", "--log-dir", str(logs), str(script_path)]
+    command += [str(argument) for argument in arguments]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+
+    for file in sorted(logs.rglob("stdout.log")):
+        process.stdout += file.read_text()
+    for file in sorted(logs.rglob("stderr.log")):
+        process.stderr += file.read_text()
+    assert process.returncode == 0, process.stderr
+    return process
 
 
 def ask_python(python, script, place, requests, **variables):
-    """What a script answers under another Python, one process for all requests."""
-    command = [python, Path(__file__).with_name(script), place / "answers.json"]
-    ran(command, input=json.dumps(requests), env={**os.environ, **variables})
-    return json.loads((place / "answers.json").read_text())
+    """Run a script once under another Python, and return its answer to each request."""
+    answers = place / "answers.json"
+    command = [python, Path(__file__).with_name(script), answers]
+    ran(command, input=json.dumps(requests), env=os.environ | variables)
+    return json.loads(answers.read_text())
 
 
 def today_is(monkeypatch, date: datetime) -> None:
@@ -452,26 +577,36 @@ def today_is(monkeypatch, date: datetime) -> None:
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", SimpleNamespace(now=lambda: date))
 
 
-# Names that look like those of a result, and others; no file can have the name of one of the folders.
-OF_RESULTS = st.sampled_from("config model README report evaluation vocab".split())
-STEMS = OF_RESULTS | st.from_regex("[a-z_.]{1,9}x", fullmatch=True)
-SUFFIXES = [*".json .safetensors .jinja .model .py .gguf .html .txt .md .bin .gitattributes .index.json".split(), ""]
+# Names of the files of a result, and random names. All random names end in x, so that none is the name of a folder.
+OF_RESULTS = st.sampled_from(["config", "model", "README", "report", "evaluation", "vocab"])
+STEMS = st.one_of(OF_RESULTS, st.from_regex("[a-z_.]{1,9}x", fullmatch=True))
+SUFFIXES = ".json .safetensors .jinja .model .py .gguf .html .txt .md .bin .gitattributes .index.json".split()
+SUFFIXES.append("")
 FOLDERS = ["", "1_Pooling/", ".cache/hub/", "__pycache__/", "additional_chat_templates/", "my notes/"]
 
 
 def user_files():
-    """A strategy of up to three files that a user may put into a result, or replace there: contents by path."""
-    paths = st.tuples(st.sampled_from(FOLDERS), STEMS, st.sampled_from(SUFFIXES)).map("".join)
+    """Return a strategy of up to three files of a user in the folder of a result: contents by path."""
+    parts = st.tuples(st.sampled_from(FOLDERS), STEMS, st.sampled_from(SUFFIXES))
+    paths = parts.map("".join)
     return st.dictionaries(paths, st.binary(max_size=3), max_size=3)
 
 
 def put_into(folder, files) -> None:
-    """Write files of bytes or text, by their paths, with the folders around them."""
+    """Write files of bytes or text by their paths, and make their folders."""
     for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            path.write_bytes(content.encode())
 
 
 def contents(folder) -> dict[str, bytes]:
-    """All files in a folder, by their paths."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Return the contents of all files in a folder, by their paths."""
+    files = {}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            files[path.relative_to(folder).as_posix()] = path.read_bytes()
+    return files

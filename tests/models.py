@@ -1,4 +1,4 @@
-"""Tiny random models, one entry for every family and variant."""
+"""Tiny random models of every family and variant, with tokenizers, texts and configs for them."""
 
 import random
 import resource
@@ -33,15 +33,25 @@ TOP_2 = {"num_experts": 4, "num_experts_per_tok": 2}
 MOE = {**GROUPED, **TOP_2, "moe_intermediate_size": 40}
 ROUTED_2 = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
 DEEPSEEK = {
-    **{**PLAIN, **ROUTED_2, "num_key_value_heads": 4, "first_k_dense_replace": 1, "topk_group": 1},
-    **{"kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8},
+    **PLAIN,
+    **ROUTED_2,
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 1,
+    "topk_group": 1,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
 }
 
-# The layers of linear attention, of a state-space mixer, and of short convolutions in hybrid models.
+# Hybrid models: layers of linear attention, of a state-space mixer, or of short convolutions.
 MIXED = {"layer_types": ["mamba", "attention"]}
 LINEAR = {
-    **{"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2},
-    **{"linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
 }
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16}
 JAMBA = {"mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False}
@@ -50,27 +60,45 @@ LOCAL_2 = {"num_local_experts": 4, "num_experts_per_tok": 2}
 LATENT = {**DEEPSEEK, "q_lora_rank": 8, "n_shared_experts": 1, "n_group": 1}
 INDEXED = {"index_topk": 8, "index_head_dim": 8, "index_n_heads": 2}
 KIMI = {
-    **{"q_lora_rank": None, "num_local_experts": 4, "linear_head_dim": 8, "linear_num_heads": 2},
+    "q_lora_rank": None,
+    "num_local_experts": 4,
+    "linear_head_dim": 8,
+    "linear_num_heads": 2,
     "layer_types": ["linear_attention", "full_attention"],
 }
 SHARED_MOE = {**GROUPED, **ROUTED_2, "n_shared_experts": 2, "first_k_dense_replace": 1, "use_qk_norm": True}
 NEMOTRON_H = {
-    **{key: value for key, value in GROUPED.items() if key != "num_hidden_layers"},
-    **{"layer_types": ["attention", "moe", "mamba", "mlp"], **ROUTED_2, "moe_shared_expert_intermediate_size": 36},
-    **{"mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 16},
+    **GROUPED,
+    **ROUTED_2,
+    "layer_types": ["attention", "moe", "mamba", "mlp"],
+    "moe_shared_expert_intermediate_size": 36,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 8,
+    "ssm_state_size": 8,
+    "n_groups": 1,
+    "chunk_size": 16,
     "use_mamba_kernels": False,
 }
+del NEMOTRON_H["num_hidden_layers"]  # `layer_types` states the number of layers.
 LLAMA_4 = {**GROUPED, "intermediate_size_mlp": 40, "num_local_experts": 4, "interleave_moe_layer_step": 2}
 ERNIE = {**GROUPED, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 40, "moe_num_shared_experts": 2}
 BY_LAYER = {**GROUPED, **SLIDING, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96}
 GEMMA_4 = {**BY_LAYER, "global_head_dim": 8}
 GEMMA_3N = {**BY_LAYER, "num_kv_shared_layers": 0, "laurel_rank": 4}
 ZAMBA_2 = {
-    **{**GROUPED, "layer_types": ["mamba", "hybrid"], "mamba_ngroups": 1, "n_mamba_heads": 8, "mamba_headdim": 8},
-    **{"mamba_d_state": 8, "adapter_rank": 4, "num_mem_blocks": 1, "chunk_size": 16, "use_mem_rope": True},
+    **GROUPED,
+    "layer_types": ["mamba", "hybrid"],
+    "mamba_ngroups": 1,
+    "n_mamba_heads": 8,
+    "mamba_headdim": 8,
+    "mamba_d_state": 8,
+    "adapter_rank": 4,
+    "num_mem_blocks": 1,
+    "chunk_size": 16,
+    "use_mem_rope": True,
 }
 
-# name -> (model type, config fields)
+# Causal language models by name: the model type and the config fields.
 CASES: dict[str, tuple[str, dict]] = {
     "llama-tied": ("llama", {**GROUPED, "tie_word_embeddings": True}),
     "llama-untied": ("llama", {**GROUPED, "tie_word_embeddings": False}),
@@ -116,11 +144,27 @@ CASES: dict[str, tuple[str, dict]] = {
     "deepseek_v2": ("deepseek_v2", {**DEEPSEEK, "q_lora_rank": None, "n_shared_experts": 2}),
     "deepseek_v3": ("deepseek_v3", {**DEEPSEEK, "q_lora_rank": 8, "n_shared_experts": 1, "n_group": 1}),
     "deepseek_v3-groups": ("deepseek_v3", {**DEEPSEEK, "q_lora_rank": 8, "n_group": 2, "topk_group": 2}),
-    **{name: (name, GROUPED) for name in ("gemma", "olmo2", "nemotron", "glm", "starcoder2", "ministral3", "arcee")},
-    **{name: (name, GROUPED) for name in ("apertus", "apertus1p5_text", "cwm", "exaone", "internlm3", "iquestcoder")},
-    **{name: (name, GROUPED) for name in ("hyperclovax", "jais2", "nanochat")},
-    **{name: (name, {**GROUPED, **LOCAL_2}) for name in ("mixtral", "minimax_m2", "phimoe")},
-    **{name: (name, SHARED_MOE) for name in ("glm4_moe", "dots1")},
+    "gemma": ("gemma", GROUPED),
+    "olmo2": ("olmo2", GROUPED),
+    "nemotron": ("nemotron", GROUPED),
+    "glm": ("glm", GROUPED),
+    "starcoder2": ("starcoder2", GROUPED),
+    "ministral3": ("ministral3", GROUPED),
+    "arcee": ("arcee", GROUPED),
+    "apertus": ("apertus", GROUPED),
+    "apertus1p5_text": ("apertus1p5_text", GROUPED),
+    "cwm": ("cwm", GROUPED),
+    "exaone": ("exaone", GROUPED),
+    "internlm3": ("internlm3", GROUPED),
+    "iquestcoder": ("iquestcoder", GROUPED),
+    "hyperclovax": ("hyperclovax", GROUPED),
+    "jais2": ("jais2", GROUPED),
+    "nanochat": ("nanochat", GROUPED),
+    "mixtral": ("mixtral", {**GROUPED, **LOCAL_2}),
+    "minimax_m2": ("minimax_m2", {**GROUPED, **LOCAL_2}),
+    "phimoe": ("phimoe", {**GROUPED, **LOCAL_2}),
+    "glm4_moe": ("glm4_moe", SHARED_MOE),
+    "dots1": ("dots1", SHARED_MOE),
     "vaultgemma": ("vaultgemma", {**GROUPED, **SLIDING, "query_pre_attn_scalar": 4}),
     "qwen3_next": ("qwen3_next", {**MOE, **LINEAR, "shared_expert_intermediate_size": 36, "mlp_only_layers": [0]}),
     "qwen3_5_text": ("qwen3_5_text", {**GROUPED, **LINEAR}),
@@ -149,7 +193,7 @@ CASES: dict[str, tuple[str, dict]] = {
     "bloom": ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4, **TOKENS}),
     "mpt": ("mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64, **TOKENS}),
 }
-# Model types whose configs cannot say that anything is gone.
+# Model types whose configs cannot describe a pruned model.
 RIGID = {"bloom", "mpt", "gemma3n_text", "zamba2"}
 PRUNABLE = [case for case, (model_type, _) in CASES.items() if model_type not in RIGID]
 
@@ -164,21 +208,36 @@ GEMMA = {**GROUPED, "query_pre_attn_scalar": 4}
 
 
 def multimodal(model_type: str, text: str | None, fields: dict, vision: str | None = None, **patches) -> tuple:
-    """An entry of OTHERS for a model of text and pictures, whose halves name their own model types or none."""
-    halves = {"text_config": (text, fields), "vision_config": (vision, patches or PATCHES)}
-    named = {name: {**({"model_type": own} if own else {}), **values} for name, (own, values) in halves.items()}
-    return transformers.AutoModelForImageTextToText, model_type, named
+    """Return an entry of OTHERS for a model of text and pictures.
+
+    `text` and `vision` are the model types of its two halves, if the configs of the halves need them.
+    """
+    text_config = dict(fields)
+    if text is not None:
+        text_config["model_type"] = text
+    vision_config = dict(patches or PATCHES)
+    if vision is not None:
+        vision_config["model_type"] = vision
+    halves = {"text_config": text_config, "vision_config": vision_config}
+    return transformers.AutoModelForImageTextToText, model_type, halves
 
 
-MASKED, PICTURES = transformers.AutoModelForMaskedLM, transformers.AutoModelForImageClassification
+MASKED = transformers.AutoModelForMaskedLM
+PICTURES = transformers.AutoModelForImageClassification
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4}
 BART = {
-    **{"d_model": 32, "encoder_layers": 2, "decoder_layers": 1, "encoder_ffn_dim": 40, "decoder_ffn_dim": 36},
-    **{"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 64},
+    "d_model": 32,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 40,
+    "decoder_layers": 1,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 36,
+    "max_position_embeddings": 64,
 }
 DEBERTA = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 4}
 GEMMA_4_EXPERTS = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 40}
-# name -> (class, model type, config fields): what is no causal language model alone
+# Models that are more or other than a causal language model, by name: the class, the model type, the config fields.
 OTHERS: dict[str, tuple[type, str, dict]] = {
     "bert": (MASKED, "bert", PLAIN),
     "bert-no-head": (transformers.AutoModel, "bert", PLAIN),
@@ -213,7 +272,7 @@ OTHERS: dict[str, tuple[type, str, dict]] = {
 }
 OTHERS["lfm2_vl"][2]["projector_hidden_size"] = 24
 
-# One model for each structure, for tests in which the family is not what is tested.
+# One model for each structure, for tests that do not depend on the family.
 STRUCTURES = [
     "llama-tied",  # grouped KV heads, a gated MLP, a tied head
     "llama-bias",  # biases in every projection
@@ -230,46 +289,56 @@ STRUCTURES = [
     "qwen3_next",  # a gated query, linear attention, a dense layer, a shared expert
     "nemotron_h",  # layers that are attention, experts, a mixer or an MLP
 ]
-# The same for what is no causal language model alone, or is called with more than hidden states.
+# The same for the models in OTHERS.
 OTHER_STRUCTURES = ["modernbert", "bart", "t5-gated", "vit", "qwen2_5_vl", "gemma4_text-experts"]
 
 
 def build(case: str, seed: int = 0) -> PreTrainedModel:
-    """A random model in fp32, with biases and norms away from their trivial initial values."""
+    """Return a random model in fp32 whose biases and norms differ from their trivial initial values."""
     torch.manual_seed(seed)
     return deepcopy(_built(case, seed))
 
 
 @cache
 def _built(case: str, seed: int) -> PreTrainedModel:
-    """What `build` gives copies of."""
-    return random_model(*described(case), seed)
+    """Build each model once. `build` returns copies."""
+    auto, model_type, fields = described(case)
+    return random_model(auto, model_type, fields, seed)
 
 
 def described(case: str) -> tuple[type, str, dict]:
-    """The auto class, the model type and the config fields of a case."""
+    """Return the class, the model type and the config fields of a case."""
     if case in CASES:
-        return AutoModelForCausalLM, *CASES[case]
+        model_type, fields = CASES[case]
+        return AutoModelForCausalLM, model_type, fields
+
     auto, model_type, fields = OTHERS[case]
-    return auto, model_type, fields if "text_config" in fields else {**TOKENS, **fields}
+    if "text_config" not in fields:
+        fields = TOKENS | fields
+    return auto, model_type, fields
 
 
 def random_model(auto: type, model_type: str, fields: dict, seed: int = 0) -> PreTrainedModel:
-    """What `build` builds, of any fields."""
+    """Return a random model of any config fields, as `build` does for its cases."""
     torch.manual_seed(seed)
-    build_from = getattr(auto, "from_config", auto)  # which a model's own class is called for
-    model = build_from(AutoConfig.for_model(model_type, **deepcopy(fields))).eval()
+    model_config = AutoConfig.for_model(model_type, **deepcopy(fields))
+    # An auto class has `from_config`; the class of a model itself has not.
+    build_from = getattr(auto, "from_config", auto)
+    model = build_from(model_config).eval()
+
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1 if parameter.ndim == 1 else 0.05)
+            scale = 0.1 if parameter.ndim == 1 else 0.05
+            parameter.add_(torch.randn_like(parameter), alpha=scale)
     return model
 
 
 def three_layers() -> PreTrainedModel:
-    """A Llama of three layers, the second of which does next to nothing."""
+    """Return a Llama of three layers whose second layer has almost no effect."""
     torch.manual_seed(0)
-    fields = {**GROUPED, "num_hidden_layers": 3, "initializer_range": 0.1}
+    fields = GROUPED | {"num_hidden_layers": 3, "initializer_range": 0.1}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **fields)).eval()
+
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.mul_(0.01)
         model.model.layers[1].self_attn.o_proj.weight.mul_(0.01)
@@ -277,37 +346,47 @@ def three_layers() -> PreTrainedModel:
 
 
 def token_ids(batch: int = 2, length: int = 12, seed: int = 1) -> torch.Tensor:
-    """Random token ids."""
-    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+    """Return random token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB, (batch, length), generator=generator)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over `w3` … `w95`, with BOS 1, EOS 2 and padding 0."""
-    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCAB)}}
+    """Return a word-level tokenizer over `w3` … `w95`, with BOS 1, EOS 2 and padding 0."""
+    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2}
+    for number in range(3, VOCAB):
+        vocab[f"w{number}"] = number
+
     backend = Tokenizer(WordLevel(vocab, unk_token="<pad>"))
     backend.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=64, **SPECIAL)
 
 
 def documents(count: int = 60, seed: int = 0) -> list[str]:
-    """Documents of random words."""
+    """Return documents of 10 to 39 random words."""
     rng = random.Random(seed)
-    return [" ".join(f"w{rng.randrange(3, VOCAB)}" for _ in range(rng.randrange(10, 40))) for _ in range(count)]
+    texts = []
+    for _ in range(count):
+        length = rng.randrange(10, 40)
+        words = [f"w{rng.randrange(3, VOCAB)}" for _ in range(length)]
+        texts.append(" ".join(words))
+    return texts
 
 
 def config(**fields) -> StructPruneConfig:
-    """A config that calibrates on a few short blocks of two in-memory domains."""
+    """Return a config that calibrates on a few short samples of two domains in memory."""
     domains = [DomainConfig(name="a", source=documents(seed=0)), DomainConfig(name="b", source=documents(seed=1))]
     defaults = {"domains": domains, "general_share": 0.0, "num_samples": 8, "seq_length": 24}
     if "sparsity" not in fields:
         defaults["widths"] = {"mlp": 24}
-    return StructPruneConfig(**{**defaults, **fields})
+    return StructPruneConfig(**(defaults | fields))
 
 
 def fewer_tokens(**fields) -> StructPruneConfig:
-    """A config that keeps 320 of the 400 tokens of `real_text_model`."""
-    texts = [DomainConfig(name=kind, source=f"builtin:{kind}") for kind in ("math", "prose")]
-    return config(**{"domains": texts, "widths": {"vocab": 320}, "seq_length": 48, **fields})
+    """Return a config that keeps 320 of the 400 tokens of `real_text_model`."""
+    domains = [DomainConfig(name=kind, source=f"builtin:{kind}") for kind in ("math", "prose")]
+    defaults = {"domains": domains, "widths": {"vocab": 320}, "seq_length": 48}
+    return config(**(defaults | fields))
 
 
 CHATML = (
@@ -317,26 +396,31 @@ CHATML = (
 
 
 def byte_level(texts: Iterable[str], tokens: int) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer of so many tokens, trained on texts."""
+    """Train a byte-level tokenizer with a number of tokens on texts."""
     backend = Tokenizer(BPE(unk_token=None))
-    backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
-    special, alphabet = [*SPECIAL.values()], ByteLevel.alphabet()
-    trainer = BpeTrainer(vocab_size=tokens, special_tokens=special, initial_alphabet=alphabet)
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    backend.decoder = ByteLevelDecoder()
+
+    special_tokens = list(SPECIAL.values())
+    alphabet = ByteLevel.alphabet()
+    trainer = BpeTrainer(vocab_size=tokens, special_tokens=special_tokens, initial_alphabet=alphabet)
     backend.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
 
 
 def real_text_model(tokens: int = 400, kind: str = "math") -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """A random Llama with SmolLM2's proportions and a byte-level tokenizer that reads any text."""
+    """Return a random Llama with the FFN width of SmolLM2, and a byte-level tokenizer that reads any text."""
     reader = byte_level(islice(builtin_documents(kind), 50), tokens)
+
     torch.manual_seed(0)
-    fields = {**GROUPED, "vocab_size": len(reader), "intermediate_size": 1536, "max_position_embeddings": 1024}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **fields)).eval(), reader
+    fields = GROUPED | {"vocab_size": len(reader), "intermediate_size": 1536, "max_position_embeddings": 1024}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **fields)).eval()
+    return model, reader
 
 
 @contextmanager
 def full_disk(size: int) -> Iterator[None]:
-    """No file can grow beyond `size` bytes: to whoever writes one, the disk is full."""
+    """Let no file grow beyond `size` bytes, as if the disk was full."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:

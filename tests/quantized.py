@@ -1,4 +1,4 @@
-"""Models that look quantized: stand-ins for the layers and the quantizers of libraries that are not installed."""
+"""Models that look quantized, with stand-ins for layers and quantizers of libraries that are not installed."""
 
 import torch
 from models import build
@@ -8,11 +8,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 
 class Packed(nn.Linear):
-    """Stands in for the layer of a quantization library."""
+    """Stand in for the layer of a quantization library."""
 
 
 class Quantizer(HfQuantizer):
-    """Stands in for a quantizer that cannot go back."""
+    """Stand in for a quantizer that cannot dequantize a model."""
 
     requires_calibration = False
     is_trainable = False
@@ -25,7 +25,7 @@ class Quantizer(HfQuantizer):
 
 
 class Reversible(Quantizer):
-    """One that can."""
+    """Stand in for a quantizer that can dequantize a model."""
 
     def _dequantize(self, model, dtype=None):
         for module in model.modules():
@@ -35,10 +35,14 @@ class Reversible(Quantizer):
 
 
 def quantized(quantizer, model=None):
-    model = build("llama-tied") if model is None else model
+    """Return a model that looks quantized by a quantizer."""
+    if model is None:
+        model = build("llama-tied")
     for layer in model.model.layers:
         layer.mlp.up_proj.__class__ = Packed
-    model.hf_quantizer, model.is_quantized = quantizer, True
+
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
     model.config.quantization_config = quantizer.quantization_config
     model.config.dtype = torch.float32
     return model

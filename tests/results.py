@@ -1,4 +1,4 @@
-"""Makes results of prunings and of trainings without a model."""
+"""Build results of prunings and of trainings without a model."""
 
 from collections.abc import Mapping, Sequence
 from math import nan
@@ -24,9 +24,12 @@ DENSE_PERPLEXITY = 10.0
 
 def figure(*ratios: float, margin: float | None = None) -> Figure:
     """Return a perplexity that grew from 10 by these factors, for the pruned and the recovered model."""
-    names = (PRUNED, RECOVERED)
-    values = {name: DENSE_PERPLEXITY * ratio for name, ratio in zip(names, ratios, strict=False)}
-    return Figure.of({DENSE: DENSE_PERPLEXITY, **values}, nan if margin is None else margin)
+    values = {DENSE: DENSE_PERPLEXITY}
+    for name, ratio in zip((PRUNED, RECOVERED), ratios, strict=False):
+        values[name] = DENSE_PERPLEXITY * ratio
+    if margin is None:
+        margin = nan
+    return Figure.of(values, margin)
 
 
 def unseen(*ratios: float, source: str = "model-written", margin: float | None = None) -> UnseenResult:
@@ -36,12 +39,12 @@ def unseen(*ratios: float, source: str = "model-written", margin: float | None =
 
 def question(outcomes: Mapping[str, bool], loops: Sequence[str] = (), prompt: str = "?") -> AnsweredQuestion:
     """Return a question that these models answered right or wrong."""
-    answers = {name: Answer("a", right, name in loops, stopped=True) for name, right in outcomes.items()}
+    answers = {name: Answer("a", is_right, name in loops, stopped=True) for name, is_right in outcomes.items()}
     return AnsweredQuestion("facts", prompt, answers)
 
 
 def answers(kept: int = 16, correct: int = 16, loops: int = 0, asked: int = 16) -> AnswersResult:
-    """Return answers, of which the pruned model has `kept` right and the original model `correct`."""
+    """Return answers: `kept` of the pruned model are right, and `correct` of the original model."""
     questions = []
     for number in range(asked):
         repetitive = [PRUNED] if asked - number <= loops else []
@@ -58,30 +61,35 @@ def report(
     source: str = "model-written",
 ) -> Report:
     """Return the report of a pruning that removed a tenth of the parameters."""
-    by_domain = ratios if isinstance(ratios, Mapping) else {f"domain {n}": ratio for n, ratio in enumerate(ratios)}
-    made = Report("llama", "obs", dense=SizeResult(100, 80, 200), pruned=SizeResult(90, 70, 180))
-    for name, ratio in by_domain.items():
-        made.domains[name] = DomainResult(figure(ratio, margin=margin), tokens=9_000, documents=documents)
-    made.unseen = None if unseen_ratio is None else unseen(unseen_ratio, source=source, margin=margin)
-    made.answers = asked
-    return made
+    if not isinstance(ratios, Mapping):
+        ratios = {f"domain {number}": ratio for number, ratio in enumerate(ratios)}
+
+    result = Report("llama", "obs", dense=SizeResult(100, 80, 200), pruned=SizeResult(90, 70, 180))
+    for name, ratio in ratios.items():
+        result.domains[name] = DomainResult(figure(ratio, margin=margin), tokens=9_000, documents=documents)
+    if unseen_ratio is not None:
+        result.unseen = unseen(unseen_ratio, source=source, margin=margin)
+    result.answers = asked
+    return result
 
 
 def encoder(*shares: float | None, margin: float | None = None) -> Report:
     """Return the report of an encoder that keeps these shares of neighbours."""
-    made = Report("bert", "obs", dense=SizeResult(100, 80, 200), pruned=SizeResult(90, 70, 180))
+    result = Report("bert", "obs", dense=SizeResult(100, 80, 200), pruned=SizeResult(90, 70, 180))
     for number, share in enumerate(shares):
-        neighbours = None if share is None else Figure(pruned=share, margin=margin)
-        made.domains[f"domain {number}"] = DomainResult(vectors=VectorResult(90, neighbours=neighbours))
-    return made
+        neighbours = None
+        if share is not None:
+            neighbours = Figure(pruned=share, margin=margin)
+        result.domains[f"domain {number}"] = DomainResult(vectors=VectorResult(90, neighbours=neighbours))
+    return result
 
 
 def recovery(*pairs: tuple[float, float], has_dense: bool = True, **fields) -> RecoveryReport:
     """Return the report of a training, with the ratios of each domain before and after it."""
-    made = RecoveryReport(tokens=400, steps=4, seconds=3.0, **fields)
+    result = RecoveryReport(tokens=400, steps=4, seconds=3.0, **fields)
     for number, pair in enumerate(pairs):
         perplexity = figure(*pair)
         if not has_dense:
             perplexity = Figure(pruned=perplexity.pruned, recovered=perplexity.recovered)
-        made.domains[f"domain {number}"] = DomainResult(perplexity, documents=90)
-    return made
+        result.domains[f"domain {number}"] = DomainResult(perplexity, documents=90)
+    return result

@@ -1,4 +1,4 @@
-"""What we measure with: every script says its usage, and runs small."""
+"""Every benchmark script prints its usage and runs on a tiny model."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
-from helpers import main_of, write_texts
+from helpers import main_of, save_with_tokenizer, write_texts
 from models import GROUPED, real_text_model
 from trained import SHARED, needs_shared
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -25,17 +25,23 @@ SVG = "{http://www.w3.org/2000/svg}"
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
+def save_real_text_model(folder, *arguments):
+    """Save a model of `real_text_model` with its tokenizer."""
+    model, reader = real_text_model(*arguments)
+    save_with_tokenizer(model, folder, reader)
+
+
 @pytest.mark.slow
-def test_the_protocol_of_the_docs_measures_a_folder_against_the_original(tmp_path, capsys, monkeypatch):
-    for part in real_text_model(1600, "prose"):
-        part.save_pretrained(tmp_path / "model")
+def test_figures_measures_a_folder_against_the_original(tmp_path, capsys, monkeypatch):
+    save_real_text_model(tmp_path / "model", 1600, "prose")
     figures = import_module("figures")
     monkeypatch.setattr(figures, "SAMPLES", 1)
     monkeypatch.setattr(figures, "SEQ_LENGTH", 32)
     monkeypatch.setattr(figures, "QUESTIONS", 1)
     names = [f"heldout/{name}" for name in figures.DOMAINS]
+    names.append("unseen/letters")
     texts = list(islice(builtin_documents("prose"), 12))
-    for name in [*names, "unseen/letters"]:
+    for name in names:
         path = tmp_path / f"{name}.jsonl"
         path.parent.mkdir(exist_ok=True)
         write_texts(path, texts)
@@ -43,54 +49,77 @@ def test_the_protocol_of_the_docs_measures_a_folder_against_the_original(tmp_pat
     model = str(tmp_path / "model")
     main_of("figures")(["measure", model, str(tmp_path), model, "--answers", "--speed"])
     row = json.loads(capsys.readouterr().out)
-    assert row["parameters"] == 0 and row["heldout"] == row["unseen"] == 1
-    assert row["heldout_kl"] == pytest.approx(0, abs=1e-6) and row["right"] == row["right_of_dense"]
+    assert row["parameters"] == 0
+    assert row["heldout"] == row["unseen"] == 1
+    assert row["heldout_kl"] == pytest.approx(0, abs=1e-6)
+    assert row["right"] == row["right_of_dense"]
     assert row["speedup"] > 0
 
 
 @pytest.mark.slow
 def test_pick_yours_measures_each_row_once(tmp_path, capsys, monkeypatch):
-    for saved in real_text_model(1600, "prose"):
-        saved.save_pretrained(tmp_path / "model")
-    small = "--width mlp=1024 --text builtin:prose --general-share 0 --num-samples 4 --seq-length 32"
+    save_real_text_model(tmp_path / "model", 1600, "prose")
+    flags = "--width mlp=1024 --text builtin:prose --general-share 0 --num-samples 4 --seq-length 32"
     command = [str(tmp_path / "model"), str(tmp_path / "out"), "--num-samples", "1", "--questions", "1"]
-    main_of("pick_yours")([*command, "--other", "letters=builtin:letters", "--row", small])
-    dense, row = (line.split(" | ") for line in capsys.readouterr().out.splitlines()[-2:])
-    assert dense[1] == "the dense model" and row[1] == f"`{small}`" and " of " in row[5] and row[6].startswith("× ")
-    for name in ("measured", "time_"):
-        monkeypatch.setattr(f"pick_yours.{name}", lambda *rest: 1 / 0)
-    main_of("pick_yours")([*command, "--row", small])
-    assert capsys.readouterr().out.splitlines()[-1].split(" | ") == row
+
+    main_of("pick_yours")(command + ["--other", "letters=builtin:letters", "--row", flags])
+    dense_line, pruned_line = capsys.readouterr().out.splitlines()[-2:]
+    assert dense_line.split(" | ")[1] == "the dense model"
+    cells = pruned_line.split(" | ")
+    assert cells[1] == f"`{flags}`"
+    assert " of " in cells[5]
+    assert cells[6].startswith("× ")
+
+    def fail(*arguments):
+        raise AssertionError("the row was measured again")
+
+    monkeypatch.setattr("pick_yours.measured", fail)
+    monkeypatch.setattr("pick_yours.time_", fail)
+    main_of("pick_yours")(command + ["--row", flags])
+    assert capsys.readouterr().out.splitlines()[-1] == pruned_line
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-def test_every_script_says_how_to_call_it(path, capsys):
-    if path.stem not in ("llama_cpp", "benchmark_peers_worker", "quality"):  # others call these
-        assert f"    python {path.relative_to(ROOT)}" in path.read_text()
-        with pytest.raises(SystemExit) as end:
-            main_of(path.stem)(["--help"])
-        assert not end.value.code and capsys.readouterr().out.startswith("usage: ")
+def test_every_script_prints_its_usage(path, capsys):
+    if path.stem in ("llama_cpp", "benchmark_peers_worker", "quality"):  # Only other scripts call these.
+        return
+
+    assert f"    python {path.relative_to(ROOT)}" in path.read_text()
+    with pytest.raises(SystemExit) as end:
+        main_of(path.stem)(["--help"])
+    assert not end.value.code
+    assert capsys.readouterr().out.startswith("usage: ")
 
 
-def drawn(svg: str) -> tuple[list[str], list[float]]:
-    """The texts of a picture, and the coordinates of what stands for its data."""
-    root = ElementTree.fromstring(svg)
-    groups = (group for group in root.iter(f"{SVG}g") if group.get("id", "").startswith(("curve ", "bar ")))
-    paths = "".join(path.get("d", "") for group in groups for path in group.iter(f"{SVG}path"))
-    return [text.text for text in root.iter(f"{SVG}text")], [float(number) for number in NUMBER.findall(paths)]
+def texts_and_marks(path: Path) -> tuple[list[str], list[float]]:
+    """Return the texts of a picture, and the coordinates of its curves and bars."""
+    root = ElementTree.fromstring(path.read_text())
+    texts = [text.text for text in root.iter(f"{SVG}text")]
+
+    marks = []
+    for group in root.iter(f"{SVG}g"):
+        if group.get("id", "").startswith(("curve ", "bar ")):
+            for element in group.iter(f"{SVG}path"):
+                marks += [float(number) for number in NUMBER.findall(element.get("d", ""))]
+    return texts, marks
 
 
-def test_the_picture_of_the_readme_is_that_of_the_figures_in_the_docs(tmp_path):
-    pictures = ROOT / "docs" / "pictures" / "quality.svg", tmp_path / "quality.svg"
-    main_of("draw_quality")(["--output", str(pictures[1])])
-    (texts, marks), (texts_now, marks_now) = (drawn(path.read_text()) for path in pictures)
-    assert texts == texts_now and len(marks) > 20
-    assert marks == pytest.approx(marks_now, abs=0.5), "python examples/benchmarks/draw_quality.py draws it anew"
+def test_the_picture_of_the_readme_shows_the_figures_of_the_docs(tmp_path):
+    texts, marks = texts_and_marks(ROOT / "docs" / "pictures" / "quality.svg")
+    assert len(marks) > 20
+
+    picture = tmp_path / "quality.svg"
+    main_of("draw_quality")(["--output", str(picture)])
+    current_texts, current_marks = texts_and_marks(picture)
+    assert texts == current_texts
+    assert marks == pytest.approx(current_marks, abs=0.5), "run python examples/benchmarks/draw_quality.py"
+
     figures = (ROOT / "docs" / "figures.yaml").read_text()
     (tmp_path / "figures.yaml").write_text(figures.replace("heldout: 1.", "heldout: 2."))
-    main_of("draw_quality")(["--figures", str(tmp_path / "figures.yaml"), "--output", str(pictures[1])])
-    other_texts, other_marks = drawn(pictures[1].read_text())
-    assert other_texts != texts and other_marks != marks
+    main_of("draw_quality")(["--figures", str(tmp_path / "figures.yaml"), "--output", str(picture)])
+    changed_texts, changed_marks = texts_and_marks(picture)
+    assert changed_texts != texts
+    assert changed_marks != marks
 
 
 def test_pages_show_the_tables_of_the_data_file():
@@ -98,7 +127,7 @@ def test_pages_show_the_tables_of_the_data_file():
     main_of("figures")(["render", "--check"])
 
 
-def test_every_figure_has_a_command_and_is_shown():
+def test_every_figure_has_a_command_and_is_in_a_table():
     data = yaml.safe_load((ROOT / "docs" / "figures.yaml").read_text())
     cells = str(data["tables"])
     for name, figure in data["figures"].items():
@@ -112,15 +141,18 @@ def test_a_page_that_differs_from_the_data_file_is_named(monkeypatch, tmp_path):
     page.write_text("<!-- figures: e5 -->\n<!-- figures: end -->\n")
     monkeypatch.setattr(figures, "pages", lambda: [page])
     monkeypatch.setattr(figures, "ROOT", tmp_path)
+
     with pytest.raises(SystemExit, match="README.md.*render"):
         main_of("figures")(["render", "--check"])
+
     main_of("figures")(["render"])
     assert "188" in page.read_text()
     main_of("figures")(["render", "--check"])
 
 
-TINY, DATA = str(SHARED / "models" / "stories260K"), SHARED / "data"
-# The arguments of a script, and words of what it prints.
+TINY = str(SHARED / "models" / "stories260K")
+DATA = SHARED / "data"
+# The arguments of each script, and words of its output.
 SMALL = {
     "benchmark_recovery": (
         f"{TINY} {DATA} --mlp 96 --seq-length 128 --eval-samples 2 --bf16 --domains stories --tokens 2000",
@@ -181,18 +213,19 @@ SMALL = {
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read from /proc")
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", SMALL)
-def test_it_runs_small(name, tmp_path, capsys, monkeypatch):
+def test_a_script_runs_on_a_tiny_model(name, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     if name in ("benchmark_speed", "benchmark_vocabulary"):
-        for saved in real_text_model():
-            saved.save_pretrained("model")
+        save_real_text_model("model")
     if name == "benchmark_experts":
-        reader = real_text_model()[1]
-        routed = {**GROUPED, "vocab_size": len(reader), "num_experts": 16, "max_position_embeddings": 1024}
-        for saved in (AutoModelForCausalLM.from_config(AutoConfig.for_model("olmoe", **routed)), reader):
-            saved.save_pretrained("model")
+        _, reader = real_text_model()
+        sizes = GROUPED | {"vocab_size": len(reader), "num_experts": 16, "max_position_embeddings": 1024}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("olmoe", **sizes))
+        save_with_tokenizer(model, "model", reader)
+
     arguments, words = SMALL[name]
     assert not main_of(name)(split(arguments))
-    shown = capsys.readouterr().out
-    assert [word for word in words if word not in shown] == [], shown
+
+    output = capsys.readouterr().out
+    assert [word for word in words if word not in output] == [], output

@@ -1,4 +1,4 @@
-"""Every example runs, on a tiny model, and leaves a checkpoint that loads plainly."""
+"""Every example runs on a tiny model and saves a checkpoint that reloads."""
 
 import csv
 import json
@@ -32,126 +32,181 @@ def width(folder) -> int:
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
+    """Make a folder with a model and a text."""
     folder = tmp_path_factory.mktemp("examples")
-    for saved in real_text_model():
-        saved.save_pretrained(folder / "model")
+    model, reader = real_text_model()
+    save_with_tokenizer(model, folder / "model", reader)
     write_texts(folder / "notes.jsonl", islice(builtin_documents("math", 7), 400))
     return folder
 
 
-def test_prune_with_flags_and_with_a_file(desk, capsys):
-    arguments = ["--model", str(desk / "model"), "--output", str(desk / "flags"), "--sparsity", "0.3"]
-    more = {"num_samples": 6, "seq_length": 64, "targets": ["mlp"]}
-    domains = ["--domains", "prose=builtin:prose", f"notes={desk / 'notes.jsonl'}"]
-    main_of("prune")([*arguments, *domains, "--pruning", json.dumps(more)])
-    assert width(desk / "flags") < 1536 and "\nnotes " in capsys.readouterr().out
-    values = {"model": str(desk / "model"), "output": str(desk / "file")}
+def test_prune_with_flags(desk, capsys):
+    flags = ["--model", str(desk / "model"), "--output", str(desk / "flags"), "--sparsity", "0.3"]
+    flags += ["--domains", "prose=builtin:prose", f"notes={desk / 'notes.jsonl'}"]
+    fields = {"num_samples": 6, "seq_length": 64, "targets": ["mlp"]}
+    main_of("prune")(flags + ["--pruning", json.dumps(fields)])
+
+    assert width(desk / "flags") < 1536
+    assert "\nnotes " in capsys.readouterr().out
+
+
+def test_prune_with_a_file(desk):
     fields = {"num_samples": 6, "seq_length": 64, "widths": {"mlp": 1024}}
-    (desk / "run.yaml").write_text(json.dumps({**values, "pruning": fields}))  # YAML reads JSON too
+    values = {"model": str(desk / "model"), "output": str(desk / "file"), "pruning": fields}
+    (desk / "run.yaml").write_text(json.dumps(values))  # JSON is valid YAML.
     main_of("prune")([str(desk / "run.yaml")])
+
     assert width(desk / "file") == 1024
 
 
 @pytest.mark.slow
 def test_prune_and_recover(desk, capsys):
-    out, small = desk / "recovered", ["--num-samples", "6"]
-    main_of("prune_and_recover")([str(desk / "model"), str(out), "--tokens", "6144", "--rounds", "2", *small])
-    assert width(out) < 1536 and "recovered" in capsys.readouterr().out
+    out = desk / "recovered"
+    flags = ["--tokens", "6144", "--rounds", "2", "--num-samples", "6"]
+    main_of("prune_and_recover")([str(desk / "model"), str(out), *flags])
+
+    assert width(out) < 1536
+    assert "recovered" in capsys.readouterr().out
 
 
-def accuracies(shown: str) -> dict[str, float]:
-    lines = (line.partition(": accuracy ") for line in shown.splitlines() if ": accuracy " in line)
-    return {name: float(rest.partition(",")[0]) for name, _, rest in lines}
+def accuracies(output: str) -> dict[str, float]:
+    """Return the accuracies that a script has printed, by model."""
+    values = {}
+    for line in output.splitlines():
+        if ": accuracy " in line:
+            name, text = line.split(": accuracy ", 1)
+            values[name] = float(text.split(",")[0])
+    return values
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["csv", pytest.param(None, marks=pytest.mark.nightly)])
 def test_prune_bert_classifier(desk, kind, capsys):
-    reader, out = AutoTokenizer.from_pretrained(desk / "model"), desk / f"classifier-{kind}"
-    torch.manual_seed(0)  # its head is for two labels, which is one label too few
-    fields = {**PLAIN, "vocab_size": len(reader), "intermediate_size": 256, "max_position_embeddings": 64}
-    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("bert", **fields))
-    save_with_tokenizer(model, desk / "bert", reader)
+    save_bert(desk)
+    out = desk / f"classifier-{kind}"
+    data_flags = []
+    chance = 1 / 3
+    if kind == "csv":
+        write_labelled_texts(desk / "labelled.csv")
+        data_flags = ["--data", str(desk / "labelled.csv")]
+        chance = 1 / 2
+    data_flags += ["--num_samples", "8", "--seq_length", "48"]
+
     flags = ["--model", str(desk / "bert"), "--output", str(out), "--learning_rate", "5e-3", "--sparsity", "0.4"]
-    small = ["--num_samples", "8", "--seq_length", "48"]
-    if kind is not None:
-        rows = [(text, label) for label in ("code", "math") for text in islice(builtin_documents(label), 60)]
-        with open(desk / "labelled.csv", "w", newline="") as file:
-            csv.writer(file).writerows([("text", "label"), *rows])
-        flags += ["--data", str(desk / "labelled.csv")]
-    main_of("prune_bert_classifier")([*flags, *small])
-    shown = accuracies(capsys.readouterr().out)
-    chance = 1 / (3 if kind is None else 2)
-    assert [*shown] == ["dense", "pruned", "fine-tuned again"] and min(shown.values()) > 1.3 * chance
+    main_of("prune_bert_classifier")(flags + data_flags)
+    values = accuracies(capsys.readouterr().out)
+    assert list(values) == ["dense", "pruned", "fine-tuned again"]
+    assert min(values.values()) > 1.3 * chance
     pruned = AutoModelForSequenceClassification.from_pretrained(out)
-    assert pruned.config.intermediate_size == 128 and pruned.config.label2id["math"] == 1
-    if kind == "csv":  # a classifier as it is: nothing is trained, and the dense accuracy is the one of before
-        again = ["--model", str(out), "--output", str(desk / "again"), "--epochs", "0", "--epochs_after", "0"]
-        main_of("prune_bert_classifier")([*again, *flags[-2:], *small])
-        later = accuracies(capsys.readouterr().out)
-        assert [*later] == ["dense", "pruned"] and later["dense"] == shown["fine-tuned again"]
+    assert pruned.config.intermediate_size == 128
+    assert pruned.config.label2id["math"] == 1
+
+    # The result is a classifier already, so it can be pruned a second time without training.
+    if kind == "csv":
+        flags = ["--model", str(out), "--output", str(desk / "second"), "--epochs", "0", "--epochs_after", "0"]
+        main_of("prune_bert_classifier")(flags + data_flags)
+        second_values = accuracies(capsys.readouterr().out)
+        assert list(second_values) == ["dense", "pruned"]
+        assert second_values["dense"] == values["fine-tuned again"]
 
 
-def test_every_example_says_how_to_call_it():
-    for path in (*EXAMPLES.glob("*.py"), *EXAMPLES.glob("tools/*.py")):
-        text, name = path.read_text(), path.relative_to(EXAMPLES)
+def save_bert(desk):
+    """Save a random BERT. Its head has two labels, but the example has three by default."""
+    reader = AutoTokenizer.from_pretrained(desk / "model")
+    torch.manual_seed(0)
+    sizes = PLAIN | {"vocab_size": len(reader), "intermediate_size": 256, "max_position_embeddings": 64}
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("bert", **sizes))
+    save_with_tokenizer(model, desk / "bert", reader)
+
+
+def write_labelled_texts(path):
+    """Write texts of two labels as a CSV file."""
+    rows = [("text", "label")]
+    for label in ("code", "math"):
+        for text in islice(builtin_documents(label), 60):
+            rows.append((text, label))
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+def test_every_example_prints_its_usage():
+    for path in [*EXAMPLES.glob("*.py"), *EXAMPLES.glob("tools/*.py")]:
+        text = path.read_text()
+        name = path.relative_to(EXAMPLES)
         assert f"    python examples/{name}" in text or "make " in text, name
-    bare = subprocess.run(["bash", str(EXAMPLES / "distributed.sh")], capture_output=True, text=True)
-    assert bare.returncode == 2 and bare.stderr.startswith("usage: bash examples/distributed.sh MODEL OUTPUT")
+
+    process = subprocess.run(["bash", str(EXAMPLES / "distributed.sh")], capture_output=True, text=True)
+    assert process.returncode == 2
+    assert process.stderr.startswith("usage: bash examples/distributed.sh MODEL OUTPUT")
 
 
 @pytest.mark.nightly
-def test_several_processes_train_what_one_does(desk):
+def test_two_processes_train_as_one_process_does(desk):
+    weights = []
     for number in (1, 2):
-        command = ["bash", str(EXAMPLES / "distributed.sh"), str(desk / "model"), str(desk / f"of-{number}")]
-        flags = ["--tokens", "4100", "--num-samples", "6", "--batch-size", str(2 // number)]
+        out = desk / f"trained-by-{number}"
+        command = ["bash", str(EXAMPLES / "distributed.sh"), str(desk / "model"), str(out)]
+        command += ["--tokens", "4100", "--num-samples", "6", "--batch-size", str(2 // number)]
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        environment = {**os.environ, "PROCESSES": str(number), "PATH": path, "CUDA_VISIBLE_DEVICES": ""}
-        shown = ran([*command, *flags], env=environment, timeout=300)
-        assert "recovery: 4,096 tokens" in shown and shown.count("; step 16 is kept") == 1
-    alone, shared = (load_file(desk / f"of-{number}" / "model.safetensors") for number in (1, 2))
-    torch.testing.assert_close(shared, alone, atol=1e-6, rtol=0)
+        environment = os.environ | {"PROCESSES": str(number), "PATH": path, "CUDA_VISIBLE_DEVICES": ""}
+        output = ran(command, env=environment, timeout=300)
+
+        assert "recovery: 4,096 tokens" in output
+        assert output.count("; step 16 is kept") == 1
+        weights.append(load_file(out / "model.safetensors"))
+    torch.testing.assert_close(weights[1], weights[0], atol=1e-6, rtol=0)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning")
 def test_recover_sft(desk, capsys):
     pytest.importorskip("trl", reason="TRL is not installed")
-    small = json.dumps({"num_samples": 6, "seq_length": 64})
-    folders = ["--model", str(desk / "model"), "--output", str(desk / "pruned-for-sft")]
-    main_of("prune")([*folders, "--sparsity", "0.6", "--pruning", small])
+    pruned = desk / "pruned-for-sft"
+    out = desk / "recovered-by-sft"
+    fields = json.dumps({"num_samples": 6, "seq_length": 64})
+    flags = ["--model", str(desk / "model"), "--output", str(pruned), "--sparsity", "0.6", "--pruning", fields]
+    main_of("prune")(flags)
+
     flags = ["--teacher", str(desk / "model"), "--steps", "8", "--seq-length", "64", "--batch-size", "2"]
-    pruned, out = str(desk / "pruned-for-sft"), str(desk / "recovered-by-sft")
-    main_of("recover_sft")([pruned, out, *flags, "--accumulation", "2", "--learning-rate", "1e-3"])
-    first, last = re.findall(r"(\d+\.\d+) in the", capsys.readouterr().out)
-    assert 0 < float(last) < 10 and 0 < float(first) < 10
-    assert (desk / "recovered-by-sft" / "adapter_config.json").is_file()
+    flags += ["--accumulation", "2", "--learning-rate", "1e-3"]
+    main_of("recover_sft")([str(pruned), str(out), *flags])
+
+    first_loss, last_loss = re.findall(r"(\d+\.\d+) in the", capsys.readouterr().out)
+    assert 0 < float(first_loss) < 10
+    assert 0 < float(last_loss) < 10
+    assert (out / "adapter_config.json").is_file()
 
 
 @pytest.mark.slow
 def test_trainer_callback(desk, capsys):
-    main_of("trainer_callback")([str(desk / "model"), str(desk / "tuned"), "--steps", "20"])
-    assert f"FFN width {width(desk / 'tuned')}" in capsys.readouterr().out
-    assert width(desk / "tuned") == width(desk / "tuned" / "checkpoint-10") < 1536
-    assert width(desk / "tuned") <= width(desk / "tuned" / "checkpoint-5") < 1536
-    arguments = [str(desk / "model"), str(desk / "tuned"), "--steps", "24", "--resume"]
-    main_of("trainer_callback")([*arguments, "--text", str(desk / "notes.jsonl")])
-    assert width(desk / "tuned" / "checkpoint-24") == width(desk / "tuned")
+    out = desk / "tuned"
+    main_of("trainer_callback")([str(desk / "model"), str(out), "--steps", "20"])
+
+    final_width = width(out)
+    assert f"FFN width {final_width}" in capsys.readouterr().out
+    assert final_width == width(out / "checkpoint-10") < 1536
+    assert final_width <= width(out / "checkpoint-5") < 1536
+
+    flags = ["--steps", "24", "--resume", "--text", str(desk / "notes.jsonl")]
+    main_of("trainer_callback")([str(desk / "model"), str(out), *flags])
+    assert width(out / "checkpoint-24") == width(out)
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's own, about old names of arguments
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL warns about its own old names of arguments.
 def test_sft_trl(desk):
     main_of("sft_trl")([str(desk / "model"), str(desk / "sft"), "--steps", "10"])
     assert width(desk / "sft") < 1536
 
 
-def test_pruning_by_hand_gives_the_same_bits():
-    by_hand, settings = import_module("prune_by_hand"), config(domains=None, widths={"mlp": 24})
-    inputs = {name: token_ids(8, 24, seed) for seed, name in enumerate("ab")}
-    pruner, model = StructPruner(settings), build("llama-tied")
-    expected = pruner.prune_model(build("llama-tied"), tokenizer(), inputs=inputs)
+def test_pruning_by_hand_computes_the_same_bits():
+    settings = config(domains=None, widths={"mlp": 24})
+    inputs = {"a": token_ids(8, 24, seed=0), "b": token_ids(8, 24, seed=1)}
+    expected = StructPruner(settings).prune_model(build("llama-tied"), tokenizer(), inputs=inputs)
+
+    model = build("llama-tied")
     domains = given_domains(inputs, settings.holdout)
     batches = batches_of(domains, RunOptions().batch_size)
-    by_hand.prune_by_hand_(model, batches, tuple(domain.weight for domain in domains), 24)
+    weights = tuple(domain.weight for domain in domains)
+    import_module("prune_by_hand").prune_by_hand_(model, batches, weights, 24)
     assert same_weights(model, expected)

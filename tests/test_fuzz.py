@@ -1,10 +1,9 @@
-"""About 800 odd inputs, in CI the same in every run: each comes out as a value or as a `StructPruneError`."""
+"""About 800 random inputs: each returns a value or raises a `StructPruneError`. CI uses the same inputs each time."""
 
-import dataclasses
 import json
 import os
 import warnings
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from itertools import islice
 
 import datasets
@@ -22,13 +21,19 @@ from optimum_structprune.domains.sources import documents, resolve
 
 
 CONFIGS = (StructPruneConfig, RecoveryConfig, DomainConfig)
-NAMES = sorted({field.name for config in CONFIGS for field in fields(config)})
-WORDS = [*NAMES, "mlp", "attention", "parameters", "bytes", "obs", "least_squares", "sensitivity", "none", "chat"]
+FIELD_NAMES = set()
+for config_class in CONFIGS:
+    FIELD_NAMES.update(field.name for field in fields(config_class))
+WORDS = sorted(FIELD_NAMES)
+WORDS += ["mlp", "attention", "parameters", "bytes", "obs", "least_squares", "sensitivity", "none", "chat"]
 
 
 def examples(number):
+    """Return the settings of a test with a number of examples in the nightly profile, and a tenth in others."""
+    if settings.get_current_profile_name() != "nightly":
+        number = number // 10
     return settings(
-        max_examples=number if settings.get_current_profile_name() == "nightly" else number // 10,
+        max_examples=number,
         derandomize="CI" in os.environ,
         database=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
@@ -40,35 +45,52 @@ leaves = (
     st.none() | st.booleans() | st.integers(-3, 200) | st.integers() | st.floats() | words
     | st.sampled_from([0.5, 1, 1e-4, "builtin:prose", "preset:code", "{a}", "", float("nan")])
 )  # fmt: skip
-values = st.recursive(
-    leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3), max_leaves=8
-)
+
+
+def containers(items):
+    """Return a strategy of lists and mappings of items."""
+    return st.one_of(st.lists(items, max_size=3), st.dictionaries(words, items, max_size=3))
+
+
+values = st.recursive(leaves, containers, max_leaves=8)
 
 
 def mappings(config):
-    """Mappings whose keys are mostly fields of a config."""
-    names = st.sampled_from([field.name for field in fields(config)]) | words
-    return st.dictionaries(names, values, max_size=4)
+    """Return a strategy of mappings whose keys are mostly fields of a config."""
+    names = [field.name for field in fields(config)]
+    keys = st.one_of(st.sampled_from(names), words)
+    return st.dictionaries(keys, values, max_size=4)
 
 
 def altered(node):
-    """A whole description in which single values, anywhere, are replaced, left out or added."""
-    same = st.just(node)
+    """Return a strategy that replaces, removes or adds single values anywhere in a description."""
     if isinstance(node, list):
-        same = st.tuples(*map(altered, node)).map(list)
+        parts = [altered(item) for item in node]
+        strategy = st.tuples(*parts).map(list)
     elif isinstance(node, dict):
-        dropped = st.sampled_from([*node, *[None] * 30])
-        added = st.one_of(*[st.just({})] * 20, st.dictionaries(words, values, max_size=1))
-        parts = st.fixed_dictionaries({key: altered(value) for key, value in node.items()})
-        same = st.builds(
-            lambda parts, dropped, added: {key: value for key, value in (parts | added).items() if key != dropped},
-            *(parts, dropped, added),
-        )
-    return st.one_of(*[same] * 20, values)
+        strategy = altered_mapping(node)
+    else:
+        strategy = st.just(node)
+    # One value in 21 is replaced.
+    return st.one_of([strategy] * 20 + [values])
 
 
-def handled(call, *args, **kwargs):
-    """What a call gives; None where it refuses the input."""
+def altered_mapping(node):
+    """Return a strategy that alters the values of a mapping, and sometimes drops or adds a key."""
+    parts = st.fixed_dictionaries({key: altered(value) for key, value in node.items()})
+    dropped_key = st.sampled_from(list(node) + [None] * 30)
+    addition = st.one_of([st.just({})] * 20 + [st.dictionaries(words, values, max_size=1)])
+
+    def combine(parts, dropped_key, addition):
+        mapping = parts | addition
+        mapping.pop(dropped_key, None)
+        return mapping
+
+    return st.builds(combine, parts, dropped_key, addition)
+
+
+def value_or_refusal(call, *args, **kwargs):
+    """Return the value of a call, or None if the call refuses the input."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -79,17 +101,22 @@ def handled(call, *args, **kwargs):
 
 
 @examples(3000)
-@given(st.one_of(*(st.tuples(st.just(config), mappings(config)) for config in CONFIGS)), values)
-def test_configs_from_mappings_arguments_and_anything(case, data):
-    config, fields = case
-    built = handled(config.from_dict, fields)
+@given(st.one_of([st.tuples(st.just(config), mappings(config)) for config in CONFIGS]), values)
+def test_configs_accept_or_refuse_any_input(case, data):
+    config, arguments = case
+    built = value_or_refusal(config.from_dict, arguments)
     if built is not None:
-        assert handled(config.from_dict, built.to_dict()) is not None
-    required = {field.name for field in dataclasses.fields(config) if field.default is field.default_factory}
-    if required <= fields.keys():
-        handled(config, **fields)
+        assert value_or_refusal(config.from_dict, built.to_dict()) is not None
+
+    required = set()
+    for field in fields(config):
+        if field.default is MISSING and field.default_factory is MISSING:
+            required.add(field.name)
+    if required <= arguments.keys():
+        value_or_refusal(config, **arguments)
+
     for config in CONFIGS:
-        handled(config.from_dict, data)
+        value_or_refusal(config.from_dict, data)
 
 
 @pytest.fixture(scope="module")
@@ -128,25 +155,37 @@ FAMILIES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("whole", "load"), [
+@pytest.mark.parametrize(("description", "load"), [
     (PLAN, Plan.load), (MANIFEST, Manifest.load), (FAMILIES, read_families),
 ], ids=["plan", "manifest", "families"])  # fmt: skip
 @examples(900)
 @given(drawn=st.data())
-def test_files(file, whole, load, drawn):
-    for data in (whole, drawn.draw(altered(whole) | values)):
-        file.write_text(json.dumps(data, default=str))
-        loaded = handled(load, file)
-        assert loaded is not None or data is not whole, "what is altered is right before"
-        if isinstance(loaded, Plan):
-            loaded.widths()
-            assert handled(Plan.from_dict, loaded.to_dict()) == loaded
-        elif isinstance(loaded, Manifest):
-            loaded.overlaps(DomainConfig(name="b", source="x.txt"), ["03"])
-            loaded.save(file)
-            assert handled(Manifest.load, file) is not None
-        for family in loaded if isinstance(loaded, list) else ():
-            assert all(isinstance(name, str) for name in (*family.model_types, *family.layer_path, *family.spaces))
+def test_files_are_read_or_refused(file, description, load, drawn):
+    file.write_text(json.dumps(description))
+    loaded = value_or_refusal(load, file)
+    assert loaded is not None
+    check_loaded(loaded, file)
+
+    altered_description = drawn.draw(st.one_of(altered(description), values))
+    file.write_text(json.dumps(altered_description, default=str))
+    loaded = value_or_refusal(load, file)
+    if loaded is not None:
+        check_loaded(loaded, file)
+
+
+def check_loaded(loaded, file):
+    """Check that a loaded plan, manifest or list of families can be used."""
+    if isinstance(loaded, Plan):
+        loaded.widths()
+        assert value_or_refusal(Plan.from_dict, loaded.to_dict()) == loaded
+    elif isinstance(loaded, Manifest):
+        loaded.overlaps(DomainConfig(name="b", source="x.txt"), ["03"])
+        loaded.save(file)
+        assert value_or_refusal(Manifest.load, file) is not None
+    else:
+        for family in loaded:
+            for names in (family.model_types, family.layer_path, family.spaces):
+                assert all(isinstance(name, str) for name in names)
 
 
 sources = st.tuples(
@@ -159,21 +198,28 @@ sources = st.tuples(
 
 
 @examples(600)
-@example(source="x" * 300, template=None, split="train")  # longer than a file system allows a name to be
+@example(source="x" * 300, template=None, split="train")  # File systems do not allow names of this length.
 @given(source=sources, template=st.none() | st.sampled_from(["chat", "{text}", "{a}: {b}"]), split=words)
-def test_sources(monkeypatch, tmp_path_factory, source, template, split):
-    def no_hub(*args, **kwargs):
+def test_sources_are_read_or_refused(monkeypatch, tmp_path_factory, source, template, split):
+    def load_nothing(*args, **kwargs):
         if args[:1] == ("json",) or "data_files" in kwargs:
             raise ValueError("files are read in test_domains.py")
         raise datasets.exceptions.DatasetNotFoundError("offline")
 
-    monkeypatch.setattr(datasets, "load_dataset", no_hub)
+    def read_document(domain):
+        return list(islice(documents(domain, 0), 1))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_nothing)
     monkeypatch.chdir(tmp_path_factory.getbasetemp())
-    domain = handled(DomainConfig, name="a", source=source, template=template, split=split)
-    if domain is None or source.startswith(("/", "~", "**", "..", "./")) and "no" not in source:
-        return  # the whole disk is no text
-    for resolved in handled(resolve, [domain]) or []:
-        handled(lambda domain: list(islice(documents(domain, 0), 1)), resolved)
+    domain = value_or_refusal(DomainConfig, name="a", source=source, template=template, split=split)
+    if domain is None:
+        return
+    # These sources would read every file of the disk.
+    if source.startswith(("/", "~", "**", "..", "./")) and "no" not in source:
+        return
+
+    for resolved in value_or_refusal(resolve, [domain]) or []:
+        value_or_refusal(read_document, resolved)
 
 
 shapes = st.lists(st.sampled_from([0, 1, 2, 3, 6, 8, 12, 70]), max_size=4) | st.sampled_from([[8, 12], [8, 3, 8, 8]])
@@ -183,7 +229,11 @@ samples = st.builds(lambda shape, dtype: torch.ones(shape, dtype=dtype), shapes,
 
 @examples(300)
 @given(st.sampled_from(["llama-tied", "gpt2-tied", "bert", "vit"]), st.dictionaries(st.text(), samples))
-def test_inputs(case, inputs):
+def test_inputs_prune_a_model_or_are_refused(case, inputs):
     model = build(case)
-    small = handled(prune_model, model, config(widths={"mlp": 16}), inputs=inputs)  # the ViT has 24 channels
-    assert same_weights(model, build(case)) and (small is None or small.num_parameters() < model.num_parameters())
+    settings = config(widths={"mlp": 16})  # The ViT has 24 channels.
+    small = value_or_refusal(prune_model, model, settings, inputs=inputs)
+
+    assert same_weights(model, build(case))
+    if small is not None:
+        assert small.num_parameters() < model.num_parameters()

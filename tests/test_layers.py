@@ -1,4 +1,4 @@
-"""The house rules that a machine can check."""
+"""The rules for the code of the package that a machine can check."""
 
 import ast
 import re
@@ -13,101 +13,139 @@ from optimum_structprune.commands.flags import COMMANDS
 PACKAGE = Path(optimum_structprune.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
-# From the ground up. The files at the root lie above `evaluation` if they import a folder, and below `config` if not.
+# The folders from the lowest layer to the highest. A folder imports only lower folders. A file at the root that
+# imports a folder is just below `commands`; other files at the root are the lowest.
 ORDER = (
     "system config arch method forward widths domains vocabulary criteria record sources steps saving recovery "
     "pruning search evaluation commands"
-)
+).split()
 
 
-def parts(path: Path) -> tuple[str, ...]:
+def module_name(path: Path) -> tuple[str, ...]:
+    """Return the name of a module inside the package, in parts."""
     names = path.relative_to(PACKAGE).with_suffix("").parts
-    return names[:-1] if names[-1] == "__init__" else names
+    if names[-1] == "__init__":
+        return names[:-1]
+    return names
 
 
-def imports(path: Path, typing: bool = False):
-    """Modules of this package that a file imports, as tuples of names."""
-    tree = TREES[path]
-    typed = {
-        id(node)
-        for branch in ast.walk(tree)
-        if isinstance(branch, ast.If) and "TYPE_CHECKING" in ast.unparse(branch.test)
-        for node in ast.walk(branch)
-    }
-    package = path.relative_to(PACKAGE).parts[:-1]
+def type_checking_nodes(tree) -> set[int]:
+    """Return the ids of all nodes inside `if TYPE_CHECKING` blocks."""
+    nodes = set()
     for node in ast.walk(tree):
-        if not isinstance(node, ast.ImportFrom) or (id(node) in typed and not typing):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            nodes.update(id(inner) for inner in ast.walk(node))
+    return nodes
+
+
+def is_module(name: tuple[str, ...]) -> bool:
+    path = PACKAGE.joinpath(*name)
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def imports(path: Path, typing: bool = False) -> list[tuple[str, ...]]:
+    """Return the modules of the package that a file imports. `typing` includes imports for type checkers."""
+    tree = TREES[path]
+    nodes_for_typing = type_checking_nodes(tree)
+    package = path.relative_to(PACKAGE).parts[:-1]
+
+    modules = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom):
             continue
+        if id(node) in nodes_for_typing and not typing:
+            continue
+        names = (node.module or "").split(".")
         if node.level:
             base = package[: len(package) - node.level + 1]
-        elif (node.module or "").partition(".")[0] == "optimum_structprune":
+        elif names[0] == "optimum_structprune":
             base = ()
+            names = names[1:]
         else:
             continue
-        names = tuple(filter(None, (node.module or "").removeprefix("optimum_structprune").split(".")))
+
         for alias in node.names:
             module = (*base, *names, alias.name)
-            while module and not (
-                PACKAGE.joinpath(*module).is_dir() or PACKAGE.joinpath(*module).with_suffix(".py").is_file()
-            ):
+            module = tuple(name for name in module if name)
+            while module and not is_module(module):  # The last name is a function or a class.
                 module = module[:-1]
-            yield module
+            modules.append(module)
+    return modules
 
 
-def floors() -> dict[str, int]:
-    """Number of the floor of every entry at the root."""
-    order = ORDER.split()
-    floor = {name: number for number, name in enumerate(order, start=1)}
+def layer_numbers() -> dict[str, float]:
+    """Return the number of the layer of each folder and of each file at the root."""
+    numbers = {name: number for number, name in enumerate(ORDER, start=1)}
     for path in PACKAGE.glob("*.py"):
-        own = {module[0] for module in imports(path) if module}
-        floor[path.stem] = floor["commands"] - 0.5 if own & set(order) else 0
-    return floor
+        imports_folder = any(module and module[0] in ORDER for module in imports(path))
+        numbers[path.stem] = numbers["commands"] - 0.5 if imports_folder else 0
+    return numbers
 
 
-def test_imports_go_down_and_only_prune_goes_on_to_another_command():
-    floor, modules = floors(), {("commands", command.function.partition(".")[0]) for command in COMMANDS}
-    assert {path.name for path in PACKAGE.iterdir() if path.is_dir()} - {"__pycache__"} == {*ORDER.split()}
+def test_all_folders_have_a_layer():
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+    assert folders - {"__pycache__"} == set(ORDER)
+
+
+def test_modules_import_only_lower_layers():
+    """This holds for imports for type checkers too, because a reader has to know their names."""
+    numbers = layer_numbers()
     for path in FILES:
-        own = parts(path)
-        assert own not in modules - {("commands", "prune")} or not modules & {*imports(path)}, path
-        # An import for type checkers alone goes down as well: the file needs that name to be read.
-        for other in imports(path, typing=True):
-            # `__init__` names what the layers offer, and `__main__` starts the topmost.
-            if own and other and own[0] != other[0] and path.name not in ("__init__.py", "__main__.py"):
-                assert floor[other[0]] <= floor[own[0]], f"{own} imports {other}, which lies above it"
+        # `__init__` exports names of all layers, and `__main__` starts the highest layer.
+        if path.name in ("__init__.py", "__main__.py"):
+            continue
+        name = module_name(path)
+        for imported in imports(path, typing=True):
+            if imported and imported[0] != name[0]:
+                assert numbers[imported[0]] <= numbers[name[0]], f"{name} imports {imported}, which is a higher layer"
 
 
-def test_the_method_stands_on_the_architecture_alone():
-    """So it can be read, and used, without anything else of the package."""
+def test_only_the_command_prune_imports_another_command():
+    commands = {("commands", command.function.split(".")[0]) for command in COMMANDS}
+    for path in FILES:
+        name = module_name(path)
+        if name in commands and name != ("commands", "prune"):
+            assert commands.isdisjoint(imports(path)), path
+
+
+def test_the_method_imports_only_the_architecture():
+    """A reader can understand and use the method without the other folders."""
     for path in sorted((PACKAGE / "method").glob("*.py")):
-        others = {other[0] for other in imports(path, typing=True) if other}
-        assert others <= {"method", "arch", "errors"}, f"{path.stem} imports {others}"
+        folders = {module[0] for module in imports(path, typing=True) if module}
+        assert folders <= {"method", "arch", "errors"}, f"{path.stem} imports {folders}"
 
 
-def test_there_are_no_circles():
-    graph = {parts(path): {module for module in imports(path) if module != parts(path)} for path in FILES}
-    done, path = set(), []
+def test_there_are_no_circular_imports():
+    graph = {}
+    for path in FILES:
+        name = module_name(path)
+        graph[name] = {module for module in imports(path) if module != name}
+    visited = set()
+    chain = []
 
     def visit(module):
-        assert module not in path, " -> ".join(".".join(name) for name in [*path[path.index(module) :], module])
-        if module in done or not module:
+        circle = [".".join(name) for name in chain + [module]]
+        assert module not in chain, " -> ".join(circle)
+        if module in visited or not module:
             return
-        path.append(module)
-        for other in graph.get(module, ()):
-            visit(other)
-        path.pop()
-        done.add(module)
+
+        chain.append(module)
+        for imported in graph.get(module, ()):
+            visit(imported)
+        chain.pop()
+        visited.add(module)
 
     for module in graph:
         visit(module)
 
 
-def test_every_folder_says_what_it_holds():
-    for name in ORDER.split():
-        assert ast.get_docstring(ast.parse((PACKAGE / name / "__init__.py").read_text())), name
+def test_every_folder_has_a_docstring():
+    for name in ORDER:
+        tree = ast.parse((PACKAGE / name / "__init__.py").read_text())
+        assert ast.get_docstring(tree), name
 
 
-# What no file may have, what stands for its reason, and the files that may: they begin with one of these names.
+# Forbidden patterns, with the reason, and the beginnings of the names of modules that may contain them.
 RULES = {
     r"register_\w*hook": ("hooks are registered in arch/hooks.py only", ("arch.hooks",)),
     r"(gate|up|down|[qkvo])_proj": ("names of projections", ("arch.",)),
@@ -123,39 +161,71 @@ RULES = {
 }
 
 
-def test_house_rules():
+def test_no_module_contains_a_forbidden_pattern():
     for path in FILES:
-        text, name = path.read_text(), ".".join(parts(path))
+        text = path.read_text()
+        name = ".".join(module_name(path))
         for pattern, (reason, allowed) in RULES.items():
-            where = None if name.startswith(allowed) else re.search(pattern, text)
-            assert not where, f"{name}: {where[0]!r}: {reason}"
+            if name.startswith(allowed):
+                continue
+            match = re.search(pattern, text)
+            assert not match, f"{name}: {match[0]!r}: {reason}"
 
 
-def described_members(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> set[str]:
-    """The methods that a class of the package, or one that it derives from, says something of."""
-    own = {member.name for member in node.body if isinstance(member, ast.FunctionDef) and ast.get_docstring(member)}
-    bases = [classes[name] for base in node.bases if (name := ast.unparse(base)) in classes]
-    return own.union(*(described_members(base, classes) for base in bases))
+def methods_of(node: ast.ClassDef) -> list[ast.FunctionDef]:
+    return [member for member in node.body if isinstance(member, ast.FunctionDef)]
+
+
+def documented_methods(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> set[str]:
+    """Return the names of the methods with a docstring, in a class or in one of its base classes in the package."""
+    names = {method.name for method in methods_of(node) if ast.get_docstring(method)}
+    for base in node.bases:
+        base_name = ast.unparse(base)
+        if base_name in classes:
+            names |= documented_methods(classes[base_name], classes)
+    return names
+
+
+def undocumented(node, classes) -> list[str]:
+    """Return the name of a function or class without a docstring, and of its public methods without one."""
+    names = []
+    if not ast.get_docstring(node):
+        names.append(node.name)
+
+    if isinstance(node, ast.ClassDef):
+        documented = documented_methods(node, classes)
+        for method in methods_of(node):
+            if not method.name.startswith("_") and method.name not in documented:
+                names.append(f"{node.name}.{method.name}")
+    return names
+
+
+def is_overload(node) -> bool:
+    return any(ast.unparse(decorator) == "overload" for decorator in node.decorator_list)
 
 
 def test_public_functions_and_classes_have_docstrings():
-    classes = {node.name: node for tree in TREES.values() for node in tree.body if isinstance(node, ast.ClassDef)}
-    bare = []
+    nodes = []
+    classes = {}
     for path, tree in TREES.items():
         for node in tree.body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
-                if any(ast.unparse(decorator) == "overload" for decorator in node.decorator_list):
-                    continue  # the docstring is that of the function itself
-                described = described_members(node, classes) if isinstance(node, ast.ClassDef) else set()
-                members = [n for n in getattr(node, "body", []) if isinstance(n, ast.FunctionDef)]
-                public = [n for n in members if isinstance(node, ast.ClassDef) and not n.name.startswith("_")]
-                silent = [node, *(member for member in public if member.name not in described)]
-                bare += [f"{'.'.join(parts(path))}.{n.name}" for n in silent if not ast.get_docstring(n)]
-    assert not bare
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                nodes.append((path, node))
+            if isinstance(node, ast.ClassDef):
+                classes[node.name] = node
+
+    names = []
+    for path, node in nodes:
+        # The function itself has the docstring of its overloads.
+        if not node.name.startswith("_") and not is_overload(node):
+            module = ".".join(module_name(path))
+            names += [f"{module}.{name}" for name in undocumented(node, classes)]
+    assert not names
 
 
 def test_every_public_name_resolves():
     for name in optimum_structprune.__all__:
         assert callable(getattr(optimum_structprune, name)), name
+
     with pytest.raises(AttributeError, match="nothing_such"):
         _ = optimum_structprune.nothing_such

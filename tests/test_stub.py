@@ -1,4 +1,4 @@
-"""`examples/tools/stub.py`: the draft of a description, by which `docs/guides/architecture.md` prunes."""
+"""`examples/tools/stub.py` drafts the description of a model, as `docs/guides/architecture.md` shows."""
 
 import pytest
 import stub
@@ -11,7 +11,7 @@ from optimum_structprune.arch.meta import meta_model
 from optimum_structprune.commands.cli import main
 
 
-# What a stub finds in mixtures of experts, and in models without a tensor-parallel plan.
+# The spaces in stubs of mixtures of experts, and of models without a tensor-parallel plan.
 UNKNOWN = {
     "afmoe": {"mlp_experts_mlp"},
     "hy_v3": {"attention", "mlp_experts_mlp"},
@@ -21,31 +21,38 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize("model_type", UNKNOWN)
-def test_a_stub_says_what_it_finds(model_type, tmp_path):
+def test_a_stub_of_an_unknown_model_type(model_type, tmp_path):
     assert model_type not in builtin_families(), "take another type that is not described"
-    sizes = {"hidden_size": 32, "num_heads": 8, "head_dim": 8, "expand": 2} if model_type == "mamba2" else {}
-    model = meta_model(AutoConfig.for_model(model_type, **{**MOE, "n_routed_experts": 4, **sizes}))
+    sizes = MOE | {"n_routed_experts": 4}
+    if model_type == "mamba2":
+        sizes |= {"hidden_size": 32, "num_heads": 8, "head_dim": 8, "expand": 2}
+    model = meta_model(AutoConfig.for_model(model_type, **sizes))
     text = stub.stub(model)
     (tmp_path / "stub.yaml").write_text(text)
     family = read_families(tmp_path / "stub.yaml")[0]
-    assert family.model_types == (model_type,) and family.layer_path[0].rpartition(".")[2] in ("layers", "layer")
-    assert UNKNOWN[model_type] <= set(family.spaces) and "nearest family" in text
-    planned = any("layers" in pattern for pattern in model.config.base_model_tp_plan or {})
-    assert planned != ("no tensor-parallel plan" in text)
-    assert ("mlp" in family.spaces) <= ("No space has mlp.up_proj" not in text)
+
+    assert family.model_types == (model_type,)
+    assert family.layer_path[0].split(".")[-1] in ("layers", "layer")
+    assert UNKNOWN[model_type] <= set(family.spaces)
+    assert "nearest family" in text
+    has_plan = any("layers" in pattern for pattern in model.config.base_model_tp_plan or {})
+    assert ("no tensor-parallel plan" in text) != has_plan
+    if "mlp" in family.spaces:
+        assert "No space has mlp.up_proj" not in text
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "mixtral"])
-def test_a_stub_of_a_described_model_says_what_its_description_says(model_type, tmp_path):
-    model = meta_model(AutoConfig.for_model(model_type, **{**MOE, "num_local_experts": 4}))
+def test_a_stub_of_a_described_model_matches_its_description(model_type, tmp_path):
+    model = meta_model(AutoConfig.for_model(model_type, **MOE, num_local_experts=4))
     (tmp_path / "stub.yaml").write_text(stub.stub(model))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     arch = resolve(read_families(tmp_path / "stub.yaml")[0], model.config, shapes, "model.")
+
     spaces = {space.axes for space in arch.spaces}
     assert spaces == {space.axes for space in describe(model).spaces if space.inside}
 
 
-def test_inspect_says_that_a_model_without_a_description_cannot_be_pruned(tmp_path, capsys):
+def test_inspect_reports_that_a_model_without_a_description_cannot_be_pruned(tmp_path, capsys):
     AutoConfig.for_model("diffllama", **MOE).save_pretrained(tmp_path)
     assert main(["inspect", str(tmp_path)]) == 0
     assert "cannot be pruned: The model type 'diffllama' is not described" in capsys.readouterr().out

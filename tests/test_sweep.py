@@ -1,4 +1,4 @@
-"""`examples/tools/sweep.py`: the curve, what lies beside it, and that it goes on."""
+"""`examples/tools/sweep.py` prunes to several sizes, writes a curve, and resumes."""
 
 import json
 
@@ -20,74 +20,98 @@ def folder(tmp_path_factory):
     return save_desk(tmp_path_factory.mktemp("sweep"))
 
 
-def line(folder, out, *sizes, more=()):
-    how = ["--num-samples", "6", "--seq-length", "24", "--round-to", "1", "--device", "cpu", "--quiet", "--json"]
-    domain = ["--domain", f"a={folder / 'a.jsonl'}"]
-    return [str(folder / "model"), str(folder / out), "--sparsity", *sizes, *domain, *how, *more]
+def arguments_of(folder, out, *sizes, flags=()):
+    """Return the arguments of a sweep over sizes with short text."""
+    arguments = [str(folder / "model"), str(folder / out), "--sparsity", *sizes]
+    arguments += ["--domain", f"a={folder / 'a.jsonl'}", "--num-samples", "6", "--seq-length", "24"]
+    arguments += ["--round-to", "1", "--device", "cpu", "--quiet"]
+    return arguments + list(flags)
 
 
-def test_every_size_is_a_model_and_a_point(folder, capsys, monkeypatch):
-    prune, sizes = StructPruner.prune_model, []
+def test_every_size_has_a_model_and_a_point_on_the_curve(folder, capsys, monkeypatch):
+    prune_model = StructPruner.prune_model
+    sizes = []
 
-    def counted(self, *args, **kwargs):
+    def prune_and_interrupt_once(self, *args, **kwargs):
         sizes.append(self.config.sparsity)
         if len(sizes) == 2:
             raise KeyboardInterrupt
-        return prune(self, *args, **kwargs)
+        return prune_model(self, *args, **kwargs)
 
-    monkeypatch.setattr(StructPruner, "prune_model", counted)
-    more = ["--allocation", "sensitivity"]
-    assert main(line(folder, "out", "0.3", "0.1", more=more)) == 130
-    assert main(line(folder, "out", "0.3", "0.1", more=more)) == 0
-    assert sizes == [0.1, 0.3, 0.3]  # what was there is not done again
+    monkeypatch.setattr(StructPruner, "prune_model", prune_and_interrupt_once)
+    arguments = arguments_of(folder, "out", "0.3", "0.1", flags=["--json", "--allocation", "sensitivity"])
+    assert main(arguments) == 130
+    assert main(arguments) == 0
+    assert sizes == [0.1, 0.3, 0.3], "the second sweep prunes only to the size that is missing"
+
     out = folder / "out"
     values = json.loads(capsys.readouterr().out)["parameters"]
     curve = json.loads((out / "curve.json").read_text())
-    assert [*values] == [*curve["parameters"]] == ["dense", "0.1", "0.3"] and len([*(out / "losses").iterdir()]) == 1
+    assert list(values) == list(curve["parameters"]) == ["dense", "0.1", "0.3"]
+    assert len(list((out / "losses").iterdir())) == 1
+
     for size in ("0.1", "0.3"):
         small = AutoModelForCausalLM.from_pretrained(out / f"sparsity-{size}")
-        report = json.loads((out / f"sparsity-{size}" / "report.json").read_text())
         assert curve["parameters"][size] == small.num_parameters() == values[size]
-        for name, when in (("dense", "dense"), (size, "pruned")):
-            assert curve["perplexity"]["a"][name] == pytest.approx(report["domains"]["a"]["perplexity"][when])
+        report = json.loads((out / f"sparsity-{size}" / "report.json").read_text())
+        perplexity = report["domains"]["a"]["perplexity"]
+        assert curve["perplexity"]["a"]["dense"] == pytest.approx(perplexity["dense"])
+        assert curve["perplexity"]["a"][size] == pytest.approx(perplexity["pruned"])
 
 
-def test_only_the_curve_and_sizes_that_coincide(folder, capsys):
-    short = ["--no-save", "--round-to", "8"]
-    assert main([word for word in line(folder, "bare", "0.2", "0.21", more=short) if word != "--json"]) == 0
-    assert {path.name for path in (folder / "bare").iterdir()} == {"size.json", "curve.json"}
+def test_a_sweep_without_models_names_sizes_with_the_same_widths(folder, capsys):
+    assert main(arguments_of(folder, "curve", "0.2", "0.21", flags=["--no-save", "--round-to", "8"])) == 0
+    assert {path.name for path in (folder / "curve").iterdir()} == {"size.json", "curve.json"}
     assert "sparsity 0.2 and 0.21 come to the same widths" in capsys.readouterr().out
 
 
-def test_a_sweep_goes_on_with_the_same_model_text_and_settings_alone(tmp_path, capsys):
-    def written(seed=0, text=0):
-        save_with_tokenizer(build("llama-tied", seed), tmp_path / "model")
-        write_texts(tmp_path / "a.jsonl", documents(80, text))
+def save_inputs(folder, model_seed=0, text_seed=0):
+    """Save a model and a text."""
+    save_with_tokenizer(build("llama-tied", model_seed), folder / "model")
+    write_texts(folder / "a.jsonl", documents(80, text_seed))
 
-    written()
-    assert main(line(tmp_path, "out", "0.1", more=["--no-save"])) == 0
-    curve = (tmp_path / "out" / "curve.json").read_text()
-    (tmp_path / "out" / "curve.json").unlink()  # it was killed before it wrote it
-    assert main(line(tmp_path, "out", "0.1", more=["--no-save"])) == 0
-    for changed, flags in (({}, ["--error-feedback", "0.25"]), ({"seed": 1}, []), ({"text": 1}, [])):
-        written(**changed)
+
+def test_a_sweep_resumes_only_with_the_same_model_text_and_settings(tmp_path, capsys):
+    save_inputs(tmp_path)
+    arguments = arguments_of(tmp_path, "out", "0.1", flags=["--no-save"])
+    assert main(arguments) == 0
+    curve = tmp_path / "out" / "curve.json"
+    text = curve.read_text()
+    curve.unlink()  # As if the process ended before it wrote the curve.
+    assert main(arguments) == 0
+    assert curve.read_text() == text
+
+    arguments = arguments_of(tmp_path, "out", "0.1", "0.3", flags=["--no-save"])
+    changes = [({}, ["--error-feedback", "0.25"]), ({"model_seed": 1}, []), ({"text_seed": 1}, [])]
+    for seeds, flags in changes:
+        save_inputs(tmp_path, **seeds)
         capsys.readouterr()
-        assert main(line(tmp_path, "out", "0.1", "0.3", more=["--no-save", *flags])) == 2
+        assert main(arguments + flags) == 2
         assert "contains size 1 of a run with another model, config or calibration text" in capsys.readouterr().err
-        assert (tmp_path / "out" / "curve.json").read_text() == curve
-    written()
-    state = tmp_path / "out" / "size.json"
-    for damaged in (5, {"odd": 1}):
-        state.write_text(json.dumps({**json.loads(state.read_text()), "values": {"0.1": damaged}}))
-        capsys.readouterr()
-        assert main(line(tmp_path, "out", "0.1", more=["--no-save"])) == 2
-        assert "size.json is not a readable checkpoint" in error_line(capsys)
+        assert curve.read_text() == text
 
 
-def test_what_cannot_be_done_is_refused_before_anything_runs(folder, capsys, monkeypatch):
+@pytest.mark.parametrize("value", [5, {"odd": 1}], ids=str)
+def test_a_damaged_state_of_a_sweep_is_refused(tmp_path, capsys, value):
+    save_inputs(tmp_path)
+    arguments = arguments_of(tmp_path, "out", "0.1", flags=["--no-save"])
+    assert main(arguments) == 0
+
+    path = tmp_path / "out" / "size.json"
+    state = json.loads(path.read_text())
+    state["values"] = {"0.1": value}
+    path.write_text(json.dumps(state))
+    capsys.readouterr()
+    assert main(arguments) == 2
+    assert "size.json is not a readable checkpoint" in error_line(capsys)
+
+
+def test_impossible_sizes_and_folders_are_refused_before_pruning(folder, capsys, monkeypatch):
     monkeypatch.setattr(sweep, "_pruned", None)
     for size, message in (("1.5", "must be greater than 0 and less than 1"), ("0.99", "sparsity=0.99 is too large")):
-        assert main(line(folder, "refused", "0.1", size)) == 2
-        assert message in error_line(capsys) and not (folder / "refused").exists()
-    assert main(line(folder, "model", "0.1")) == 2
+        assert main(arguments_of(folder, "refused", "0.1", size)) == 2
+        assert message in error_line(capsys)
+        assert not (folder / "refused").exists()
+
+    assert main(arguments_of(folder, "model", "0.1")) == 2
     assert "holds something else than a sweep" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""transformers 4 and the ONNX exporter of `make onnx` compute from our folders what transformers 5 computes."""
+"""transformers 4 and ONNX, installed by `make onnx`, compute the same from saved folders as transformers 5 does."""
 
 import json
 import os
@@ -28,11 +28,11 @@ pytestmark = [
 
 
 def ask(place, requests):
-    """What transformers 4 answers."""
+    """Return the answers of transformers 4."""
     return ask_python(PYTHON, "transformers_4_ask.py", place, requests, PYTHONPATH="", HF_HUB_OFFLINE="1")
 
 
-# What else than another base a rotary embedding may have.
+# Parameters of scaled rotary embeddings, by case.
 SCALED = {
     "llama-tied": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
     "qwen2": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
@@ -40,73 +40,108 @@ SCALED = {
     "mistral": {"rope_type": "linear", "factor": 3.0},
     "phi3": {"rope_type": "longrope", "type": "longrope", "short_factor": [2.0, 3.0], "long_factor": [4.0, 5.0]},
 }
-# transformers 4 refuses these: their configs name fewer experts, and kinds of layers, by words of transformers 5.
+# transformers 4 refuses these configs: they name a number of experts or the types of layers by keys of version 5.
 REFUSED = {"qwen3_moe", "granitemoehybrid"}
-# The outer config of these random models ties an embedding that the inner one does not tie, and Zamba 2 of this size
-# is only built, never run; transformers 4 rounds the parameters of Apertus' activation to bf16.
-ODD = {"internvl", "mistral3", "zamba2", "apertus"}
+# Cases that cannot be compared. The outer configs of InternVL and Mistral 3 tie an embedding that the inner configs do
+# not tie. Zamba 2 of this size cannot run. transformers 4 rounds the activation parameters of Apertus to bf16.
+EXCLUDED = {"internvl", "mistral3", "zamba2", "apertus"}
 
 
 def with_other_bases(rope):
-    """The parameters of a rotary embedding that no default would give."""
+    """Return the parameters of a rotary embedding with other bases than the defaults."""
     if not isinstance(rope, dict):
         return rope
-    return {key: 7 * of if key == "rope_theta" else with_other_bases(of) for key, of in rope.items()}
+
+    parameters = {}
+    for key, value in rope.items():
+        if key == "rope_theta":
+            parameters[key] = 7 * value
+        else:
+            parameters[key] = with_other_bases(value)
+    return parameters
+
+
+def save_with_rope(case, scaling, folder):
+    """Save a random model with other parameters of its rotary embedding.
+
+    Return a request to transformers 4 and the expected outputs, or None if the rotary embedding cannot be changed.
+    """
+    auto, model_type, fields = described(case)
+    config = AutoConfig.for_model(model_type, **deepcopy(fields))
+    rope = getattr(config.get_text_config(), "rope_parameters", None)
+    if not rope or "proportional" in str(rope):
+        return None
+
+    fields = deepcopy(fields)
+    text_fields = fields.get("text_config", fields)
+    text_fields["rope_parameters"] = with_other_bases(rope) | scaling
+    model = random_model(auto, model_type, fields)
+    model.save_pretrained(folder)
+    settle(folder / "config.json", type(model.config))
+    request = {"folder": str(folder), "kind": auto.__name__, "ids": token_ids().tolist()}
+    return request, outputs_for(model, token_ids())
 
 
 def test_families(tmp_path):
-    requests, known = [], []
-    for case, scaled in [*((case, {}) for case in (*CASES, *OTHERS) if case not in ODD), *SCALED.items()]:
-        auto, model_type, fields = described(case)
-        config = AutoConfig.for_model(model_type, **deepcopy(fields))
-        rope = getattr(config.get_text_config(), "rope_parameters", None)
-        if not rope or "proportional" in str(rope):
-            continue
-        fields = deepcopy(fields)
-        fields.get("text_config", fields)["rope_parameters"] = {**with_other_bases(rope), **scaled}
-        model = random_model(auto, model_type, fields)
-        folder = tmp_path / f"{case}{'-scaled' * bool(scaled)}"
-        model.save_pretrained(folder)
-        settle(folder / "config.json", type(model.config))
-        requests.append({"folder": str(folder), "kind": auto.__name__, "ids": token_ids().tolist()})
-        known.append(outputs_for(model, token_ids()))
-    refused, same = set(), 0
-    for request, answer, outputs in zip(requests, ask(tmp_path, requests), known, strict=True):
-        case = Path(request["folder"]).name
+    saved_models = {}
+    for case in [*CASES, *OTHERS]:
+        if case not in EXCLUDED:
+            saved_models[case] = save_with_rope(case, {}, tmp_path / case)
+    scaled_names = set()
+    for case, scaling in SCALED.items():
+        name = f"{case}-scaled"
+        scaled_names.add(name)
+        saved_models[name] = save_with_rope(case, scaling, tmp_path / name)
+    saved_models = {name: saved for name, saved in saved_models.items() if saved is not None}
+    answers = ask(tmp_path, [request for request, _ in saved_models.values()])
+
+    refused = set()
+    for (name, (_, expected)), answer in zip(saved_models.items(), answers, strict=True):
         if "error" in answer:
-            assert case in REFUSED or "does not recognize this architecture" in answer["error"], answer["error"]
-            refused.add(case)
+            assert name in REFUSED or "does not recognize this architecture" in answer["error"], answer["error"]
+            refused.add(name)
         else:
-            torch.testing.assert_close(torch.tensor(answer["outputs"]), outputs, atol=1e-5, rtol=0, msg=case)
-            same += 1
-    assert refused >= REFUSED and not refused & {f"{case}-scaled" for case in SCALED} and same > 60, (refused, same)
+            torch.testing.assert_close(torch.tensor(answer["outputs"]), expected, atol=1e-5, rtol=0, msg=name)
+    assert refused >= REFUSED
+    assert refused.isdisjoint(scaled_names)
+    assert len(saved_models) - len(refused) > 60
+
+
+def prune_vocabulary(folder):
+    """Save a trained model with 320 tokens. Return the model, its tokenizer, and a text of other documents."""
+    dense = AutoModelForCausalLM.from_pretrained(golden.TINY, dtype=torch.float32)
+    dense.config.rope_parameters["rope_theta"] = 1e5  # transformers 4 has another default.
+    dense.save_pretrained(folder / "dense")
+    dense = AutoModelForCausalLM.from_pretrained(folder / "dense")
+
+    documents = list(builtin_documents("prose"))
+    settings = {"widths": {"vocab": 320}, "general_share": 0.0, "num_samples": 8, "seq_length": 64}
+    pruner = StructPruner(StructPruneConfig(domains=[DomainConfig("prose", documents[:40])], **settings))
+    small = pruner.prune_model(dense, AutoTokenizer.from_pretrained(golden.TINY))
+    pruner.save(small, folder / "small", pruner.tokenizer)
+    return small, pruner.tokenizer, " ".join(documents[40:])[:700]
 
 
 def test_onnx_of_a_trimmed_model(tmp_path):
-    dense = AutoModelForCausalLM.from_pretrained(golden.TINY, dtype=torch.float32)
-    dense.config.rope_parameters["rope_theta"] = 1e5  # not what transformers 4 takes where it reads none
-    dense.save_pretrained(tmp_path / "dense")
-    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
-    reader = AutoTokenizer.from_pretrained(golden.TINY)
-    text = [*builtin_documents("prose")]
-    settings = {"widths": {"vocab": 320}, "general_share": 0.0, "num_samples": 8, "seq_length": 64}
-    pruner = StructPruner(StructPruneConfig(domains=[DomainConfig("prose", text[:40])], **settings))
-    small = pruner.prune_model(dense, reader)
-    pruner.save(small, tmp_path / "small", pruner.tokenizer)
-    words = " ".join(text[40:])[:700]
-    ids = pruner.tokenizer(words, return_tensors="pt")["input_ids"]
-    bare = shutil.copytree(tmp_path / "small", tmp_path / "bare")
-    fields = json.loads((bare / "config.json").read_text())
+    small, tokenizer, text = prune_vocabulary(tmp_path)
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+
+    # Without the key of transformers 4, its default changes the outputs.
+    without_key = shutil.copytree(tmp_path / "small", tmp_path / "without-key")
+    fields = json.loads((without_key / "config.json").read_text())
     assert fields.pop("rope_theta") == 1e5
-    (bare / "config.json").write_text(json.dumps(fields))
-    kind = {"kind": "AutoModelForCausalLM"}
-    requests = [{"folder": str(tmp_path / "small"), **kind, "text": words}]
-    requests += [{"folder": str(bare), **kind, "ids": ids.tolist()}]
-    answer, without = ask(tmp_path, requests)
+    (without_key / "config.json").write_text(json.dumps(fields))
+
+    kind = "AutoModelForCausalLM"
+    request = {"folder": str(tmp_path / "small"), "kind": kind, "text": text}
+    request_without_key = {"folder": str(without_key), "kind": kind, "ids": ids.tolist()}
+    answer, answer_without_key = ask(tmp_path, [request, request_without_key])
     assert answer["tokens"] == ids.tolist()
-    ours = outputs_for(small, ids)
-    logits = {"torch": ours, "4": answer["outputs"], "onnx": answer["onnx"], "without the key": without["outputs"]}
-    losses = {name: cross_entropy(torch.as_tensor(of)[0, :-1], ids[0, 1:]).item() for name, of in logits.items()}
-    assert losses["4"] == pytest.approx(losses["torch"], abs=1e-6)
-    assert losses["onnx"] == pytest.approx(losses["torch"], abs=1e-4)
-    assert abs(losses["without the key"] - losses["torch"]) > 1e-3
+
+    def loss_of(logits):
+        return cross_entropy(torch.as_tensor(logits)[0, :-1], ids[0, 1:]).item()
+
+    expected = loss_of(outputs_for(small, ids))
+    assert loss_of(answer["outputs"]) == pytest.approx(expected, abs=1e-6)
+    assert loss_of(answer["onnx"]) == pytest.approx(expected, abs=1e-4)
+    assert abs(loss_of(answer_without_key["outputs"]) - expected) > 1e-3

@@ -1,4 +1,4 @@
-"""Pruning inside the trainers of TRL, which give the model a `forward` of their own."""
+"""Pruning inside the trainers of TRL, which replace the `forward` of a model."""
 
 import pytest
 import torch
@@ -28,10 +28,9 @@ def texts() -> Dataset:
 
 
 def conversations() -> Dataset:
-    rows = [
-        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        for question, answer in zip(documents(40), documents(40, seed=1), strict=True)
-    ]
+    rows = []
+    for question, answer in zip(documents(40), documents(40, seed=1), strict=True):
+        rows.append([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
     return Dataset.from_dict({"messages": rows})
 
 
@@ -47,6 +46,7 @@ def prune_while_training(trainer, folder) -> None:
     trainer.train()
     assert trainer.state.global_step == 4
     assert trainer.model.config.intermediate_size == 24
+
     trainer.save_model(folder)
     saved = AutoModelForCausalLM.from_pretrained(folder)
     torch.testing.assert_close(logits(saved), logits(trainer.model.eval()))
@@ -63,7 +63,7 @@ def test_sft_on_texts(tmp_path, fields):
     prune_while_training(trainer, tmp_path / "out")
 
 
-def test_sft_on_what_the_assistant_wrote(tmp_path):
+def test_sft_on_answers_of_the_assistant(tmp_path):
     arguments = SFTConfig(str(tmp_path), assistant_only_loss=True, **SHORT)
     reader = tokenizer()
     reader.chat_template = TEMPLATE

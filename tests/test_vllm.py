@@ -1,4 +1,4 @@
-"""A real vLLM computes from our folders what transformers computes; `make vllm` installs one."""
+"""A real vLLM computes the same from saved folders as transformers does. `make vllm` installs it."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ask_python, first_units, ran
+from helpers import ask_python, first_units, ran, save_with_tokenizer
 from models import real_text_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -20,18 +20,21 @@ pytestmark = [
     pytest.mark.nightly,
     pytest.mark.skipif(not PYTHON.exists(), reason=f"there is no {PYTHON}; `make vllm` makes it"),
 ]
-PROMPT, NEW = [5, 60, 7, 300, 9], 12
+PROMPT = [5, 60, 7, 300, 9]
+NEW = 12
 MIXTURE = {"num_experts": 8, "num_experts_per_tok": 2, "tie_word_embeddings": False}
-# vLLM's attention on CPUs wants heads of 32 channels or more.
+# The attention of vLLM on CPUs needs heads of 32 channels or more.
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 def dense(model_type="llama", **fields):
-    """A random model of three layers whose logits are apart, and a tokenizer."""
+    """Return a random model of three layers with distinct logits, and a tokenizer."""
     _, tokenizer = real_text_model()
-    sizes = {**SIZES, "num_hidden_layers": 3, "vocab_size": len(tokenizer), "max_position_embeddings": 256, **fields}
+    sizes = SIZES | {"num_hidden_layers": 3, "vocab_size": len(tokenizer), "max_position_embeddings": 256}
+    sizes |= fields
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes)).eval()
+
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
@@ -40,77 +43,90 @@ def dense(model_type="llama", **fields):
 
 @pytest.fixture(scope="module")
 def models():
-    model, tokenizer = dense()
+    """Return pruned models: one width for all layers, FFNs of different widths, and heads too."""
+    model, _ = dense()
     return {
-        "uniform": first_units(model, [256] * 3, [1] * 3),
+        "uniform": first_units(model, [256, 256, 256], [1, 1, 1]),
         "ffn": first_units(model, [512, 200, 256]),
         "heads": first_units(model, [512, 200, 256], [2, 1, 2]),
-    }, tokenizer
+    }
 
 
 @pytest.fixture(scope="module")
 def folders(models, tmp_path_factory):
+    """Return the folder that contains the folders of the models."""
     place = tmp_path_factory.mktemp("vllm")
-    for name, model in models[0].items():
-        model.save_pretrained(place / name)
-        models[1].save_pretrained(place / name)
+    _, tokenizer = dense()
+    for name, model in models.items():
+        save_with_tokenizer(model, place / name, tokenizer)
     return place
 
 
 def ask(place, requests, **variables):
-    """What vLLM answers."""
-    wanted = [{"folder": str(place / name), "ids": PROMPT, "new": NEW, "options": more} for name, more in requests]
-    quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    quiet |= {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "PYTHONPATH": str(ROOT)}
-    return ask_python(PYTHON, "vllm_ask.py", place, wanted, **quiet, **variables)
+    """Return the answers of vLLM to requests, each the name of a folder and options."""
+    questions = []
+    for name, options in requests:
+        questions.append({"folder": str(place / name), "ids": PROMPT, "new": NEW, "options": options})
+    environment = {
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    return ask_python(PYTHON, "vllm_ask.py", place, questions, **environment, **variables)
 
 
-def check(model, answer):
-    """The same greedy tokens, and their log-probabilities to three digits."""
+def generate(model):
+    """Return the prompt with greedy tokens of transformers."""
+    return model.generate(torch.tensor([PROMPT]), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
+
+
+def check(model, answer, class_name):
+    """Check the class in vLLM, the greedy tokens, and their log-probabilities to three digits."""
     assert "error" not in answer, answer
-    written = model.generate(torch.tensor([PROMPT]), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
-    assert answer["tokens"] == written[0, len(PROMPT) :].tolist()
+    assert answer["class"] == [class_name]
+
+    tokens = generate(model)
+    assert answer["tokens"] == tokens[0, len(PROMPT) :].tolist()
     with torch.no_grad():
-        ours = model(written).logits[0, len(PROMPT) - 1 : -1].log_softmax(-1)
-    np.testing.assert_allclose(answer["logprobs"], ours[range(NEW), answer["tokens"]], atol=1e-3)
+        logprobs = model(tokens).logits[0, len(PROMPT) - 1 : -1].log_softmax(-1)
+    np.testing.assert_allclose(answer["logprobs"], logprobs[range(NEW), answer["tokens"]], atol=1e-3)
 
 
-def test_without_this_package(models, folders):
-    remote = {"trust_remote_code": True}
-    unknown = {"hf_overrides": {"architectures": ["StructPruneForCausalLM"]}}
-    requests = [("uniform", {}), ("heads", {**remote, "model_impl": "transformers"}), ("ffn", {**remote, **unknown})]
-    requests += [("ffn", {})]
-    *answers, native = ask(folders, requests, VLLM_PLUGINS="")
-    for (name, _), answer in zip(requests, answers, strict=False):
-        check(models[0][name], answer)
-    assert [answer["class"] for answer in answers] == [["LlamaForCausalLM"]] + [["TransformersForCausalLM"]] * 2
-    assert "AmbiguousGlobalPerLayerAttributeError" in native["error"]
+def test_vllm_without_this_package(models, folders):
+    transformers_options = {"trust_remote_code": True, "model_impl": "transformers"}
+    unknown = {"hf_overrides": {"architectures": ["StructPruneForCausalLM"]}, "trust_remote_code": True}
+    requests = [("uniform", {}), ("heads", transformers_options), ("ffn", unknown), ("ffn", {})]
+    uniform, heads, ffn, native_ffn = ask(folders, requests, VLLM_PLUGINS="")
+
+    check(models["uniform"], uniform, "LlamaForCausalLM")
+    check(models["heads"], heads, "TransformersForCausalLM")
+    check(models["ffn"], ffn, "TransformersForCausalLM")
+    assert "AmbiguousGlobalPerLayerAttributeError" in native_ffn["error"]
 
 
-@pytest.mark.parametrize(("model_type", "fields"), [
-    ("qwen3_moe", {"moe_intermediate_size": 128, "norm_topk_prob": True, "head_dim": 64}),
-    ("olmoe", {"num_key_value_heads": 4}),
+@pytest.mark.parametrize(("model_type", "class_name", "fields"), [
+    ("qwen3_moe", "Qwen3MoeForCausalLM", {"moe_intermediate_size": 128, "norm_topk_prob": True, "head_dim": 64}),
+    ("olmoe", "OlmoeForCausalLM", {"num_key_value_heads": 4}),
 ])  # fmt: skip
-def test_a_mixture_of_fewer_experts(model_type, fields, tmp_path):
-    """As vLLM's own class, which knows nothing of the pruning; five experts are no multiple of 8."""
+def test_a_mixture_of_fewer_experts_needs_no_package(model_type, class_name, fields, tmp_path):
+    """The class of vLLM itself loads the model, even though 5 experts are not a multiple of 8."""
     model, tokenizer = dense(model_type, **MIXTURE, **fields)
-    wish = StructPruneConfig(
+    settings = StructPruneConfig(
         widths={"expert": 5, "mlp": 96}, num_samples=6, seq_length=64, general_text="builtin:prose"
     )
-    small = prune_model(model, wish, tokenizer)
-    small.save_pretrained(tmp_path / "small")
-    tokenizer.save_pretrained(tmp_path / "small")
+    small = prune_model(model, settings, tokenizer)
+    save_with_tokenizer(small, tmp_path / "small", tokenizer)
+
     (answer,) = ask(tmp_path, [("small", {})], VLLM_PLUGINS="")
-    check(small, answer)
-    assert answer["class"][0].lower() == model_type.replace("_", "") + "forcausallm"
+    check(small, answer, class_name)
 
 
-def test_with_this_package(models, folders):
-    requests = [("heads", {}), ("uniform", {})]
-    answers = ask(folders, requests)
-    for (name, _), answer in zip(requests, answers, strict=True):
-        check(models[0][name], answer)
-    assert [answer["class"] for answer in answers] == [["TransformersForCausalLM"], ["LlamaForCausalLM"]]
+def test_vllm_with_this_package(models, folders):
+    heads, uniform = ask(folders, [("heads", {}), ("uniform", {})])
+    check(models["heads"], heads, "TransformersForCausalLM")
+    check(models["uniform"], uniform, "LlamaForCausalLM")
 
 
 MLX = """
@@ -126,12 +142,12 @@ print(json.dumps([row, (logits - mx.logsumexp(logits, -1, keepdims=True)).tolist
 """
 
 
-def test_in_mlx(models, folders):
-    model = models[0]["uniform"]
-    row, logprobs = json.loads(
-        ran([PYTHON, "-c", MLX.replace("{new}", str(NEW)), json.dumps(PROMPT), folders / "uniform"])
-    )
-    assert row == model.generate(torch.tensor([PROMPT]), max_new_tokens=NEW, min_new_tokens=NEW)[0].tolist()
+def test_mlx_computes_the_same_as_transformers(models, folders):
+    model = models["uniform"]
+    script = MLX.replace("{new}", str(NEW))
+    row, logprobs = json.loads(ran([PYTHON, "-c", script, json.dumps(PROMPT), folders / "uniform"]))
+
+    assert row == generate(model)[0].tolist()
     with torch.no_grad():
-        ours = model(torch.tensor([row])).logits[0].log_softmax(-1)
-    np.testing.assert_allclose(logprobs, ours, atol=1e-3)
+        expected = model(torch.tensor([row])).logits[0].log_softmax(-1)
+    np.testing.assert_allclose(logprobs, expected, atol=1e-3)

@@ -1,4 +1,4 @@
-"""A result knows its own files, whatever lies beside them."""
+"""A result lists its own files, so that an overwrite keeps the files of the user."""
 
 import pytest
 from helpers import contents, put_into
@@ -26,36 +26,44 @@ def test_a_result_with_files_of_a_user_is_not_overwritten(tmp_path, put):
     out = save(tmp_path / "out")
     assert contents(out).keys() == {*OWN, LIST_NAME}
     put(out, tmp_path)
-    before = contents(out)
+    files = contents(out)
+
     with pytest.raises(StructPruneError, match=r"did not write \((notes.txt|\.git|data)\)"):
         save(out, overwrite=True)
-    assert contents(out) == before
+    assert contents(out) == files
 
 
 def test_a_result_whose_own_files_have_changed_is_overwritten(tmp_path):
     out = save(tmp_path / "out")
     (out / "README.md").write_text("my words")
     (out / "model.safetensors").unlink()
+
     save(out, overwrite=True)
     assert contents(out) == contents(save(tmp_path / "other"))
 
 
-def test_what_is_written_into_a_result_afterwards_is_part_of_it(tmp_path):
+def test_files_that_the_package_adds_later_belong_to_the_result(tmp_path):
     out = save(tmp_path / "out")
     replace_text(out / "report.html", "new")
     for overwrite in (False, True):
         with GGUFOutput(out / "model.gguf", overwrite).staged() as file:
             file.write_bytes(b"GGUF")
-    assert {"report.html", "model.gguf", *OWN} == {*written_files(out)}
+    assert set(written_files(out)) == {"report.html", "model.gguf", *OWN}
     save(out, overwrite=True)
+
+
+def test_a_file_outside_a_result_gets_no_list(tmp_path):
     replace_text(tmp_path / "notes.txt", "in no result")
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "notes.txt"}
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.parametrize("files", [["in/it"], {"in/it": "a hash, as an earlier version wrote"}])
-def test_a_list_names_nothing_outside_its_folder(tmp_path, files):
+def test_a_list_of_files_is_read(tmp_path, files):
     (tmp_path / LIST_NAME).write_text(to_json({"files": files}))
     assert written_files(tmp_path) == ["in/it"]
-    outside = ["../up.json", "/etc/passwd", "a/../../b", 5]
-    (tmp_path / LIST_NAME).write_text(to_json({"files": [*outside, "in/it"]}))
+
+
+def test_paths_outside_the_folder_of_a_list_are_ignored(tmp_path):
+    files = ["../up.json", "/etc/passwd", "a/../../b", 5, "in/it"]
+    (tmp_path / LIST_NAME).write_text(to_json({"files": files}))
     assert written_files(tmp_path) == ["in/it"]

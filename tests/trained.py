@@ -1,4 +1,4 @@
-"""A tiny trained model and its kind of text, where perplexity means something."""
+"""A tiny trained model and its kind of text, for tests that need a meaningful perplexity."""
 
 import json
 import os
@@ -21,17 +21,18 @@ needs_shared = pytest.mark.skipif(
 
 
 def stories_model():
-    """The trained model (FFN 172) and its tokenizer."""
+    """Return the trained model, whose FFN width is 172, and its tokenizer."""
     return AutoModelForCausalLM.from_pretrained(MODEL), AutoTokenizer.from_pretrained(MODEL)
 
 
-# What `loss_ratio` has measured, by config: several tests compare with the same pruning.
+# The results of `loss_ratio` by config, because several tests compare with the same pruning.
 RATIOS: dict[str, float] = {}
 
 
 def loss_ratio(stories, **fields) -> float:
-    """Perplexity on held-out stories after pruning, as a multiple of the dense model's."""
-    config = stories_config(**{"widths": {"mlp": 128}, "num_samples": 32, "seq_length": 256, **fields})
+    """Return the perplexity on held-out stories after pruning, divided by the perplexity before."""
+    defaults = {"widths": {"mlp": 128}, "num_samples": 32, "seq_length": 256}
+    config = stories_config(**(defaults | fields))
     key = json.dumps(config.to_dict(), sort_keys=True)
     if key not in RATIOS:
         pruner = StructPruner(config)
@@ -41,6 +42,7 @@ def loss_ratio(stories, **fields) -> float:
 
 
 def stories_config(**fields) -> StructPruneConfig:
-    """Prunes the FFN to 96 channels, calibrated on stories."""
-    defaults = {"widths": {"mlp": 96}, "general_share": 0.0, "num_samples": 16, "seq_length": 128}
-    return StructPruneConfig(**{**defaults, "domains": [DomainConfig(name="stories", source=str(STORIES))], **fields})
+    """Return a config that prunes the FFN to 96 channels, calibrated on stories."""
+    domains = [DomainConfig(name="stories", source=str(STORIES))]
+    defaults = {"widths": {"mlp": 96}, "general_share": 0.0, "num_samples": 16, "seq_length": 128, "domains": domains}
+    return StructPruneConfig(**(defaults | fields))
