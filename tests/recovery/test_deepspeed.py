@@ -17,8 +17,9 @@ DEEPSPEED = BUILD / "deepspeed"
 # DeepSpeed compiles its operators once.
 OPERATORS = BUILD / "deepspeed-operators"
 
-# The Trainer's arguments turn on ZeRO-3, and transformers then shards every model that it builds. The random student is
-# therefore built first, like a student that a script loads before its arguments. A teacher in a folder is loaded later.
+# The arguments of a Trainer turn on ZeRO-3, and transformers then shards every model that it builds. The random
+# student is therefore built first, like a student that a script loads before its arguments. A teacher in a folder is
+# loaded later.
 SCRIPT = """
 import json, os, sys
 import torch
