@@ -1,4 +1,4 @@
-"""A model and a tokenizer of other tokens are never taken for a pair, wherever the two come together."""
+"""A model and a tokenizer with other tokens are refused wherever the two are combined."""
 
 from copy import deepcopy
 
@@ -21,155 +21,224 @@ from optimum_structprune.evaluation.heldout import read_heldout
 from optimum_structprune.forward.metrics import row_losses, sample_losses
 
 
-ORDER = [0, 1, 2, *range(VOCAB - 1, 2, -1)]
-OTHERS = (
+# The special tokens first, and all words in the opposite order.
+REVERSED_ORDER = [0, 1, 2] + list(range(VOCAB - 1, 2, -1))
+REVERSED_MESSAGE = (
     "of 96 tokens, does not belong to this LlamaForCausalLM, which has 96 tokens and 96 rows. "
     "Different tokens: w95, w94, w93"
 )
+NUM_ROWS = 10
 
 
-def words(vocabulary):
+def reversed_tokenizer():
+    """Return a tokenizer with the same words under other ids."""
+    return with_tokens(build("llama-tied"), tokenizer(), REVERSED_ORDER)[1]
+
+
+def word_tokenizer(vocabulary):
+    """Return a tokenizer with these pairs of a token and its id."""
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(dict(vocabulary), unk_token="t0")))
 
 
-NAMES, IDS = [f"t{number}" for number in range(8)], range(12)
-PAIRS, PARTS = st.tuples(st.sampled_from(NAMES), st.sampled_from(IDS)), (lambda pair: pair[0], lambda pair: pair[1])
-VOCABULARIES = st.lists(PAIRS, min_size=1, unique_by=PARTS)
+def has_conflict(vocabulary, other_vocabulary):
+    """Return whether a token has two ids, or an id with a row in the model has two tokens."""
+    for token, number in vocabulary:
+        for other_token, other_number in other_vocabulary:
+            has_same_token = token == other_token
+            has_same_id = number == other_number
+            if has_same_token != has_same_id and other_number < NUM_ROWS:
+                return True
+    return False
+
+
+TOKEN_PAIRS = st.tuples(st.sampled_from([f"t{number}" for number in range(8)]), st.sampled_from(range(12)))
+VOCABULARIES = st.lists(TOKEN_PAIRS, min_size=1, unique_by=(lambda pair: pair[0], lambda pair: pair[1]))
 
 
 @pytest.mark.slow
 @settings(max_examples=200)
-@given(own=VOCABULARIES, other=VOCABULARIES | st.just([]), change=st.sampled_from(["none", "less", "any"]))
-def test_a_tokenizer_is_refused_where_an_id_means_another_token_or_has_no_row(own, other, change):
+@given(
+    own_vocabulary=VOCABULARIES,
+    other_vocabulary=VOCABULARIES | st.just([]),
+    change=st.sampled_from(["none", "less", "any"]),
+)
+def test_a_tokenizer_is_refused_if_an_id_has_another_token_or_no_row(own_vocabulary, other_vocabulary, change):
     model = build("llama-tied")
-    model.resize_token_embeddings(10)
-    other = own if change == "none" else own[: len(other)] or own if change == "less" else other or own
-    remember_text(model, words(own))
-    pairs = [(mine, theirs) for mine in own for theirs in other]
-    wrong = any((mine[0] == theirs[0]) != (mine[1] == theirs[1]) and theirs[1] < 10 for mine, theirs in pairs)
-    if wrong or {number for _, number in other if number >= 10} - {number for _, number in own}:
+    model.resize_token_embeddings(NUM_ROWS)
+    if change == "none":
+        other_vocabulary = own_vocabulary
+    elif change == "less":
+        other_vocabulary = own_vocabulary[: len(other_vocabulary)]
+    if not other_vocabulary:
+        other_vocabulary = own_vocabulary
+    remember_text(model, word_tokenizer(own_vocabulary))
+
+    own_ids = {number for _, number in own_vocabulary}
+    rowless_ids = {number for _, number in other_vocabulary if number >= NUM_ROWS}
+    if has_conflict(own_vocabulary, other_vocabulary) or rowless_ids - own_ids:
         with pytest.raises(StructPruneError, match="does not belong to this LlamaForCausalLM"):
-            check_tokens(model, words(other))
+            check_tokens(model, word_tokenizer(other_vocabulary))
     else:
-        check_tokens(model, words(other))
+        check_tokens(model, word_tokenizer(other_vocabulary))
 
 
-TEXT = [DomainConfig("unread", unread())]
-PLACES = {
-    "prune": lambda model, reader: prune_model(model, config(domains=TEXT), reader),
-    "evaluate": lambda model, reader: evaluate(model, reader, TEXT, seq_length=24),
-    "dense": lambda model, reader: evaluate(build("llama-tied"), reader, TEXT, dense=model, seq_length=24),
-    "gguf": lambda model, reader: export_gguf(model, "nowhere.gguf", reader),
-    "recover": lambda model, reader: recover(model, reader, recovery_config(domains=TEXT)),
+UNREAD_DOMAINS = [DomainConfig("unread", unread())]
+ENTRY_POINTS = {
+    "prune": lambda model, tokenizer: prune_model(model, config(domains=UNREAD_DOMAINS), tokenizer),
+    "evaluate": lambda model, tokenizer: evaluate(model, tokenizer, UNREAD_DOMAINS, seq_length=24),
+    "dense": lambda model, tokenizer: evaluate(
+        build("llama-tied"), tokenizer, UNREAD_DOMAINS, dense=model, seq_length=24
+    ),
+    "gguf": lambda model, tokenizer: export_gguf(model, "nowhere.gguf", tokenizer),
+    "recover": lambda model, tokenizer: recover(model, tokenizer, recovery_config(domains=UNREAD_DOMAINS)),
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_every_place_refuses_a_tokenizer_of_as_many_other_tokens_before_text_is_read(tmp_path, place):
-    other = with_tokens(build("llama-tied"), tokenizer(), ORDER)[1]
+@pytest.mark.parametrize("name", ENTRY_POINTS)
+def test_a_tokenizer_with_other_ids_is_refused_before_text_is_read(tmp_path, name):
     save_with_tokenizer(build("llama-tied"), tmp_path)
-    with pytest.raises(StructPruneError, match=OTHERS):
-        PLACES[place](AutoModelForCausalLM.from_pretrained(tmp_path), other)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    with pytest.raises(StructPruneError, match=REVERSED_MESSAGE):
+        ENTRY_POINTS[name](model, reversed_tokenizer())
 
 
-def test_what_a_run_has_returned_is_read_by_the_tokenizer_of_the_run():
-    model, other = build("llama-tied"), with_tokens(build("llama-tied"), tokenizer(), ORDER)[1]
+def test_models_of_a_run_keep_the_tokenizer_of_the_run():
+    model = build("llama-tied")
     pruned = prune_model(model, config(), tokenizer())
     copied = deepcopy(pruned)
-    for known in (model, copied, recover(pruned, tokenizer(), recovery_config(tokens=96))):
-        with pytest.raises(StructPruneError, match=OTHERS):
-            evaluate(known, other, TEXT, seq_length=24)
+    recovered = recover(pruned, tokenizer(), recovery_config(tokens=96))
+
+    for result in (model, copied, recovered):
+        with pytest.raises(StructPruneError, match=REVERSED_MESSAGE):
+            evaluate(result, reversed_tokenizer(), UNREAD_DOMAINS, seq_length=24)
 
 
-def test_a_copy_of_the_tokenizer_is_the_same_and_nothing_is_known_without_files(tmp_path):
-    save_with_tokenizer(build("llama-tied"), tmp_path / "both")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "both")
-    evaluate(model, AutoTokenizer.from_pretrained(tmp_path / "both"), config().domains, seq_length=24, num_samples=2)
-    model.resize_token_embeddings(100)  # with tokens that the saved tokenizer has not
+def test_the_tokenizer_in_the_folder_of_a_model_belongs_to_it_until_it_is_resized(tmp_path):
+    save_with_tokenizer(build("llama-tied"), tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    evaluate(model, AutoTokenizer.from_pretrained(tmp_path), config().domains, seq_length=24, num_samples=2)
+
+    # The saved tokenizer lacks the four new tokens.
+    model.resize_token_embeddings(100)
+
     assert tokenizer_of(model) is None
-    # transformers makes up a tokenizer of one token for this type.
-    build("gpt2-tied").save_pretrained(tmp_path / "alone")
-    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "alone")
-    assert len(AutoTokenizer.from_pretrained(tmp_path / "alone")) == 1 and tokenizer_of(alone) is None
     assert tokenizer_of(deepcopy(model)) is None
 
 
+def test_a_tokenizer_that_transformers_creates_for_a_model_is_not_its_own(tmp_path):
+    build("gpt2-tied").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    assert len(AutoTokenizer.from_pretrained(tmp_path)) == 1
+    assert tokenizer_of(model) is None
+
+
 @pytest.mark.parametrize("case", ["t5", "deberta-v2", "bert", "gpt2-tied"])
-def test_what_transformers_makes_up_where_there_is_no_tokenizer_is_none(case, tmp_path, capsys):
+def test_a_tokenizer_without_files_is_not_used(case, tmp_path, capsys):
+    folder = tmp_path / "bare"
     model = build(case)
-    model.save_pretrained(tmp_path / "bare")
-    made_up = AutoTokenizer.from_pretrained(tmp_path / "bare")
-    assert not has_files(made_up)
-    check_tokens(type(model).from_pretrained(tmp_path / "bare"), tokenizer())
-    line = ["prune", str(tmp_path / "bare"), str(tmp_path / "out"), "--width", "mlp=24", "--seq-length", "24"]
-    assert main(line) == 2 and "the folder has no tokenizer files" in error_line(capsys)
-    made_up.save_pretrained(tmp_path / "bare")
-    assert has_files(AutoTokenizer.from_pretrained(tmp_path / "bare"))
+    model.save_pretrained(folder)
+    created = AutoTokenizer.from_pretrained(folder)
+
+    assert not has_files(created)
+    check_tokens(type(model).from_pretrained(folder), tokenizer())
+
+    command = ["prune", str(folder), str(tmp_path / "out"), "--width", "mlp=24", "--seq-length", "24"]
+    assert main(command) == 2
+    assert "the folder has no tokenizer files" in error_line(capsys)
+
+    created.save_pretrained(folder)
+    assert has_files(AutoTokenizer.from_pretrained(folder))
 
 
-def test_save_refuses_a_tokenizer_of_other_tokens_and_writes_nothing(tmp_path):
+def test_save_refuses_a_tokenizer_with_other_tokens_and_writes_nothing(tmp_path):
     model = build("llama-tied")
     model.resize_token_embeddings(100)
     pruner = StructPruner(config())
     pruned = pruner.prune_model(model, tokenizer())
-    more, longer = tokenizer(), tokenizer()
-    more.add_tokens(["<a>", "<b>"])
-    longer.add_tokens([f"<{number}>" for number in range(5)])
-    swapped = with_tokens(build("llama-tied"), tokenizer(), ORDER)[1]
-    for other, message in ((swapped, ""), (words({"t0": 5}), ""), (longer, ".*resize_token_embeddings")):
+
+    # The model has rows for four more tokens.
+    extended = tokenizer()
+    extended.add_tokens(["<a>", "<b>"])
+    too_long = tokenizer()
+    too_long.add_tokens([f"<{number}>" for number in range(5)])
+
+    for refused, message in (
+        (reversed_tokenizer(), ""),
+        (word_tokenizer({"t0": 5}), ""),
+        (too_long, ".*resize_token_embeddings"),
+    ):
         with pytest.raises(StructPruneError, match=f"does not belong to this LlamaForCausalLM{message}"):
-            pruner.save(pruned, tmp_path / "out", other)
-    assert not [*tmp_path.iterdir()]
-    for number, same in enumerate((tokenizer(), more, None)):
-        pruner.save(pruned, tmp_path / str(number), same)
+            pruner.save(pruned, tmp_path / "out", refused)
+    assert list(tmp_path.iterdir()) == []
+
+    for number, accepted in enumerate((tokenizer(), extended, None)):
+        pruner.save(pruned, tmp_path / str(number), accepted)
     assert len(AutoTokenizer.from_pretrained(tmp_path / "1")) == 98
 
 
-# --- samples as text: read again by the same tokenizer, and cut inside characters
-MODEL, READER = real_text_model()
+# --- samples as text, in the same tokenizer and in another one
+MODEL, TOKENIZER = real_text_model()
 TEXTS = ["Ann has 3 apples and  5 pears,\n\twhich cost 12 $ each. " * 4, "Then she eats one of them. " * 6] * 2
 
 
-def samples_of(reader, texts, seq_length=40, num_samples=6):
-    return read_heldout(DomainConfig("a", texts), reader, seq_length, num_samples).samples
+def read_samples(tokenizer, texts, seq_length=40, num_samples=6):
+    """Return the samples of texts."""
+    return read_heldout(DomainConfig("a", texts), tokenizer, seq_length, num_samples).samples
 
 
 def test_the_same_tokenizer_reads_the_same_tokens():
-    for model, reader, texts in ((MODEL, READER, TEXTS), (build("llama-tied"), tokenizer(), documents(20))):
-        samples = samples_of(reader, texts)
-        rows = Passages([*samples], reader).rows(reader, model)
+    for model, own_tokenizer, texts in (
+        (MODEL, TOKENIZER, TEXTS),
+        (build("llama-tied"), tokenizer(), documents(20)),
+    ):
+        samples = read_samples(own_tokenizer, texts)
+
+        rows = Passages(list(samples), own_tokenizer).rows(own_tokenizer, model)
+
         assert torch.stack(rows).equal(samples)
         assert row_losses(model, rows) / 39 == pytest.approx(sample_losses(model, samples), rel=1e-9)
 
 
-def test_a_character_that_is_cut_is_left_out():
+def test_an_incomplete_character_is_left_out():
     text = "日本語とé" * 20
-    samples = samples_of(READER, [text], seq_length=12)
-    passages = Passages([*samples], READER)
-    assert len(samples) > 2 and all(piece in text for (piece,) in passages.texts)
-    whole = sum(len(READER.decode(row[1:], errors="ignore").replace("\ufffd", "").encode()) for row in samples)
-    assert passages.bytes == whole
-    assert any(len(row) < 12 for row in passages.rows(READER, MODEL))
+    samples = read_samples(TOKENIZER, [text], seq_length=12)
+
+    passages = Passages(list(samples), TOKENIZER)
+
+    assert len(samples) > 2
+    assert all(piece in text for (piece,) in passages.texts)
+    complete_texts = [TOKENIZER.decode(row[1:], errors="ignore").replace("\ufffd", "") for row in samples]
+    assert passages.bytes == sum(len(complete_text.encode()) for complete_text in complete_texts)
+    assert any(len(row) < 12 for row in passages.rows(TOKENIZER, MODEL))
 
 
-def test_rows_of_other_lengths_are_documents_with_eos_between_them():
-    samples = samples_of(READER, TEXTS, seq_length=120)
-    small, coarse = with_tokens(MODEL, READER, list(range(300)))
-    passages = Passages([*samples], READER)
-    rows = passages.rows(coarse, small)
-    for row, before, texts in zip(rows, samples, passages.texts, strict=True):
-        assert row[0] == coarse.bos_token_id and len(row) > len(before)
-        assert (row == coarse.eos_token_id).sum() == (before == READER.eos_token_id).sum() == len(texts) - 1
-        assert coarse.decode(row[1:]) == READER.decode(before[1:])
+def test_documents_in_another_tokenizer_are_separated_by_eos():
+    samples = read_samples(TOKENIZER, TEXTS, seq_length=120)
+    small_model, small_tokenizer = with_tokens(MODEL, TOKENIZER, list(range(300)))
+    passages = Passages(list(samples), TOKENIZER)
+
+    rows = passages.rows(small_tokenizer, small_model)
+
+    for row, sample, texts in zip(rows, samples, passages.texts, strict=True):
+        assert row[0] == small_tokenizer.bos_token_id
+        assert len(row) > len(sample)
+        assert (row == small_tokenizer.eos_token_id).sum() == len(texts) - 1
+        assert (sample == TOKENIZER.eos_token_id).sum() == len(texts) - 1
+        assert small_tokenizer.decode(row[1:]) == TOKENIZER.decode(sample[1:])
 
 
-def test_text_that_a_model_cannot_read():
-    passages = Passages([*samples_of(READER, TEXTS)], READER)
-    settings = deepcopy(MODEL.config)
-    settings.max_position_embeddings = 30
+def test_text_is_refused_without_enough_positions_or_a_first_token():
+    passages = Passages(list(read_samples(TOKENIZER, TEXTS)), TOKENIZER)
+
+    short_config = deepcopy(MODEL.config)
+    short_config.max_position_embeddings = 30
     with pytest.raises(StructPruneError, match="40 tokens of the model's own .* 30 positions. Use `seq_length=30`"):
-        passages.rows(READER, type(MODEL)(settings))
-    _, bare = with_tokens(MODEL, READER, list(range(300)))
-    bare.bos_token = bare.eos_token = None
+        passages.rows(TOKENIZER, type(MODEL)(short_config))
+
+    _, bare_tokenizer = with_tokens(MODEL, TOKENIZER, list(range(300)))
+    bare_tokenizer.bos_token = None
+    bare_tokenizer.eos_token = None
     with pytest.raises(StructPruneError, match="neither a BOS nor an EOS token"):
-        passages.rows(bare, MODEL)
+        passages.rows(bare_tokenizer, MODEL)

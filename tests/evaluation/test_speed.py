@@ -1,4 +1,4 @@
-"""Speed: bytes against their definition, cached writing against plain passes, and what is refused."""
+"""Speed: cached generation, memory, speed-ups, and refused measurements."""
 
 from statistics import median
 
@@ -17,76 +17,118 @@ SHORT = {"prompts": (8,), "new_tokens": 3, "repeats": 2}
 
 
 @pytest.fixture(scope="module")
-def speed() -> Speed:
+def speed():
+    """Return the measured speed of a model and of the same model with half of its channels."""
     dense = build("llama-tied")
-    return measure_speed({"dense": dense, "half": first_units(dense, (20, 20))}, batch_sizes=(1, 2), **SHORT)
+    models = {"dense": dense, "half": first_units(dense, (20, 20))}
+    return measure_speed(models, batch_sizes=(1, 2), **SHORT)
 
 
 @pytest.mark.parametrize("case", ["llama-tied", "gpt2-tied", "gemma3_text", "qwen3_5_text", "bloom"])
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
-def test_writing_with_the_cache_gives_the_likeliest_tokens(case):
-    model, ids = build(case), token_ids(length=7)
+def test_generation_with_the_cache_is_greedy(case):
+    model = build(case)
+    ids = token_ids(length=7)
+
     token, cache = read_prompt(model, ids)
-    last = write_tokens(model, token, cache, 4)
+    last_token = write_tokens(model, token, cache, 4)
+
     for _ in range(5):
-        ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
-    assert torch.equal(last, ids[:, -1:])
+        logits = model(ids, use_cache=False).logits
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(last_token, ids[:, -1:])
 
 
 @torch.no_grad()
-def test_bytes_are_counted_from_the_cache():
-    layers, keys, model = 2, 4 * 4, build("llama-tied")
-    assert cache_per_token(model) == layers * 2 * keys * 4
-    assert cache_bytes(read_prompt(model, token_ids(3, 10))[1]) == 3 * 10 * cache_per_token(model)
-    windowed = build("gemma3_text")  # a window bounds what one of its two layers keeps
-    assert cache_bytes(read_prompt(windowed, token_ids(1, 10))[1]) < 10 * cache_per_token(windowed)
+def test_bytes_of_the_cache_are_counted():
+    model = build("llama-tied")
+    num_layers = 2
+    num_key_values = 4 * 4
+    assert cache_per_token(model) == num_layers * 2 * num_key_values * 4
+
+    _, cache = read_prompt(model, token_ids(3, 10))
+    assert cache_bytes(cache) == 3 * 10 * cache_per_token(model)
+
+    # One of the two layers caches only the tokens in its window.
+    windowed = build("gemma3_text")
+    _, cache = read_prompt(windowed, token_ids(1, 10))
+    assert cache_bytes(cache) < 10 * cache_per_token(windowed)
 
 
-def test_every_model_is_measured_in_every_shape_and_speed_ups_are_ratios_of_pairs(speed):
-    sizes = {f"batch {batch_size}, prompt 8": batch_size for batch_size in (1, 2)}
-    for of, tokens in ((speed.prefill, 8), (speed.decode, 3)):
-        assert [*of] == [*sizes] == [*speed.run_memory]
-        for shape, batch_size in sizes.items():
-            first, other = (of[shape][name] for name in ("dense", "half"))
-            for one in (first, other):
-                assert len(one.seconds) == 2 and min(one.seconds) > 0
-                assert one.tokens_per_second == pytest.approx(batch_size * tokens / median(one.seconds))
-            ratios = [a / b for a, b in zip(first.seconds, other.seconds, strict=True)]
-            assert other.speedup == spread(ratios) and first.speedup == Spread(1, 1, 1)
+def test_every_model_is_measured_in_every_shape(speed):
+    batch_sizes = {f"batch {batch_size}, prompt 8": batch_size for batch_size in (1, 2)}
+
+    for timings_by_shape, num_tokens in ((speed.prefill, 8), (speed.decode, 3)):
+        assert list(timings_by_shape) == list(batch_sizes)
+        assert list(speed.run_memory) == list(batch_sizes)
+
+        for shape, batch_size in batch_sizes.items():
+            for name in ("dense", "half"):
+                timing = timings_by_shape[shape][name]
+                assert len(timing.seconds) == 2
+                assert min(timing.seconds) > 0
+                assert timing.tokens_per_second == pytest.approx(batch_size * num_tokens / median(timing.seconds))
+
+
+def test_speed_ups_are_ratios_of_paired_runs(speed):
+    for timings_by_shape in (speed.prefill, speed.decode):
+        for timings in timings_by_shape.values():
+            dense = timings["dense"]
+            half = timings["half"]
+            ratios = [first / second for first, second in zip(dense.seconds, half.seconds, strict=True)]
+            assert half.speedup == spread(ratios)
+            assert dense.speedup == Spread(1, 1, 1)
+
+
+def test_the_spread_of_a_speed_up_is_its_median_and_quartiles():
     assert spread([2.0]) == Spread(2, 2, 2)
-    assert spread([5.0, 1.0, 4.0, 2.0, 3.0]) == Spread(3, 2, 4), "the median and the quartiles"
+    assert spread([5.0, 1.0, 4.0, 2.0, 3.0]) == Spread(3, 2, 4)
 
 
-def test_memory_is_counted_numbers_are_saved_and_models_and_torch_are_left_as_they_were(speed, tmp_path):
-    model, threads = build("llama-tied").train(), torch.get_num_threads()
+def test_a_measurement_does_not_change_the_model_or_torch(tmp_path):
+    model = build("llama-tied").train()
     model.model.layers[1].eval()
-    before = modes(model)
-    torch.set_num_threads(threads + 1)
+    original_modes = modes(model)
+    num_threads = torch.get_num_threads()
+
+    torch.set_num_threads(num_threads + 1)
     try:
-        found = measure_speed({"a": model}, **SHORT)
-        assert modes(model) == before and torch.get_num_threads() == threads + 1 == found.threads
+        measured = measure_speed({"a": model}, **SHORT)
+        assert modes(model) == original_modes
+        assert torch.get_num_threads() == num_threads + 1
+        assert measured.threads == num_threads + 1
     finally:
-        torch.set_num_threads(threads)
-    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    assert found.run_memory == {"batch 1, prompt 8": {"a": weights + 11 * cache_per_token(model)}}
-    assert all(of["half"] < of["dense"] for of in speed.run_memory.values())
-    found.save(tmp_path / "speed.json")
-    assert Speed.load(tmp_path / "speed.json") == found
+        torch.set_num_threads(num_threads)
+
+    weight_bytes = sum(tensor.nbytes for tensor in model.parameters())
+    weight_bytes += sum(tensor.nbytes for tensor in model.buffers())
+    assert measured.run_memory == {"batch 1, prompt 8": {"a": weight_bytes + 11 * cache_per_token(model)}}
+
+    measured.save(tmp_path / "speed.json")
+    assert Speed.load(tmp_path / "speed.json") == measured
 
 
-def test_what_cannot_be_measured_is_refused():
-    spread = build("llama-tied")
-    spread.hf_device_map = {"model.layers.0": "cpu", "model.layers.1": "disk"}
-    for model, fields, message in (
-        (None, {}, "nothing to measure. Pass a model"),
+def test_a_smaller_model_uses_less_memory(speed):
+    assert all(memory["half"] < memory["dense"] for memory in speed.run_memory.values())
+
+
+def test_impossible_measurements_are_refused():
+    offloaded = build("llama-tied")
+    offloaded.hf_device_map = {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    without_weights = build("llama-tied").to("meta")
+
+    for model, options, message in (
         (build("llama-tied"), {"prompts": ()}, "prompts"),
         (build("llama-tied"), {"batch_sizes": (4, 0)}, "batch_sizes"),
         (build("llama-tied"), {"prompts": (8, 60), "new_tokens": 5}, "prompt=60 .* 64 .* at most 59 tokens"),
         (build("llama-tied"), {"clock": "sun"}, "clock"),
         (build("bert"), {}, "it is a BertForMaskedLM, which does not predict the next token"),
-        (spread, {}, "several devices"),
-        (build("llama-tied").to("meta"), {}, "parameters of this LlamaFor.* have no weights"),
+        (offloaded, {}, "several devices"),
+        (without_weights, {}, "parameters of this LlamaFor.* have no weights"),
     ):
         with pytest.raises(StructPruneError, match=message):
-            measure_speed({"it": model} if model else {}, **{**SHORT, **fields})
+            measure_speed({"it": model}, **(SHORT | options))
+
+    with pytest.raises(StructPruneError, match="nothing to measure. Pass a model"):
+        measure_speed({}, **SHORT)

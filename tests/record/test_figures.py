@@ -39,8 +39,9 @@ reports = st.builds(
 
 
 @given(reports)
-def test_a_report_comes_back_from_json(report):
+def test_a_report_is_unchanged_after_a_conversion_to_json(report):
     values = json.loads(to_json(report.to_dict()))
+
     assert Report.from_dict(values) == report
 
 
@@ -53,16 +54,18 @@ def test_a_report_comes_back_from_json(report):
     ({"model_type": "llama", "criterion": "obs", "widths": {"mlp": {"x": 3}}}, "widths: mlp: invalid literal"),
     ([], "must be an object, got list"),
 ])  # fmt: skip
-def test_a_record_of_another_form_is_refused(values, message):
+def test_an_invalid_report_is_refused(values, message):
     with pytest.raises(StructPruneError, match=message):
         Report.from_dict(values)
 
 
 def test_a_report_of_an_earlier_version_counts_as_missing(tmp_path):
-    old = {"model_type": "llama", "criterion": "obs", "perplexity": {"a": {"before": 1.0, "after": 2.0}}}
     path = tmp_path / "report.json"
     assert Report.load(path) is None
-    for document in (old, {"format_version": 1, **old}):
+
+    without_version = {"model_type": "llama", "criterion": "obs", "perplexity": {"a": {"before": 1.0, "after": 2.0}}}
+    version_1 = {"format_version": 1} | without_version
+    for document in (without_version, version_1):
         path.write_text(json.dumps(document))
         assert Report.load(path) is None
 
@@ -74,29 +77,42 @@ def test_the_ratio_compares_the_last_model_with_the_first():
     assert Figure(10.0, inf).ratio == inf
     assert Figure(pruned=3.0).ratio is None
     assert Figure().ratio is None
+
+
+def test_a_margin_that_is_not_a_number_is_missing():
     assert Figure.of({"dense": 1.0, "pruned": 2.0}, nan).margin is None
 
 
 @pytest.mark.parametrize("count", [2, 4, 9])
-def test_the_margin_of_a_mean_is_the_margin_of_one_text_over_the_root_of_their_number(count):
+def test_the_margin_of_a_mean_decreases_with_the_root_of_the_number_of_texts(count):
     mean, margin = mean_ratio([results.figure(2.0, margin=0.3)] * count)
+
     assert mean == pytest.approx(2)
     assert margin == pytest.approx(0.3 / count**0.5)
-    assert mean_ratio([results.figure(2.0, margin=0.3), results.figure(2.0)])[1] is None
 
 
-def test_a_perplexity_and_its_margin_are_those_of_the_losses():
+def test_the_mean_of_figures_without_a_margin_has_no_margin():
+    _, margin = mean_ratio([results.figure(2.0, margin=0.3), results.figure(2.0)])
+
+    assert margin is None
+
+
+def test_a_perplexity_and_its_margin_follow_from_the_losses():
     torch.manual_seed(0)
     dense = torch.rand(40, dtype=torch.float64)
     pruned = dense + torch.rand(40, dtype=torch.float64)
+
     result = perplexity_result({"dense": dense, "pruned": pruned}, 400)
+
     ratio = float((pruned - dense).mean().exp())
     assert result.perplexity.dense == pytest.approx(float(dense.mean().exp()))
     assert result.perplexity.ratio == pytest.approx(ratio)
     assert result.perplexity.margin == pytest.approx(ratio * margin_of_error(pruned - dense))
-    assert (result.tokens, result.documents) == (400, 40)
+    assert result.tokens == 400
+    assert result.documents == 40
 
-    alone = perplexity_result({"pruned": pruned}, 400).perplexity
-    assert alone.margin == pytest.approx(float(pruned.mean().exp()) * margin_of_error(pruned))
+    single = perplexity_result({"pruned": pruned}, 400).perplexity
+    assert single.margin == pytest.approx(float(pruned.mean().exp()) * margin_of_error(pruned))
+
     wide = perplexity_result({"dense": dense, "pruned": pruned}, 400, spread=0.5)
     assert wide.perplexity.margin > result.perplexity.margin

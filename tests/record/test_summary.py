@@ -21,15 +21,18 @@ from optimum_structprune.record.verdict import judge
 
 
 def lines_of(report: Report) -> list[str]:
+    """Return the printed lines of a report, where a table has several lines."""
     return "\n".join(report_lines(report)).splitlines()
 
 
-def test_a_pruning_takes_about_twelve_lines():
+def test_a_pruning_is_summarized_in_twelve_lines():
     report = results.report([1.39, 1.2], margin=0.08, unseen_ratio=1.5, asked=results.answers(kept=10))
     report.widths = {"mlp": dict.fromkeys(range(30), 1216)}
     report.dense_widths = {"mlp": 1536}
     report.target = 0.125
+
     lines = lines_of(report)
+
     assert len(lines) <= 12
     assert lines[:3] == [
         "Parameters: 100 → 90 (-10.0%); weights 200 bytes → 180 bytes",
@@ -44,11 +47,13 @@ def test_a_pruning_takes_about_twelve_lines():
     assert not any("`" in line for line in lines)
 
 
-def test_a_recovery_has_one_table_and_one_verdict():
+def test_a_recovery_is_summarized_in_one_table_and_one_verdict():
     report = results.report([1.4], unseen_ratio=1.5, asked=results.answers(kept=10))
     report.recovery = results.recovery((1.42, 1.08), kept_step=4, answers=results.answers())
     report.recovery.unseen = results.unseen(1.5, 1.2, margin=0.05)
+
     lines = lines_of(report)
+
     text = "\n".join(lines)
     assert text.count("Verdict:") == 1
     assert text.count("Perplexity relative to the original") == 1
@@ -60,63 +65,76 @@ def test_a_recovery_has_one_table_and_one_verdict():
 def test_a_training_without_a_teacher_is_compared_with_the_pruned_model():
     report = results.report([1.4])
     report.recovery = results.recovery((1.4, 1.05), has_dense=False)
+
     lines = lines_of(report)
+
     assert "Perplexity relative to the pruned model after training: domain 0 0.750×" in lines
-    kept = "no checkpoint was better than the pruned model, so the pruned model is kept"
-    assert f"Recovery: 400 tokens, 4 steps, 3 s; {kept}" in lines
+    explanation = "no checkpoint was better than the pruned model, so the pruned model is kept"
+    assert f"Recovery: 400 tokens, 4 steps, 3 s; {explanation}" in lines
 
 
 @given(st.integers(1, 40), st.booleans())
-def test_many_domains_take_no_more_lines_and_the_worst_are_shown(count, is_recovered):
+def test_a_table_of_many_domains_shows_the_worst_in_few_lines(count, is_recovered):
     ratios = {f"domain {number}": 1 + number / 10 for number in range(count)}
     report = results.report(ratios)
     if is_recovered:
-        report.recovery = results.recovery(*((ratio, ratio) for ratio in ratios.values()))
+        pairs = [(ratio, ratio) for ratio in ratios.values()]
+        report.recovery = results.recovery(*pairs)
+
     text = "\n".join(loss_lines(report))
     assert len(text.splitlines()) <= 10
     assert f"domain {count - 1} " in text
 
 
-def test_figures_of_few_documents_say_so():
+def test_figures_of_few_documents_are_marked():
     text = "\n".join(loss_lines(results.report([1.5], documents=4)))
     assert "1.5× (few documents)" in text
     assert "few documents: fewer than 12" in text
-    assert "few documents" not in "\n".join(loss_lines(results.report([1.5])))
+
+    text = "\n".join(loss_lines(results.report([1.5])))
+    assert "few documents" not in text
 
 
 @pytest.mark.parametrize(("target", "sparsity", "is_far"), [(0.15, 0.156, False), (0.15, 0.18, True)])
 def test_a_size_far_from_the_request_is_a_warning(target, sparsity, is_far):
     line = target_line(target, sparsity, 0.1)
+
     assert line.startswith("warning: requested 15.0%") == is_far
     assert f"removed {sparsity:.1%} (10.0% of the whole model)" in line
 
 
-def test_widths_are_listed_where_layers_differ():
+def test_widths_are_listed_by_layer_if_they_differ():
     report = results.report([1.0])
     report.dense_widths = {"mlp": 8}
     report.widths = {"mlp": {0: 4, 1: 8}}
     assert "FFN channels: 8 → 4-8 (-25.0%) in each of 2 layers" in size_lines(report)
-    assert "FFN channels by layer: 4 8" in [*details(report)]
+    assert "FFN channels by layer: 4 8" in list(details(report))
+
     report.widths = {"mlp": {0: 4, 1: 4}}
     assert not any("by layer" in line for line in details(report))
 
+
+def test_removed_layers_are_listed():
+    report = results.report([1.0])
     report.widths = {"layer": {-1: 3}}
     report.dense_widths = {"layer": 5}
     report.removed_layers = [2, 3]
+
     assert "Layers: 5 → 3 (-40.0%): layers 2, 3 removed" in size_lines(report)
 
 
-def test_trimming_says_how_many_words_are_split():
+def test_vocabulary_trimming_states_the_number_of_split_words():
     report = results.report([1.0], unseen_ratio=1.1)
     report.widths = {"vocab": {-1: 42_112}}
     report.dense_widths = {"vocab": 49_152}
     report.trimmed = TrimResult(7_040, 0.002, {"always": 311, "usual": 26_586}, scripts={"LATIN": 6_578})
     report.unseen.split_words = 0.008
+
     assert vocabulary_lines(report) == [
         "Vocabulary: 49,152 → 42,112 entries; the removed ones are 0.20% of the held-out tokens",
         "Words now split into more tokens: 0.8% of unseen text; technical text may reach 1.10×",
     ]
-    assert "Removed tokens by script: Latin 6,578." in [*details(report)]
+    assert "Removed tokens by script: Latin 6,578." in list(details(report))
 
 
 def test_languages_that_got_worse_are_counted():
@@ -125,6 +143,7 @@ def test_languages_that_got_worse_are_counted():
         "de": LanguageResult(Figure(1.0, 1.2), wanted=True, known=True),
         "nl": LanguageResult(Figure(1.0), known=False),
     }
+
     assert language_lines(languages) == [
         "Wanted languages (bits per byte): German 1.200×",
         "Languages checked: 2; 1 got worse by more than 2% (bits per byte): German 1.20×",
@@ -138,23 +157,30 @@ def test_languages_that_got_worse_are_counted():
 ])  # fmt: skip
 def test_the_next_command_follows_the_verdict(ratio, command):
     verdict = judge(results.report([ratio], asked=results.answers()))
+
     assert next_command(verdict, "m", "my out") == command
 
 
-def test_a_loss_that_is_not_finite_is_said_in_words():
+def test_an_infinite_loss_is_stated_in_words():
     report = results.report([1.0])
-    report.shapes = [{"proposed_by": "one width", "widths": {"mlp": 8}, "loss": None, "chosen": True}] * 2
-    assert "Chosen: one width (FFN channels 8), KL not finite" in [*details(report)]
+    shape = {"proposed_by": "one width", "widths": {"mlp": 8}, "loss": None, "chosen": True}
+    report.shapes = [shape, shape]
+
+    assert "Chosen: one width (FFN channels 8), KL not finite" in list(details(report))
 
 
-def test_the_interval_of_unseen_text_holds_technical_text_after_trimming():
+def test_vocabulary_trimming_widens_the_interval_of_unseen_text():
     report = results.report([1.0], unseen_ratio=1.07)
     report.unseen.perplexity = results.figure(1.07, margin=0.02)
     assert "1.07× ± 0.02" in "\n".join(loss_lines(report))
+
+    # Technical text has more split words than unseen text.
     report.unseen.split_words = 0.04
     assert "1.1× ± 0.5" in "\n".join(loss_lines(report))
+
     report.recovery = results.recovery((1.2, 1.1))
     report.recovery.unseen = results.unseen(1.07, 1.05, margin=0.02)
     assert "1.1× ± 0.6" in "\n".join(loss_lines(report))
+
     report.unseen.split_words = 0.0
     assert "1.05× ± 0.02" in "\n".join(loss_lines(report))

@@ -1,4 +1,4 @@
-"""Numbers are shown as exactly as their margins allow, in one format."""
+"""Tables and the format of numbers, which have as many digits as their margins allow."""
 
 import pytest
 from hypothesis import given
@@ -8,7 +8,7 @@ from markdown_it import MarkdownIt
 from optimum_structprune.record.table import aligned, byte_size, escaped, markdown, number, times, with_margin
 
 
-@pytest.mark.parametrize(("margin", "documents", "shown"), [
+@pytest.mark.parametrize(("margin", "documents", "text"), [
     (0.2, 90, "1.5× ± 0.2"),
     (0.04, 90, "1.50× ± 0.04"),
     (0.0004, 90, "1.500× ± 0.000"),
@@ -17,15 +17,15 @@ from optimum_structprune.record.table import aligned, byte_size, escaped, markdo
     (None, 4, "1.5× (few documents)"),
     (0.2, 4, "1.5× ± 0.2 (few documents)"),
 ])  # fmt: skip
-def test_digits_follow_the_margin_and_few_documents_are_mentioned(margin, documents, shown):
-    assert times(1.5, margin, documents) == shown
+def test_digits_follow_the_margin_and_few_documents_are_mentioned(margin, documents, text):
+    assert times(1.5, margin, documents) == text
 
 
-@pytest.mark.parametrize(("count", "shown"), [
+@pytest.mark.parametrize(("count", "text"), [
     (200, "200 bytes"), (68_224, "68.2 kB"), (269_030_016, "269 MB"), (16_000_000_000, "16.0 GB"),
 ])  # fmt: skip
-def test_bytes_are_shown_in_decimal_units(count, shown):
-    assert byte_size(count) == shown
+def test_bytes_are_shown_in_decimal_units(count, text):
+    assert byte_size(count) == text
 
 
 def test_ranges_and_unknown_numbers():
@@ -40,13 +40,16 @@ cells = st.text(st.characters(blacklist_categories=("Cs", "Cc")), max_size=9)
 
 
 @given(st.lists(st.tuples(cells, cells), min_size=2, max_size=4))
-def test_a_markdown_table_shows_its_cells_and_nothing_else(rows):
-    (table,) = [token for token in MarkdownIt().enable("table").parse(markdown(rows)) if token.type == "table_open"]
+def test_a_markdown_table_shows_only_its_cells(rows):
+    tokens = MarkdownIt().enable("table").parse(markdown(rows))
+
+    (table,) = (token for token in tokens if token.type == "table_open")
     assert table.nesting == 1
-    inline = [token for token in MarkdownIt().enable("table").parse(markdown(rows)) if token.type == "inline"]
-    assert len(inline) == 2 * len(rows)
-    kinds = {child.type for token in inline for child in token.children}
-    assert kinds <= {"text", "text_special"}
+
+    cell_tokens = [token for token in tokens if token.type == "inline"]
+    assert len(cell_tokens) == 2 * len(rows)
+    for cell_token in cell_tokens:
+        assert {child.type for child in cell_token.children} <= {"text", "text_special"}
 
 
 @given(st.text())

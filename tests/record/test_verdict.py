@@ -1,4 +1,4 @@
-"""A verdict follows the known good and bad results, and nothing that gets worse makes it better."""
+"""Verdicts: known good and bad results, and no better verdict for a worse figure."""
 
 from math import inf
 from pathlib import Path
@@ -16,12 +16,13 @@ RATIOS = st.lists(st.floats(0.9, 3), min_size=1, max_size=4)
 COUNTS = st.integers(0, 16)
 
 
-def level(ratios, kept=16, loops=0, unseen=None) -> Level:
-    report = results.report(ratios, unseen_ratio=unseen, asked=results.answers(kept, loops=loops))
+def level_of(ratios, correct=16, loops=0, unseen=None) -> Level:
+    """Return the level of a model with these losses, correct answers and repetitive answers."""
+    report = results.report(ratios, unseen_ratio=unseen, asked=results.answers(correct, loops=loops))
     return judge(report).level
 
 
-@pytest.mark.parametrize(("ratios", "kept", "loops", "unseen", "expected"), [
+@pytest.mark.parametrize(("ratios", "correct", "loops", "unseen", "expected"), [
     ((1.000, 1.001), 16, 0, None, Level.READY),  # Gemma-3-270M, a quarter smaller by its vocabulary
     ((1.075, 1.09), 15, 0, 1.21, Level.OWN_DOMAINS),  # SmolLM2, a tenth smaller by its vocabulary
     ((1.10, 1.09, 0.98, 1.15), 13, 2, 1.25, Level.RECOVER),  # SmolLM2, 6% smaller by FFN channels
@@ -33,28 +34,34 @@ def level(ratios, kept=16, loops=0, unseen=None) -> Level:
     ((1.08,), 16, 0, inf, Level.OWN_DOMAINS),
     ((1.7,), 16, 0, 1.0, Level.UNUSABLE),
 ])  # fmt: skip
-def test_known_results_get_the_level_that_they_deserve(ratios, kept, loops, unseen, expected):
-    assert level(ratios, kept, loops, unseen) == expected
+def test_known_results_have_the_expected_level(ratios, correct, loops, unseen, expected):
+    assert level_of(ratios, correct, loops, unseen) == expected
 
 
 @given(RATIOS, COUNTS, COUNTS, st.none() | st.floats(0.9, 3), st.floats(1, 2), st.integers(0, 4))
-def test_nothing_that_gets_worse_makes_a_verdict_better(ratios, kept, loops, unseen, factor, more):
-    before = level(ratios, kept, loops, unseen)
-    assert level([ratio * factor for ratio in ratios], kept, loops, unseen) >= before
-    assert level(ratios, max(kept - more, 0), loops, unseen) >= before
-    assert level(ratios, kept, min(loops + more, 16), unseen) >= before
-    assert level(ratios, kept, loops, unseen and unseen * factor) >= before
+def test_a_worse_figure_makes_no_verdict_better(ratios, correct, loops, unseen, factor, count):
+    original_level = level_of(ratios, correct, loops, unseen)
+    worse_ratios = [ratio * factor for ratio in ratios]
+
+    assert level_of(worse_ratios, correct, loops, unseen) >= original_level
+    assert level_of(ratios, max(correct - count, 0), loops, unseen) >= original_level
+    assert level_of(ratios, correct, min(loops + count, 16), unseen) >= original_level
+    if unseen is not None:
+        assert level_of(ratios, correct, loops, unseen * factor) >= original_level
 
 
 @given(RATIOS, COUNTS, COUNTS, st.none() | st.floats(0.9, 3))
-def test_the_reasons_are_the_figures_that_rule_out_the_next_better_level(ratios, kept, loops, unseen):
-    report = results.report(ratios, unseen_ratio=unseen, asked=results.answers(kept, loops=loops))
+def test_every_level_but_the_best_has_reasons(ratios, correct, loops, unseen):
+    report = results.report(ratios, unseen_ratio=unseen, asked=results.answers(correct, loops=loops))
+
     verdict = judge(report)
+
     assert bool(verdict.reasons) == (verdict.level != Level.READY)
 
 
 def test_the_reasons_name_the_figures():
     report = results.report([1.25], margin=0.04, unseen_ratio=1.5, asked=results.answers(kept=10))
+
     assert str(judge(report)) == (
         "needs recovery before use (1.25× ± 0.04 on the calibration domains, 10 of 16 correct answers kept)"
     )
@@ -62,53 +69,68 @@ def test_the_reasons_name_the_figures():
 
 @pytest.mark.parametrize(("shares", "expected"), [
     ((0.985, 0.991), Level.READY),  # multilingual-e5-small, 60% smaller; the text has no removed token
-    ((0.916, 0.928), Level.TEST_FIRST),  # the same with the tokens of its own choice
+    ((0.916, 0.928), Level.TEST_FIRST),  # the same model, which chose the tokens itself
     ((0.910, 0.933, 0.982), Level.TEST_FIRST),  # MiniLM, a tenth smaller
-    ((0.72, 0.71, 0.815), Level.RECOVER),  # multilingual-e5-small, 77% smaller: 8% of its translations are lost
-    ((0.746, 0.756), Level.TEST_FIRST),  # an eighth of the FFN, which loses 2% of them
+    ((0.72, 0.71, 0.815), Level.RECOVER),  # multilingual-e5-small, 77% smaller: it loses 8% of its translations
+    ((0.746, 0.756), Level.TEST_FIRST),  # an eighth of the FFN; it loses 2% of its translations
     ((0.60, 0.46, 0.64), Level.UNUSABLE),  # MiniLM, half of the FFN
     ((0.99, 0.4), Level.UNUSABLE),
 ])  # fmt: skip
-def test_known_encoders_get_the_level_that_they_deserve(shares, expected):
+def test_known_encoders_have_the_expected_level(shares, expected):
     assert judge(results.encoder(*shares)).level == expected
+
     # The lower ends of the intervals decide.
-    assert judge(results.encoder(*(share + 0.05 for share in shares), margin=0.05)).level == expected
+    upper_shares = [share + 0.05 for share in shares]
+    assert judge(results.encoder(*upper_shares, margin=0.05)).level == expected
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=4), st.floats(0, 1))
 def test_fewer_neighbours_make_no_verdict_better(shares, factor):
-    before = judge(results.encoder(*shares)).level
-    assert judge(results.encoder(*(share * factor for share in shares))).level >= before
+    original_level = judge(results.encoder(*shares)).level
+    lower_shares = [share * factor for share in shares]
+
+    assert judge(results.encoder(*lower_shares)).level >= original_level
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=4))
+def test_an_encoder_with_an_unmeasured_domain_has_no_verdict(shares):
     assert judge(results.encoder(*shares, None)) is None
 
 
 def test_the_documentation_states_the_limits():
     page = (Path(__file__).parents[2] / "docs" / "how_much.md").read_text()
+
     for limits in LIMITS.values():
-        unseen = f"{limits.unseen}×" if limits.unseen < inf else "any"
+        unseen = "any"
+        if limits.unseen < inf:
+            unseen = f"{limits.unseen}×"
         losses = f"{limits.mean}× | {limits.worst}× | {unseen}"
         assert f"| {losses} | {limits.kept_answers:.0%} | {limits.new_loops * 16:g} of 16 |" in page
+
     for mean, worst in NEIGHBOUR_LIMITS.values():
         assert f"| {mean:.0%} | {worst:.0%} |" in page
 
 
-def test_a_model_that_was_asked_alone_counts_as_not_asked():
-    asked = results.answers()
-    for question in asked.questions:
+def test_answers_without_the_original_model_are_not_counted():
+    answers = results.answers()
+    for question in answers.questions:
         del question.answers["dense"]
-    alone = judge(results.report([1.0], asked=asked))
-    assert alone == judge(results.report([1.0]))
-    assert alone.level == Level.TEST_FIRST
-    assert str(alone).endswith("answers were not checked")
+
+    verdict = judge(results.report([1.0], asked=answers))
+
+    assert verdict == judge(results.report([1.0]))
+    assert verdict.level == Level.TEST_FIRST
+    assert str(verdict).endswith("answers were not checked")
 
 
 def test_answers_that_were_collected_later_count():
     report = results.report([1.0])
+
     assert judge(report, results.answers()).level == Level.READY
     assert judge(report, results.answers(kept=3)).level == Level.UNUSABLE
 
 
-def test_nothing_is_said_without_a_measurement():
+def test_a_report_without_a_measurement_has_no_verdict():
     assert judge(results.report([])) is None
 
 
@@ -128,7 +150,7 @@ def test_languages_that_got_worse_are_named():
         assert str(judge(report)) == f"ready to use{text}"
         report.languages[code].wanted = False
 
-    # All text loses with the channels, so a language has to lose more than the worst domain.
+    # Removed channels make all text worse, so only languages that are worse than the worst domain are named.
     report.domains["domain 0"].bits_per_byte = Figure(1.0, 1.45)
     assert str(judge(report)).endswith("; Greek, German, French got worse")
 
@@ -139,21 +161,25 @@ def test_a_training_is_judged_against_the_original_model():
 
     report.recovery = results.recovery((1.4, 1.03), answers=results.answers())
     assert judge(report).level == Level.READY
+
     report.recovery = results.recovery((1.4, 1.03), has_dense=False, kept_step=4)
     assert judge(report).level == Level.RECOVER
     assert judge(report).advice == "needs a longer recovery before use"
 
-    # Unseen text was measured again, and the training made the model better on it or not.
-    report.unseen = results.unseen(1.4)
+
+def test_a_training_is_judged_on_unseen_text():
+    report = results.report([1.4], unseen_ratio=1.4, asked=results.answers(kept=10))
+
     for ratio, expected in ((1.03, Level.READY), (1.19, Level.TEST_FIRST), (1.3, Level.OWN_DOMAINS)):
         report.recovery = results.recovery((1.4, 1.03), answers=results.answers())
         report.recovery.unseen = results.unseen(1.4, ratio)
         assert judge(report).level == expected
 
 
-def test_built_in_text_proves_no_model_good_on_unseen_text():
+def test_a_model_is_not_ready_if_its_unseen_text_is_built_in():
     report = results.report([1.0], unseen_ratio=1.0, asked=results.answers())
     assert judge(report).level == Level.READY
+
     report.unseen.source = "built-in"
     assert judge(report).level == Level.TEST_FIRST
 
@@ -161,4 +187,5 @@ def test_built_in_text_proves_no_model_good_on_unseen_text():
 def test_a_domain_with_an_infinite_perplexity_makes_a_model_unusable():
     report = results.report([1.0])
     report.domains["domain 0"].perplexity = Figure.of({"dense": 10.0, PRUNED: inf})
+
     assert judge(report).level == Level.UNUSABLE
