@@ -1,4 +1,4 @@
-"""A non-uniform model with one width for all layers."""
+"""A model with different widths by layer is padded to one width for all layers."""
 
 import pytest
 import torch
@@ -12,54 +12,66 @@ from optimum_structprune.record.report import Report
 
 
 @pytest.fixture(scope="module")
-def run():
+def pruner():
+    """Return a pruner that has pruned a model to different widths by layer."""
     pruner = StructPruner(config(widths={"mlp": [20, 30], "attention": [4, 2]}))
     model = pruner.prune_model(build("llama-tied"), tokenizer())
     assert model.config.is_heterogeneous
-    return pruner, model
+    return pruner
 
 
 @pytest.fixture
-def pruned(run, tmp_path):
-    """The folder of a non-uniform model, and the model loaded from it."""
-    pruner, model = run
-    pruner.save(model, tmp_path / "pruned", tokenizer=tokenizer())
-    return tmp_path / "pruned", AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+def folder(pruner, tmp_path):
+    """Save the pruned model and return its folder."""
+    pruner.save(pruner.result.model, tmp_path / "pruned", tokenizer=tokenizer())
+    return tmp_path / "pruned"
 
 
-def test_the_records_of_the_pruning_are_exported(run, pruned, tmp_path):
-    (pruner, _), (folder, model) = run, pruned
-    for name in (of_training := ("recovery_config.json", "recovery_report.json")):
+def test_the_records_of_the_pruning_are_exported(pruner, folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    recovery_files = ("recovery_config.json", "recovery_report.json")
+    for name in recovery_files:
         (folder / name).write_text("{}")
     with pytest.raises(StructPruneError, match="pruned overlaps with .*pruned, which this run"):
         export_uniform(model, folder, overwrite=True)
-    padding = export_uniform(model, tmp_path / "out")
+
+    out = tmp_path / "out"
+    padding = export_uniform(model, out)
     assert padding.dense == pruner.report.dense.parameters
-    share = (padding.after - padding.before) / (padding.dense - padding.before)
-    assert f"adds {padding.after - padding.before:,} zero parameters" in str(padding)
-    assert f"{share:.1%} of the parameters that pruning had removed" in str(padding) and all(
-        (tmp_path / "out" / name).is_file() for name in of_training
-    )
-    assert Plan.load(tmp_path / "out" / "pruning_plan.json") == pruner.plan
-    assert Manifest.load(tmp_path / "out") == pruner.manifest
-    assert StructPruneConfig.from_pretrained(tmp_path / "out").widths == pruner.config.widths
-    report = Report.load(tmp_path / "out" / "report.json")
+    added = padding.after - padding.before
+    share = added / (padding.dense - padding.before)
+    assert f"adds {added:,} zero parameters" in str(padding)
+    assert f"{share:.1%} of the parameters that pruning had removed" in str(padding)
+
+    assert all((out / name).is_file() for name in recovery_files)
+    assert Plan.load(out / "pruning_plan.json") == pruner.plan
+    assert Manifest.load(out) == pruner.manifest
+    assert StructPruneConfig.from_pretrained(out).widths == pruner.config.widths
+    report = Report.load(out / "report.json")
     assert report.pruned.parameters == padding.before == model.num_parameters()
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert not again.config.is_heterogeneous and again.num_parameters() == padding.after
-    torch.testing.assert_close(logits(again), logits(model), atol=1e-5, rtol=0)
+
+    padded = AutoModelForCausalLM.from_pretrained(out)
+    assert not padded.config.is_heterogeneous
+    assert padded.num_parameters() == padding.after
+    torch.testing.assert_close(logits(padded), logits(model), atol=1e-5, rtol=0)
+    assert not (out / "modeling_structprune.py").exists()
+
     with pytest.raises(StructPruneError, match="same width already"):
-        export_uniform(again, tmp_path / "twice")
-    assert not (tmp_path / "twice").exists() and not (tmp_path / "out" / "modeling_structprune.py").exists()
+        export_uniform(padded, tmp_path / "twice")
+    assert not (tmp_path / "twice").exists()
 
 
-def test_an_export_can_be_replaced_even_without_records_or_with_those_of_another_program(run, pruned, tmp_path):
-    folder, model = pruned
+def test_an_export_can_be_replaced_without_records_or_with_records_of_another_program(pruner, folder, tmp_path):
+    out = tmp_path / "out"
+    saved_model = AutoModelForCausalLM.from_pretrained(folder)
     for text in ("{}", '{"parameters": 5}', '{"parameters": {"before": "many"}}', "[]", "no JSON"):
         (folder / "report.json").write_text(text)
-        padding = export_uniform(model, tmp_path / "out", overwrite=True)
-        assert padding.dense is None and "pruning had removed" not in str(padding)
-    model = run[1]
+        padding = export_uniform(saved_model, out, overwrite=True)
+        assert padding.dense is None
+        assert "pruning had removed" not in str(padding)
+
+    unsaved_model = pruner.result.model
     for _ in range(2):
-        assert export_uniform(model, tmp_path / "out", overwrite=True).dense is None
-    assert not (tmp_path / "out" / "report.json").exists()
+        padding = export_uniform(unsaved_model, out, overwrite=True)
+        assert padding.dense is None
+    assert not (out / "report.json").exists()

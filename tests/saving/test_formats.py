@@ -1,4 +1,4 @@
-"""The files of a result keep to their schemas, and those of later versions are refused."""
+"""The files of a result match their schemas, and files of later versions are refused."""
 
 import json
 from functools import partial
@@ -39,29 +39,38 @@ LOADERS = {
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
+def folder(tmp_path_factory):
+    """Save a pruned model and return its folder."""
     folder = tmp_path_factory.mktemp("formats") / "slim"
     pruner = StructPruner(config(rounds=2, skip_layers=[]))
     pruner.save(pruner.prune_model(build("llama-tied"), tokenizer()), folder, tokenizer())
-    return pruner, folder
+    return folder
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_what_is_saved_keeps_to_its_schema(name, saved):
+def test_saved_files_match_their_schema(name, folder):
     Draft202012Validator.check_schema(SCHEMAS[name])
-    path = saved[1] / f"{name}.json"
+    path = folder / f"{name}.json"
     if not path.exists():
         assert name in ("recovery_report", "evaluation", "speed"), "a pruning alone does not write these"
         return
+
     document = json.loads(path.read_text())
-    check = Draft202012Validator(SCHEMAS[name]).validate
-    check(document)
+    validator = Draft202012Validator(SCHEMAS[name])
+    validator.validate(document)
     version = document["format_version"]
-    assert version == (2 if name == "report" else 1)
-    check({field: value for field, value in document.items() if field != "format_version"})
-    for wrong in ({**document, "format_version": version + 1}, {**document, "unheard_of": 1}):
+    if name == "report":
+        assert version == 2
+    else:
+        assert version == 1
+
+    # The version is optional, but a later version and unknown fields are refused.
+    unversioned = document.copy()
+    del unversioned["format_version"]
+    validator.validate(unversioned)
+    for invalid in (document | {"format_version": version + 1}, document | {"unheard_of": 1}):
         with pytest.raises(ValidationError):
-            check(wrong)
+            validator.validate(invalid)
 
 
 @pytest.mark.parametrize("fields", [
@@ -71,37 +80,38 @@ def test_what_is_saved_keeps_to_its_schema(name, saved):
     {"sparsity": 0.2, "criterion": "flap", "refit": "none"},
     {"sparsity": 0.2, "recovery": RecoveryConfig(tokens=9, lora={"r": 2}, training={"learning_rate": 1e-3})},
 ])  # fmt: skip
-def test_every_config_keeps_to_its_schema(fields, tmp_path):
-    settings = StructPruneConfig(**fields)
-    settings.save_pretrained(tmp_path)
+def test_every_config_matches_its_schema(fields, tmp_path):
+    pruning_config = StructPruneConfig(**fields)
+    pruning_config.save_pretrained(tmp_path)
+
     document = json.loads((tmp_path / "structprune_config.json").read_text())
     Draft202012Validator(SCHEMAS["structprune_config"]).validate(document)
-    assert StructPruneConfig.from_pretrained(tmp_path) == settings
+    assert StructPruneConfig.from_pretrained(tmp_path) == pruning_config
 
 
-def test_every_field_is_described():
+def test_every_field_has_a_description():
     undescribed = []
     for name, schema in SCHEMAS.items():
-        for owner, part in {name: schema, **schema.get("$defs", {})}.items():
-            properties = part["properties"].items()
-            undescribed += [
-                f"{owner}.{field}" for field, one in properties if "const" not in one and "description" not in one
-            ]
+        objects = {name: schema}
+        objects.update(schema.get("$defs", {}))
+        for owner, description in objects.items():
+            for field, value in description["properties"].items():
+                if "const" not in value and "description" not in value:
+                    undescribed.append(f"{owner}.{field}")
     assert undescribed == []
 
 
 def test_the_module_writes_the_schemas(tmp_path):
     write_schemas(tmp_path)
-    assert {path.name: json.loads(path.read_text()) for path in tmp_path.iterdir()} == {
-        f"{name}.schema.json": schema for name, schema in SCHEMAS.items()
-    }
+    saved_schemas = {path.name: json.loads(path.read_text()) for path in tmp_path.iterdir()}
+    assert saved_schemas == {f"{name}.schema.json": schema for name, schema in SCHEMAS.items()}
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_files_of_a_later_version_are_refused(name, saved, tmp_path):
-    document = json.loads((saved[1] / f"{name}.json").read_text())
+def test_files_of_a_later_version_are_refused(name, folder, tmp_path):
+    document = json.loads((folder / f"{name}.json").read_text())
     for version in (2, "1", 0, None):
-        (tmp_path / f"{name}.json").write_text(json.dumps({**document, "format_version": version}))
+        (tmp_path / f"{name}.json").write_text(json.dumps(document | {"format_version": version}))
         with pytest.raises(StructPruneError, match="format_version .* is unknown, and the latest known version is 1"):
             LOADERS[name](tmp_path)
 
@@ -110,7 +120,7 @@ RECORDS = "report structprune_config calibration_manifest recovery_report recove
 
 
 @pytest.mark.parametrize("name", RECORDS.split())
-def test_a_page_says_which_record_is_of_a_later_version(name, tmp_path):
+def test_a_page_names_the_record_of_a_later_version(name, tmp_path):
     (tmp_path / "report.json").write_text("{}")
     (tmp_path / f"{name}.json").write_text('{"format_version": 99}')
     with pytest.raises(StructPruneError, match=f"{name}.json: format_version 99 is unknown"):
@@ -119,42 +129,51 @@ def test_a_page_says_which_record_is_of_a_later_version(name, tmp_path):
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.frozensets(st.text())
 values = st.recursive(leaves, lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.integers(), inner))
-strict = partial(json.loads, parse_constant=pytest.fail)  # who knows no `NaN` and no `Infinity`
+# Strict JSON has no `NaN` and no `Infinity`.
+parse_strictly = partial(json.loads, parse_constant=pytest.fail)
 
 
 @settings(max_examples=40)
 @given(values)
-def test_every_value_becomes_json_that_stays_as_it_is(value):
+def test_every_value_becomes_strict_json_that_reloads_unchanged(value):
     document = to_json(value)
-    assert strict(document) == plain(value) and to_json(strict(document)) == document
+    reloaded = parse_strictly(document)
+    assert reloaded == plain(value)
+    assert to_json(reloaded) == document
 
 
 def test_reports_write_null_for_numbers_that_are_not_finite(tmp_path):
-    shape = {"proposed_by": "one width", "widths": {"mlp": 8}, "predicted_loss": nan, "loss": 1.5}
     report = results.report([1.5], unseen_ratio=inf, asked=results.answers(3))
-    report.shapes = [shape]
+    report.shapes = [{"proposed_by": "one width", "widths": {"mlp": 8}, "predicted_loss": nan, "loss": 1.5}]
     report.recovery = results.recovery((2.0, inf), answers=results.answers(3))
     report.save(tmp_path / "report.json")
-    read = strict((tmp_path / "report.json").read_text())
-    assert read["shapes"][0]["predicted_loss"] is None and read["shapes"][0]["loss"] == 1.5
-    assert read["recovery"]["domains"]["domain 0"]["perplexity"] == {"dense": 10.0, "pruned": 20.0, "recovered": None}
-    assert read["unseen"]["perplexity"]["pruned"] is None
-    Draft202012Validator(SCHEMAS["report"]).validate(read)  # with all that a training notes
+
+    document = parse_strictly((tmp_path / "report.json").read_text())
+    assert document["shapes"][0]["predicted_loss"] is None
+    assert document["shapes"][0]["loss"] == 1.5
+    perplexity = document["recovery"]["domains"]["domain 0"]["perplexity"]
+    assert perplexity == {"dense": 10.0, "pruned": 20.0, "recovered": None}
+    assert document["unseen"]["perplexity"]["pruned"] is None
+
+    Draft202012Validator(SCHEMAS["report"]).validate(document)
     assert Report.load(tmp_path / "report.json").recovery == report.recovery
 
 
-def test_a_folder_of_an_earlier_version_is_recovered_and_measured(tmp_path):
+def test_a_result_of_an_earlier_version_can_be_recovered_and_evaluated(tmp_path):
+    old = tmp_path / "old"
     pruner = StructPruner(config())
     pruned = pruner.prune_model(build("llama-tied"), tokenizer())
-    pruner.save(pruned, tmp_path / "old", tokenizer())
-    old = {"format_version": 1, "model_type": "llama", "criterion": "obs", "perplexity": {"a": {"before": 2.0}}}
-    (tmp_path / "old" / "report.json").write_text(json.dumps(old))
-    (tmp_path / "old" / "recovery_report.json").write_text(json.dumps({"tokens": 3}))
-    (tmp_path / "old" / "recovery_config.json").write_text("{}")
+    pruner.save(pruned, old, tokenizer())
+    report = {"format_version": 1, "model_type": "llama", "criterion": "obs", "perplexity": {"a": {"before": 2.0}}}
+    (old / "report.json").write_text(json.dumps(report))
+    (old / "recovery_report.json").write_text(json.dumps({"tokens": 3}))
+    (old / "recovery_config.json").write_text("{}")
 
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "old")
-    assert evaluate(model, tokenizer(), [DomainConfig("x", documents())], seq_length=24).domains["x"].perplexity
-    recovery = Recovery(recovery_config(tokens=96), pruned=tmp_path / "old")
+    model = AutoModelForCausalLM.from_pretrained(old)
+    evaluation = evaluate(model, tokenizer(), [DomainConfig("x", documents())], seq_length=24)
+    assert evaluation.domains["x"].perplexity
+
+    recovery = Recovery(recovery_config(tokens=96), pruned=old)
     recovered = recovery.recover_model(model, tokenizer(), build("llama-tied"))
     recovery.save(recovered, tmp_path / "new", tokenizer())
     assert "## Recovery" in (tmp_path / "new" / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""The page about a result: complete, self-contained, escaped, and silent on what was not recorded."""
+"""The page about a result is complete, self-contained and escaped, and omits everything that was not recorded."""
 
 import json
 import re
@@ -17,21 +17,21 @@ from optimum_structprune.saving.page import PAGE_NAME, page, write_page_or_warn
 
 PARTS = ("Losses by domain", "Losses", "Size", "Recovery", "Kept width by layer", "Reproduce")
 HOSTILE = '<img src=x onerror=alert(1)> & $x$ `y` "z"'
-# The first of them that is there draws the page; Debian's is called chromium.
+# The first installed browser opens the page. On Debian, it is called chromium.
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-# Elements beyond the right edge of the window, but for those in a box that scrolls.
+# Elements beyond the right edge of the window, except elements in a box that scrolls.
 OVERFLOWING = """() => [...document.querySelectorAll("body *")]
-    .filter(one => !one.parentElement.closest(".table, pre, svg"))
-    .filter(one => one.getBoundingClientRect().right > innerWidth + 1)
-    .map(one => one.outerHTML.slice(0, 120))"""
-EMPTY = """() => [...document.querySelectorAll("main > *")].filter(one => one.children.length)
-    .filter(one => one.getBoundingClientRect().width < 20 || one.getBoundingClientRect().height < 20)
-    .map(one => one.outerHTML.slice(0, 120))"""
+    .filter(element => !element.parentElement.closest(".table, pre, svg"))
+    .filter(element => element.getBoundingClientRect().right > innerWidth + 1)
+    .map(element => element.outerHTML.slice(0, 120))"""
+EMPTY = """() => [...document.querySelectorAll("main > *")].filter(element => element.children.length)
+    .filter(element => element.getBoundingClientRect().width < 20 || element.getBoundingClientRect().height < 20)
+    .map(element => element.outerHTML.slice(0, 120))"""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A result with every record that there can be, one of whose domains has a hostile name."""
+    """Save a result with every kind of record, and with a hostile name for a domain."""
     folder = tmp_path_factory.mktemp("page") / "small & <slim>"
     fields = {"widths": None, "sparsity": 0.25, "allocation": "sensitivity", "round_to": 1, "rounds": 2}
     pruner = StructPruner(config(**fields))
@@ -40,105 +40,147 @@ def folder(tmp_path_factory):
     report.domains[HOSTILE] = report.domains.pop(next(iter(report.domains)))
     report.answers = AnswersResult([results.question({"dense": True, "pruned": False}, prompt=HOSTILE)])
     pruner.save(model, folder, tokenizer())
+
     curve = [CurvePoint(number, 1 / number) for number in (120, 240, 480)]
-    trained = RecoveryReport(
-        480, 20, 3.0, {HOSTILE: DomainResult(results.figure(1.8, 1.2))}, kept_step=20, curve=curve
-    )
-    trained.save(folder / "recovery_report.json")
+    domains = {HOSTILE: DomainResult(results.figure(1.8, 1.2))}
+    recovery = RecoveryReport(480, 20, 3.0, domains, kept_step=20, curve=curve)
+    recovery.save(folder / "recovery_report.json")
+
     domains = {name: DomainResult(results.figure(1.5), documents=90) for name in ("far", "near")}
-    found = Evaluation(str(folder), "dense", domains=domains, calibrated=[], shared=["near"])
-    found.save(folder / "evaluation.json")
+    evaluation = Evaluation(str(folder), "dense", domains=domains, calibrated=[], shared=["near"])
+    evaluation.save(folder / "evaluation.json")
     write_report(folder)
     return folder
 
 
-def test_every_part_is_there_with_its_tables_and_nothing_else_is_needed(folder):
+def test_the_page_has_every_part_with_its_tables_and_charts(folder):
     text = (folder / PAGE_NAME).read_text()
     assert [name for name in PARTS if f"<h2>{name}</h2>" not in text] == []
+
     report = Report.load(folder / "report.json")
-    for shown in ("1.800×", "1.200×", "1.500×", f"{report.removed:.1%} fewer parameters"):
-        assert shown in text
-    assert '<div class="answer right"><b>original: right' in text and '<div class="answer"><b>pruned: wrong' in text
-    assert "perplexity, near (calibration domain)" in text and "perplexity, far (unseen)" in text
+    for figure in ("1.800×", "1.200×", "1.500×", f"{report.removed:.1%} fewer parameters"):
+        assert figure in text
+    assert '<div class="answer right"><b>original: right' in text
+    assert '<div class="answer"><b>pruned: wrong' in text
+    assert "perplexity, near (calibration domain)" in text
+    assert "perplexity, far (unseen)" in text
     assert text.count("<svg") == 6, "three charts in two widths"
-    # It needs nothing else, and is small.
-    assert len(text.encode()) < 1_000_000 and "<script" not in text
+
+
+def test_the_page_needs_no_other_file_and_is_small(folder):
+    text = (folder / PAGE_NAME).read_text()
+    assert len(text.encode()) < 1_000_000
+    assert "<script" not in text
+
     targets = re.findall(r'<[^>]*(?:src|href)="([^"]*)', text)
-    assert targets and all(target.startswith("data:") for target in targets)
+    assert targets
+    assert all(target.startswith("data:") for target in targets)
     assert not re.search(r"url\((?!#)|@import", text)
-    # What comes from a user is escaped.
-    assert "<img" not in text and "<slim>" not in text
+
+
+def test_names_and_texts_of_users_are_escaped(folder):
+    text = (folder / PAGE_NAME).read_text()
+    assert "<img" not in text
+    assert "<slim>" not in text
     assert "&lt;img src=x onerror=alert(1)&gt; &amp; $x$" in text
 
 
-def test_what_was_not_recorded_is_not_there(folder, tmp_path):
-    few = shutil.copytree(folder, tmp_path / "few")
-    trained = RecoveryReport.load(folder / "recovery_report.json")
-    trained.kept_step = 0
-    trained.save(few / "recovery_report.json")
-    assert "pruned and recovered" in page(folder) and "pruned and recovered" not in page(few)
-    assert "no checkpoint was better than the pruned model" in page(few)
+def test_the_page_says_if_no_checkpoint_of_the_recovery_was_kept(folder, tmp_path):
+    unrecovered = shutil.copytree(folder, tmp_path / "unrecovered")
+    recovery = RecoveryReport.load(folder / "recovery_report.json")
+    recovery.kept_step = 0
+    recovery.save(unrecovered / "recovery_report.json")
 
+    assert "pruned and recovered" in page(folder)
+    assert "pruned and recovered" not in page(unrecovered)
+    assert "no checkpoint was better than the pruned model" in page(unrecovered)
+
+
+@pytest.fixture
+def sparse_folder(folder, tmp_path):
+    """Return a copy of the result with few records and an infinite perplexity."""
+    sparse_folder = shutil.copytree(folder, tmp_path / "few")
     report = Report.load(folder / "report.json")
     report.domains[HOSTILE].perplexity = results.figure(inf)
     report.model = DenseModel()
     report.answers = None
-    report.save(few / "report.json")
+    report.save(sparse_folder / "report.json")
     for name in ("evaluation.json", "recovery_report.json", "calibration_manifest.json"):
-        (few / name).unlink()
-    text = page(few)
-    for what in ("Measured later", "Recovery</h2>", "Answers</h2>", "Calibration domains</h2>"):
-        assert what not in text and what in (folder / PAGE_NAME).read_text()
-    assert "ORIGINAL is the original model" in text and "ORIGINAL" not in page(few, dense="big")
+        (sparse_folder / name).unlink()
+    return sparse_folder
+
+
+def test_the_page_omits_everything_that_was_not_recorded(folder, sparse_folder):
+    text = page(sparse_folder)
+    for part in ("Measured later", "Recovery</h2>", "Answers</h2>", "Calibration domains</h2>"):
+        assert part not in text
+        assert part in (folder / PAGE_NAME).read_text()
+
+    assert "ORIGINAL is the original model" in text
+    assert "ORIGINAL" not in page(sparse_folder, dense="big")
     assert "Warning: the perplexity is infinite on" in text
 
-    # Answers that were collected later count in the verdict.
-    Evaluation("few", answers=results.answers(kept=3, asked=4, correct=4)).save(few / "evaluation.json")
-    assert "answers were not checked" in text and "answers were not checked" not in (later := page(few))
-    assert "4 test questions: correct 4 → 3" in later
+
+def test_answers_of_a_later_evaluation_count_in_the_verdict(sparse_folder):
+    assert "answers were not checked" in page(sparse_folder)
+
+    evaluation = Evaluation("few", answers=results.answers(kept=3, asked=4, correct=4))
+    evaluation.save(sparse_folder / "evaluation.json")
+    text = page(sparse_folder)
+    assert "answers were not checked" not in text
+    assert "4 test questions: correct 4 → 3" in text
 
 
-def test_a_report_of_an_earlier_version_gives_a_page_without_figures(tmp_path):
+def test_the_page_of_a_report_of_an_earlier_version_has_no_figures(tmp_path):
     (tmp_path / "report.json").write_text(json.dumps({"format_version": 1, "perplexity": {"a": {"before": 1.0}}}))
     assert "This is a model, pruned." in page(tmp_path)
 
 
-def test_a_page_that_cannot_be_made_does_not_take_the_model_with_it(tmp_path, monkeypatch):
+def test_an_error_in_the_page_is_a_warning_and_the_model_is_saved(tmp_path, monkeypatch):
+    out = tmp_path / "small"
     pruner = StructPruner(config())
     model = pruner.prune_model(build("llama-tied"), tokenizer())
     monkeypatch.setattr("optimum_structprune.saving.page.view_of", lambda *values: 1 / 0)
-    pruner.save(model, tmp_path / "small")
-    assert not (tmp_path / "small" / PAGE_NAME).exists(), "a save from Python leaves it to `write_report`"
+    pruner.save(model, out)
+    assert not (out / PAGE_NAME).exists(), "only `write_report` writes the page of a save from Python"
+
     with pytest.warns(UserWarning, match="report.html of .*small is missing: division by zero"):
-        write_page_or_warn(tmp_path / "small")
-    assert not (tmp_path / "small" / PAGE_NAME).exists()
+        write_page_or_warn(out)
+    assert not (out / PAGE_NAME).exists()
 
 
 @pytest.fixture(scope="module")
 def browser():
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
+    paths = [shutil.which(name) for name in BROWSERS if shutil.which(name)]
+    if not paths:
         pytest.skip(f"none of {', '.join(BROWSERS)} is installed")
-    with sync_api.sync_playwright() as running:
-        # The page is our own; as root, Chromium starts without its sandbox only.
-        browser = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
+
+    with sync_api.sync_playwright() as playwright:
+        # Chromium starts as root only without its sandbox. The page is from this package, so this is safe.
+        browser = playwright.chromium.launch(executable_path=paths[0], args=["--no-sandbox"])
         yield browser
         browser.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1100, 400])
-def test_a_browser_shows_all_of_it(width, scheme, folder, browser, tmp_path):
-    tab, complaints = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme), []
+def test_a_browser_shows_the_whole_page(width, scheme, folder, browser, tmp_path):
+    tab = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    complaints = []
     for event in ("console", "pageerror", "requestfailed"):
-        tab.on(event, lambda what: complaints.append(what))
+        tab.on(event, lambda message: complaints.append(message))
     tab.goto((folder / PAGE_NAME).as_uri())
     assert complaints == []
+
     assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    assert tab.evaluate(OVERFLOWING) == [] and tab.evaluate(EMPTY) == []
-    assert [name for name in PARTS if not tab.get_by_role("heading", name=name, exact=True).is_visible()] == []
-    red = int(re.search(r"\d+", tab.evaluate("getComputedStyle(document.body).backgroundColor"))[0])
+    assert tab.evaluate(OVERFLOWING) == []
+    assert tab.evaluate(EMPTY) == []
+    for name in PARTS:
+        assert tab.get_by_role("heading", name=name, exact=True).is_visible(), name
+
+    color = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    red = int(re.search(r"\d+", color)[0])
     assert (red > 200) == (scheme == "light")
     assert len(tab.screenshot(path=tmp_path / "page.png", full_page=True)) > 20_000
     tab.close()

@@ -1,4 +1,4 @@
-"""A folder appears only once it is complete, with all that lay beside the dense model, and survives a failure."""
+"""A folder appears only once it is complete, with the other files of the dense model, and survives a failure."""
 
 import json
 import logging
@@ -37,118 +37,148 @@ from optimum_structprune.written import written_files
 
 
 @pytest.fixture(scope="module")
-def run():
+def pruner():
+    """Return a pruner that has pruned a model."""
     pruner = StructPruner(config())
-    return pruner, pruner.prune_model(build("llama-tied"), tokenizer())
+    pruner.prune_model(build("llama-tied"), tokenizer())
+    return pruner
 
 
-def test_everything_is_saved(run, tmp_path):
-    pruner, model = run
+@pytest.fixture(scope="module")
+def model(pruner):
+    """Return the pruned model."""
+    return pruner.result.model
+
+
+def test_a_saved_folder_has_the_model_the_tokenizer_the_config_and_the_report(pruner, model, tmp_path):
     model.generation_config.max_new_tokens = 7
-    pruner.save(model, tmp_path / "deep" / "out", tokenizer=tokenizer())
     out = tmp_path / "deep" / "out"
+    pruner.save(model, out, tokenizer=tokenizer())
+
     assert StructPruneConfig.from_pretrained(out).widths == {"mlp": 24}
     report = Report.load(out / "report.json")
-    assert (report.pruned.parameters, report.model.dtype) == (model.num_parameters(), "float32")
-    again = AutoModelForCausalLM.from_pretrained(out)
-    assert again.generation_config.max_new_tokens == 7
-    assert again.get_input_embeddings().weight is again.get_output_embeddings().weight
+    assert report.pruned.parameters == model.num_parameters()
+    assert report.model.dtype == "float32"
+
+    reloaded = AutoModelForCausalLM.from_pretrained(out)
+    assert reloaded.generation_config.max_new_tokens == 7
+    assert reloaded.get_input_embeddings().weight is reloaded.get_output_embeddings().weight
     assert AutoTokenizer.from_pretrained(out)("w5 w6", add_special_tokens=False)["input_ids"] == [5, 6]
     with torch.no_grad():
-        torch.testing.assert_close(again(token_ids()).logits, model(token_ids()).logits)
+        torch.testing.assert_close(reloaded(token_ids()).logits, model(token_ids()).logits)
+
+    # No temporary folder is left.
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("change", [
     None, lambda model: model.to(torch.bfloat16), lambda model: model.lm_head.weight.data.zero_(),
 ])  # fmt: skip
-def test_what_is_saved_is_what_was_measured_or_the_records_say_so(change, tmp_path, recwarn):
-    pruner, out, said = StructPruner(config()), tmp_path / "out", "weights have changed since they were measured"
+def test_the_records_say_whether_weights_have_changed_since_they_were_measured(change, tmp_path, recwarn):
+    out = tmp_path / "out"
+    pruner = StructPruner(config())
     model = pruner.prune_model(build("llama-untied"), tokenizer())
-    if change is not None:
+    is_changed = change is not None
+    if is_changed:
         change(model)
+
     pruner.save(model, out, tokenizer())
     write_report(out)
+
     report = Report.load(out / "report.json")
-    size = report.pruned.bytes
-    assert size == sum(tensor.nbytes for tensor in load_file(out / "model.safetensors").values())
-    assert size == pruner.report.pruned.bytes or change is not None
-    assert report.changed == (change is not None) and not pruner.report.changed
-    warned = " ".join(str(warning.message) for warning in recwarn)
-    for text in (warned, (out / "README.md").read_text(), (out / "report.html").read_text()):
-        assert (said in text.lower()) == (change is not None)
+    assert report.pruned.bytes == sum(tensor.nbytes for tensor in load_file(out / "model.safetensors").values())
+    if not is_changed:
+        assert report.pruned.bytes == pruner.report.pruned.bytes
+    assert report.changed == is_changed
+    assert not pruner.report.changed
+
+    warning_text = " ".join(str(warning.message) for warning in recwarn)
+    card = (out / "README.md").read_text()
+    page = (out / "report.html").read_text()
+    for text in (warning_text, card, page):
+        assert ("weights have changed since they were measured" in text.lower()) == is_changed
 
 
-def test_an_existing_result_is_refused_and_overwritten_on_request_and_a_link_stays_a_link(run, tmp_path):
-    pruner, model = run
-    out, link = tmp_path / "scratch" / "out", tmp_path / "link"
+def test_an_existing_result_is_overwritten_only_on_request_and_a_link_remains_a_link(pruner, model, tmp_path):
+    out = tmp_path / "scratch" / "out"
+    link = tmp_path / "link"
     out.mkdir(parents=True)
     link.symlink_to(out)
+
     pruner.save(model, link, tokenizer())
     with pytest.raises(StructPruneError, match="link exists and is not empty"):
         pruner.save(model, link)
     assert (out / "tokenizer.json").exists()
+
     (out / "tokenizer.json").unlink()
     pruner.save(model, link, overwrite=True)
     assert (out / "tokenizer.json").exists(), "the tokenizer of the run is the default"
-    assert link.is_symlink() and (out / "config.json").is_file() and [*out.parent.iterdir()] == [out]
+    assert link.is_symlink()
+    assert (out / "config.json").is_file()
+    assert list(out.parent.iterdir()) == [out]
 
 
-def test_code_that_is_not_there_is_not_named(run, tmp_path):
-    pruner, model = run
+def test_a_saved_config_names_no_code_that_is_missing_from_the_folder(pruner, model, tmp_path):
     remote = {"AutoModel": "owner/name--modeling_x.X"}
-    model.config.auto_map = {"AutoConfig": "configuration_x.Config", "AutoTokenizer": ["gone.Slow", None], **remote}
+    local = {"AutoConfig": "configuration_x.Config", "AutoTokenizer": ["gone.Slow", None]}
+    model.config.auto_map = local | remote
     try:
-        pruner.save(model, tmp_path / "out")
+        pruner.save(model, tmp_path / "with_remote")
         model.config.auto_map.pop("AutoModel")
-        pruner.save(model, tmp_path / "none")
+        pruner.save(model, tmp_path / "without_remote")
     finally:
         del model.config.auto_map
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"] == remote
-    assert "auto_map" not in json.loads((tmp_path / "none" / "config.json").read_text())
+
+    assert json.loads((tmp_path / "with_remote" / "config.json").read_text())["auto_map"] == remote
+    assert "auto_map" not in json.loads((tmp_path / "without_remote" / "config.json").read_text())
 
 
-def test_a_model_that_comes_back_different_is_not_saved(run, tmp_path, monkeypatch):
-    pruner, model = run
-    original = type(model).save_pretrained
+def test_a_model_that_reloads_with_other_outputs_is_not_saved(pruner, model, tmp_path, monkeypatch):
+    save_pretrained = type(model).save_pretrained
 
-    def damaged(self, folder):
+    def save_damaged(self, folder):
         with torch.no_grad():
             weight = self.model.layers[0].mlp.down_proj.weight
             weight.mul_(2)
-            original(self, folder)
+            save_pretrained(self, folder)
             weight.div_(2)
 
-    monkeypatch.setattr(type(model), "save_pretrained", damaged)
+    monkeypatch.setattr(type(model), "save_pretrained", save_damaged)
     with pytest.raises(StructPruneError, match="gives other outputs"):
         pruner.save(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
-def test_llama_marks_spaces_where_it_did(tmp_path):
-    reader = LlamaTokenizer({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "▁": 4, "▁a": 5}, [("▁", "a")], legacy=True)
+def test_a_saved_llama_tokenizer_marks_spaces_in_the_same_places(tmp_path):
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "▁": 4, "▁a": 5}
+    reader = LlamaTokenizer(vocab, [("▁", "a")], legacy=True)
     pruner = StructPruner(StructPruneConfig(widths={"mlp": 24}))
-    pruner.save(pruner.prune_model(build("llama-tied"), inputs={"ids": token_ids(8, 24)}), tmp_path / "out", reader)
-    again = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert again("a</s>a").input_ids == reader("a</s>a").input_ids
-    assert again.backend_tokenizer.to_str() == reader.backend_tokenizer.to_str()
+    pruned = pruner.prune_model(build("llama-tied"), inputs={"ids": token_ids(8, 24)})
+    pruner.save(pruned, tmp_path / "out", reader)
+
+    reloaded = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert reloaded("a</s>a").input_ids == reader("a</s>a").input_ids
+    assert reloaded.backend_tokenizer.to_str() == reader.backend_tokenizer.to_str()
 
 
-def test_a_half_precision_model_with_its_own_attention_is_saved(tmp_path):
+def test_saving_a_half_precision_model_does_not_change_its_attention_and_mode(tmp_path):
     model = build("llama-tied").to(torch.float16)
     model.set_attn_implementation("eager")
     pruner = StructPruner(config())
     pruned = pruner.prune_model(model, tokenizer()).train()
-    with torch.device("meta"):  # as a GPU that the user has made the default one
+
+    with torch.device("meta"):  # stands for a GPU that the user has made the default device
         pruner.save(pruned, tmp_path / "out")
-    assert pruned.training and pruned.config._attn_implementation == "eager"
+    assert pruned.training
+    assert pruned.config._attn_implementation == "eager"
 
 
-def test_each_part_of_a_model_keeps_its_attention(tmp_path, monkeypatch):
+def test_the_check_reloads_each_part_of_a_model_with_its_attention(tmp_path, monkeypatch):
     model = build("llava")
     model.set_attn_implementation({"": "sdpa", "text_config": "sdpa", "vision_config": "eager"})
     model.save_pretrained(tmp_path)
-    loaded, load = [], type(model).from_pretrained
+    load = type(model).from_pretrained
+    loaded = []
 
     def from_pretrained(*args, **settings):
         loaded.append(load(*args, **settings))
@@ -156,240 +186,329 @@ def test_each_part_of_a_model_keeps_its_attention(tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(model), "from_pretrained", from_pretrained)
     check_reload(model, tmp_path)
-    (again,) = loaded
-    assert again.config.text_config._attn_implementation == "sdpa"
-    assert again.config.vision_config._attn_implementation == "eager"
+
+    (reloaded,) = loaded
+    assert reloaded.config.text_config._attn_implementation == "sdpa"
+    assert reloaded.config.vision_config._attn_implementation == "eager"
 
 
-CONFIGS = ("preprocessor_config", "processor_config", "video_preprocessor_config", "chat_template")
-CONFIGS += ("sentence_bert_config", "config_sentence_transformers", "1_Pooling/config")
-WORDS = ("LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md", "labels.txt", "picture.png", "vocabulary.tiktoken")
-SIDE = {
-    **{f"{name}.json": "{}" for name in CONFIGS},
-    **{name: f"the text of {name}" for name in WORDS},
+# --- files of the dense model that a result copies, and files that it only names or ignores
+COPIED = {
+    "preprocessor_config.json": "{}",
+    "processor_config.json": "{}",
+    "video_preprocessor_config.json": "{}",
+    "chat_template.json": "{}",
+    "sentence_bert_config.json": "{}",
+    "config_sentence_transformers.json": "{}",
+    "1_Pooling/config.json": "{}",
+    "LICENSE": "the text of LICENSE",
+    "LICENSE.txt": "the text of LICENSE.txt",
+    "NOTICE": "the text of NOTICE",
+    "USE_POLICY.md": "the text of USE_POLICY.md",
+    "labels.txt": "the text of labels.txt",
+    "picture.png": "the text of picture.png",
+    "vocabulary.tiktoken": "the text of vocabulary.tiktoken",
     "modules.json": json.dumps([{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]),
     "2_Dense/model.safetensors": "weights of another module",
     "colbert_linear.pt": "a head of another library",
 }
 NAMED = ("onnx/model.onnx", "original/consolidated.pth", "modeling_odd.py")
-STAYS = ("pytorch_model.bin", "flax_model.msgpack", "model.safetensors.index.json", "README.md", ".gitattributes")
+IGNORED = ("pytorch_model.bin", "flax_model.msgpack", "model.safetensors.index.json", "README.md", ".gitattributes")
+TEXT_OF_DENSE_FILES = "the text of a dense file"
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory):
+def saved(tmp_path_factory):
+    """Save a pruned model whose dense folder has files of every kind, and return the messages of the save too."""
     folder = tmp_path_factory.mktemp("copy_extra_files")
     build("llama-tied").save_pretrained(folder / "dense")
-    put_into(folder / "dense", dict.fromkeys((*NAMED, *STAYS), "theirs") | SIDE)
+    put_into(folder / "dense", dict.fromkeys(NAMED + IGNORED, TEXT_OF_DENSE_FILES))
+    put_into(folder / "dense", COPIED)
+
     pruner = StructPruner(config(domains=[DomainConfig("a", documents(60))]))
     dense = AutoModelForCausalLM.from_pretrained(folder / "dense", use_safetensors=True)
     pruned = pruner.prune_model(dense, tokenizer())
-    records, handler = [], logging.Handler()
-    handler.emit = lambda record: records.append(record.getMessage())
-    logging.getLogger("optimum_structprune.saving.save").addHandler(handler)
+
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("optimum_structprune.saving.save")
+    logger.addHandler(handler)
     pruner.save(pruned, folder / "out", tokenizer())
-    return pruner, pruned, folder / "out", records
+    logger.removeHandler(handler)
+    return pruner, pruned, folder / "out", messages
 
 
-def test_every_kind_of_file_is_carried_or_named(result):
-    _, _, out, records = result
-    for name, text in SIDE.items():
+def test_files_of_every_kind_are_copied_or_named(saved):
+    _, _, out, messages = saved
+    for name, text in COPIED.items():
         assert (out / name).read_text() == text, name
-    (warned,) = records
+
+    (message,) = messages
     for name in ("modeling_odd.py", "onnx/", "original/"):
-        assert name in warned and not (out / name).exists()
-    assert not (out / "pytorch_model.bin").exists() and "theirs" not in (out / "README.md").read_text()
+        assert name in message
+        assert not (out / name).exists()
+
+    assert not (out / "pytorch_model.bin").exists()
+    assert TEXT_OF_DENSE_FILES not in (out / "README.md").read_text()
 
 
-def test_what_was_carried_is_part_of_the_result(result):
-    pruner, pruned, out, _ = result
-    assert set(SIDE) <= set(written_files(out))
+def test_copied_files_are_part_of_the_result(saved):
+    pruner, pruned, out, _ = saved
+    assert set(COPIED).issubset(written_files(out))
     pruner.save(pruned, out, tokenizer(), overwrite=True)
     assert (out / "LICENSE").is_file()
-    again = AutoModelForCausalLM.from_pretrained(out)
-    other = StructPruner(config(widths={"mlp": 16}, domains=[DomainConfig("a", documents(60))]))
-    other.save(other.prune_model(again, tokenizer()), out.parent / "twice", tokenizer())
-    assert (out.parent / "twice" / "1_Pooling" / "config.json").is_file(), "a result passes on what it was given"
+
+    reloaded = AutoModelForCausalLM.from_pretrained(out)
+    second_pruner = StructPruner(config(widths={"mlp": 16}, domains=[DomainConfig("a", documents(60))]))
+    pruned_twice = second_pruner.prune_model(reloaded, tokenizer())
+    second_pruner.save(pruned_twice, out.parent / "twice", tokenizer())
+    assert (out.parent / "twice" / "1_Pooling" / "config.json").is_file(), (
+        "a second result has the extra files of the first one"
+    )
+
     (out / "credentials.json").write_text("{}")
     (out / "speed.json").write_text("{}")
-    copy_extra_files(again, out.parent / "carried", tokenizer())
-    assert not {"credentials.json", "speed.json"} & contents(out.parent / "carried").keys()
+    copy_extra_files(reloaded, out.parent / "copied", tokenizer())
+    assert contents(out.parent / "copied").keys().isdisjoint({"credentials.json", "speed.json"})
 
 
-def test_other_forms_of_the_vocabulary_stay_with_a_dense_one(tmp_path):
+def test_other_forms_of_the_vocabulary_are_copied_only_for_all_tokens(tmp_path):
     forms = {"tokenizer.model", "vocab.json", "merges.txt", "vocabulary.tiktoken", "unigram.json"}
+    plain_files = {"LICENSE", "normalizer.json"}
     for kind, size in (("dense", 96), ("same", 96), ("smaller", 64)):
         put_into(tmp_path / kind, {"config.json": json.dumps({"text_config": {"vocab_size": size}})})
-    put_into(tmp_path / "dense", dict.fromkeys((*forms, "LICENSE", "normalizer.json"), "text"))
-    for kind, reader, there in (("same", None, forms), ("smaller", WhisperTokenizer(), set())):
+    put_into(tmp_path / "dense", dict.fromkeys(forms | plain_files, "text"))
+
+    for kind, reader, copied_forms in (("same", None, forms), ("smaller", WhisperTokenizer(), set())):
         copy_extra_files(SimpleNamespace(name_or_path=tmp_path / "dense"), tmp_path / kind, reader)
         names = {path.name for path in (tmp_path / kind).iterdir()}
-        assert names & forms == there and names >= {"LICENSE", "normalizer.json"}
+        assert names & forms == copied_forms
+        assert names >= plain_files
 
 
-def test_what_cannot_be_copied_is_named_and_other_bytes_stay_as_they_are(tmp_path, caplog):
-    source, out = tmp_path / "dense", tmp_path / "out"
-    put_into(source, {"modules.json": SIDE["modules.json"], "1_Pooling/config.json": b"\xff\xfe\x00"})
+def test_files_that_cannot_be_copied_are_named_and_copies_have_the_same_bytes(tmp_path, caplog):
+    source = tmp_path / "dense"
+    out = tmp_path / "out"
+    put_into(source, {"modules.json": COPIED["modules.json"], "1_Pooling/config.json": b"\xff\xfe\x00"})
     (source / "LICENSE").symlink_to("nowhere")
     os.mkfifo(source / "pipe.txt")
-    copy_extra_files(SimpleNamespace(name_or_path=source, config=ViTConfig(hidden_size=32)), out, None)
+
+    model = SimpleNamespace(name_or_path=source, config=ViTConfig(hidden_size=32))
+    copy_extra_files(model, out, None)
+
     assert f"Not copied from {source}: LICENSE, pipe.txt." in caplog.text
-    assert contents(out) == {"modules.json": SIDE["modules.json"].encode(), "1_Pooling/config.json": b"\xff\xfe\x00"}
+    assert contents(out) == {
+        "modules.json": COPIED["modules.json"].encode(),
+        "1_Pooling/config.json": b"\xff\xfe\x00",
+    }
 
 
-def test_modules_around_a_narrower_model_are_told_or_named(tmp_path, caplog):
-    source, out = tmp_path / "dense", tmp_path / "out"
+def test_modules_after_a_narrower_model_get_its_width_or_are_named(tmp_path, caplog):
+    source = tmp_path / "dense"
+    out = tmp_path / "out"
     files = {
-        "modules.json": SIDE["modules.json"],
+        "modules.json": COPIED["modules.json"],
         "1_Pooling/config.json": '{"word_embedding_dimension": 32, "pooling_mode_cls_token": true}',
         "2_Dense/config.json": '{"in_features": 32, "out_features": 8}',
         "2_Dense/model.safetensors": "32 x 8",
     }
-    put_into(source, {**files, "sparse_linear.pt": "32"})
+    put_into(source, files)
+    put_into(source, {"sparse_linear.pt": "32"})
     for folder, hidden in ((source, 32), (out / "32", 32), (out / "24", 24)):
         ViTConfig(hidden_size=hidden).save_pretrained(folder)
+
     for hidden in (32, 24):
+        folder = out / str(hidden)
         model = SimpleNamespace(name_or_path=source, config=ViTConfig(hidden_size=hidden))
-        copy_extra_files(model, out / str(hidden), None)
-        assert ("fit them again: 2_Dense/model.safetensors" in caplog.text) is (hidden == 24)
-        assert (out / str(hidden) / "sparse_linear.pt").exists() is (hidden == 32)
-        assert (f"Not copied from {source}: sparse_linear.pt" in caplog.text) is (hidden == 24)
+        copy_extra_files(model, folder, None)
+
+        is_narrower = hidden == 24
+        assert ("fit them again: 2_Dense/model.safetensors" in caplog.text) is is_narrower
+        assert (f"Not copied from {source}: sparse_linear.pt" in caplog.text) is is_narrower
+        assert (folder / "sparse_linear.pt").exists() is not is_narrower
         for name, text in files.items():
-            changed = text.replace("32", str(hidden)) if "Pooling" in name else text
-            assert (out / str(hidden) / name).read_text() == changed
+            if "Pooling" in name:
+                text = text.replace("32", str(hidden))
+            assert (folder / name).read_text() == text
 
 
-def test_modules_that_read_tokens_are_told_how_many_there_are_and_by_which_ids(tmp_path):
+def test_modules_that_read_tokens_get_the_number_of_tokens_and_their_new_ids(tmp_path):
     model = build("bert")
     model.save_pretrained(tmp_path / "dense")
+    splade_name = "1_SpladePooling/config.json"
+    mask_name = "2_MultiVectorMask/config.json"
     files = {
         "modules.json": json.dumps([{"path": ""}, {"path": "1_SpladePooling"}, {"path": "2_MultiVectorMask"}]),
-        "1_SpladePooling/config.json": '{"pooling_strategy": "max", "word_embedding_dimension": 96}',
-        "2_MultiVectorMask/config.json": '{"skiplist_words": [], "keep_only_token_ids": [\n  2,\n  80, 95\n ]}',
+        splade_name: '{"pooling_strategy": "max", "word_embedding_dimension": 96}',
+        mask_name: '{"skiplist_words": [], "keep_only_token_ids": [\n  2,\n  80, 95\n ]}',
     }
     put_into(tmp_path / "dense", files)
-    model.config.vocab_size, model.name_or_path = 64, str(tmp_path / "dense")
+    model.config.vocab_size = 64
+    model.name_or_path = str(tmp_path / "dense")
     model.config.save_pretrained(tmp_path / "out")
+
     copy_extra_files(model, tmp_path / "out", None, kept_tokens=(*range(62), 80, 95))
-    splade, mask = (json.loads((tmp_path / "out" / name).read_text()) for name in [*files][1:])
+
+    splade = json.loads((tmp_path / "out" / splade_name).read_text())
+    mask = json.loads((tmp_path / "out" / mask_name).read_text())
     assert splade == {"pooling_strategy": "max", "word_embedding_dimension": 64}
     assert mask == {"skiplist_words": [], "keep_only_token_ids": [2, 62, 63]}
 
 
-# --- what transformers 4 reads of a result, and transformers 5 still; `tests/test_transformers_4.py` runs a real one
+# --- configs for transformers 4 that transformers 5 still reads; `tests/test_transformers_4.py` runs transformers 4
 LLAMA_3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 LONG = {"short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0], "original_max_position_embeddings": 4096}
 SCALED = {
     "llama-tied": {**LLAMA_3, "rope_type": "llama3", "rope_theta": 5e5},
     "phi3": {**LONG, "rope_type": "longrope", "type": "longrope", "rope_theta": 2e4, "partial_rotary_factor": 1.0},
 }
+CASES_WITH_ROPE = [(case, {}) for case in list(CASES) + list(OTHERS)] + list(SCALED.items())
 
 
-@pytest.mark.parametrize(("case", "rope"), [*((case, {}) for case in [*CASES, *OTHERS]), *SCALED.items()])
+@pytest.mark.parametrize(("case", "rope"), CASES_WITH_ROPE)
 def test_transformers_5_reads_the_same_config(case, rope, tmp_path):
     _, model_type, fields = described(case)
-    config = AutoConfig.for_model(model_type, **deepcopy(fields), **({"rope_parameters": rope} if rope else {}))
-    config.save_pretrained(tmp_path)
-    settle(tmp_path / "config.json", type(config))
-    fields = json.loads((tmp_path / "config.json").read_text())
-    again, known = AutoConfig.from_pretrained(tmp_path).to_dict(), config.to_dict()
-    of_this_folder = {"_name_or_path": "", "dtype": again["dtype"]}
-    assert again | known | of_this_folder == again | of_this_folder
-    # Gemma 4 is not known to transformers 4, and its class in transformers 5 would keep keys of it.
-    if "rope_parameters" in fields and not case.startswith("gemma4_text"):
-        assert {"rope_theta", "rotary_emb_base", "global_rope_theta"} & fields.keys()
+    options = deepcopy(fields)
+    if rope:
+        options["rope_parameters"] = rope
+    dense_config = AutoConfig.for_model(model_type, **options)
+    dense_config.save_pretrained(tmp_path)
+
+    settle(tmp_path / "config.json", type(dense_config))
+
+    reloaded = AutoConfig.from_pretrained(tmp_path).to_dict()
+    fields_of_folder = {"_name_or_path": "", "dtype": reloaded["dtype"]}
+    reloaded.update(fields_of_folder)
+    assert reloaded | dense_config.to_dict() | fields_of_folder == reloaded
+
+    # Gemma 4 is unknown to transformers 4, and its class in transformers 5 would store keys of transformers 4.
+    saved_fields = json.loads((tmp_path / "config.json").read_text())
+    if "rope_parameters" in saved_fields and not case.startswith("gemma4_text"):
+        assert {"rope_theta", "rotary_emb_base", "global_rope_theta"} & saved_fields.keys()
 
 
-def test_transformers_4_knows_the_tokenizer_and_no_machine_is_named(tmp_path):
+def test_transformers_4_knows_the_tokenizer_and_fields_of_this_machine_are_removed(tmp_path):
     reader = tokenizer()
     reader.add_special_tokens({"extra_special_tokens": ["w7", "w8"]})
-    reader.init_kwargs |= {"is_local": True, "local_files_only": True}
+    reader.init_kwargs.update(is_local=True, local_files_only=True)
     reader.save_pretrained(tmp_path)
+
     settle(tmp_path / "tokenizer_config.json", type(AutoConfig.for_model("llama")))
+
     fields = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert fields["tokenizer_class"] == "PreTrainedTokenizerFast"
-    assert not {"is_local", "local_files_only"} & fields.keys()
-    # transformers 4 takes none but names for `extra_special_tokens`, and ends with an error where they are a list
-    assert fields["additional_special_tokens"] == ["w7", "w8"] and "extra_special_tokens" not in fields
-    again = AutoTokenizer.from_pretrained(tmp_path)
-    assert type(again) is type(reader) and again.extra_special_tokens == ["w7", "w8"]
-    assert again.backend_tokenizer.to_str() == reader.backend_tokenizer.to_str()
-    assert again.special_tokens_map == reader.special_tokens_map
+    assert fields.keys().isdisjoint({"is_local", "local_files_only"})
+    # transformers 4 raises an error if `extra_special_tokens` is a list.
+    assert fields["additional_special_tokens"] == ["w7", "w8"]
+    assert "extra_special_tokens" not in fields
+
+    reloaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(reloaded) is type(reader)
+    assert reloaded.extra_special_tokens == ["w7", "w8"]
+    assert reloaded.backend_tokenizer.to_str() == reader.backend_tokenizer.to_str()
+    assert reloaded.special_tokens_map == reader.special_tokens_map
 
 
-# --- a record belongs to what it describes: plans, reports and manifests to their model
+# --- plans, reports and manifests belong to the model that they describe
 def test_every_model_is_saved_with_the_records_of_its_own_run(tmp_path):
-    dense, runs = [build("llama-tied", seed) for seed in (0, 1)], []
-    pruners = [StructPruner(config(refit="none", **of)) for of in ({}, {"domains": [DomainConfig("c", documents())]})]
-    for model, pruner in product(dense, pruners):
-        runs.append((model, pruner.prune(model, tokenizer())))
+    dense_models = [build("llama-tied", seed) for seed in (0, 1)]
+    other_text = [DomainConfig("c", documents())]
+    pruners = [StructPruner(config(refit="none")), StructPruner(config(refit="none", domains=other_text))]
+    runs = []
+    for dense, pruner in product(dense_models, pruners):
+        runs.append((dense, pruner.prune(dense, tokenizer())))
+
     for number in (1, 3, 0, 2):
-        model, result = runs[number]
+        dense, result = runs[number]
         folder = tmp_path / str(number)
         result.save(folder)
-        saved = json.loads((folder / "report.json").read_text())
-        assert saved["domains"] == json.loads(json.dumps(result.report.to_dict()["domains"]))
+
+        saved_report = json.loads((folder / "report.json").read_text())
+        assert saved_report["domains"] == json.loads(json.dumps(result.report.to_dict()["domains"]))
         assert Manifest.load(folder) == result.manifest
+
         plan = Plan.load(folder / PLAN_NAME)
-        assert same_weights(without_refit(model, plan), result.model) and plan.sizes["mlp"] == 40
-        for other, other_result in runs:
-            assert (plan.dense == fingerprint(other)) == (other is model)
-            assert plan.dense != fingerprint(other_result.model)
+        assert same_weights(without_refit(dense, plan), result.model)
+        assert plan.sizes["mlp"] == 40
+        for dense_of_run, result_of_run in runs:
+            assert (plan.dense == fingerprint(dense_of_run)) == (dense_of_run is dense)
+            assert plan.dense != fingerprint(result_of_run.model)
+
     result.save(tmp_path / "copy", model=deepcopy(result.model))
-    assert Plan.load(tmp_path / "copy" / PLAN_NAME) == Plan.load(folder / PLAN_NAME)
-    # The plan of a second pruning is for the once pruned model, and both together for the dense one.
+    assert Plan.load(tmp_path / "copy" / PLAN_NAME) == plan
+
+    # The plan of a second pruning belongs to the once pruned model, and both plans together belong to the dense model.
     second = prune(result.model, config(widths={"mlp": 12}), tokenizer())
-    assert second.plan.dense == fingerprint(result.model) and second.plan.sizes["mlp"] == 24
-    assert plan.then(second.plan).dense == fingerprint(model)
+    assert second.plan.dense == fingerprint(result.model)
+    assert second.plan.sizes["mlp"] == 24
+    assert plan.then(second.plan).dense == fingerprint(dense)
 
 
-def test_a_model_of_another_run_is_not_saved(tmp_path):
-    pruner, dense = StructPruner(config(refit="none")), build("llama-tied")
+def test_a_pruner_saves_only_the_model_of_its_last_run(tmp_path):
+    pruner = StructPruner(config(refit="none"))
+    dense = build("llama-tied")
     first = pruner.prune_model(dense, tokenizer())
     last = pruner.prune_model(dense, tokenizer())
     assert pruner.result.model is last
-    for saver, other in ((pruner, dense), (pruner, first), (pruner, deepcopy(last)), (StructPruner(config()), last)):
+
+    unused_pruner = StructPruner(config())
+    for saver, model in ((pruner, dense), (pruner, first), (pruner, deepcopy(last)), (unused_pruner, last)):
         with pytest.raises(StructPruneError, match="is not the model that prune_model returned last"):
-            saver.save(other, tmp_path / "out")
+            saver.save(model, tmp_path / "out")
+
     with pytest.raises(StructPruneError, match="does not have the shapes of the pruned model"):
         pruner.result.save(tmp_path / "out", model=dense)
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_is_hung_on_the_model_but_its_text():
-    dense, before = build("llama-tied"), {*vars(build("llama-tied"))}
-    result = prune(dense, config(), tokenizer())
-    assert {*vars(result.model)} - before == {"text_record"}
+def test_pruning_adds_only_the_record_of_its_text_to_a_model():
+    names_before = set(vars(build("llama-tied")))
+    result = prune(build("llama-tied"), config(), tokenizer())
+    assert set(vars(result.model)) - names_before == {"text_record"}
 
 
 @pytest.mark.slow
-def test_text_that_was_trained_on_is_not_unseen_and_what_the_page_says_repeats_all_of_it(tmp_path, monkeypatch):
+def test_training_text_counts_as_seen_and_the_commands_of_page_and_card_repeat_the_result(tmp_path, monkeypatch):
     save_desk(tmp_path, count=200)
-    for name, seed in (("b", 7), ("c", 9)):
-        write_texts(tmp_path / f"{name}.jsonl", documents(200, seed))
-    training = ["--recovery", "tokens=480", "--recovery", f"domains=[{{name: b, source: {tmp_path / 'b.jsonl'}}}]"]
-    line = f"prune {tmp_path / 'model'} {tmp_path / 'out'} --width mlp=24 --domain a={tmp_path / 'a.jsonl'}"
-    assert main([*f"{line} --seq-length 24 --num-samples 6 --device cpu".split(), *training]) == 0
-    domains = [DomainConfig(name, str(tmp_path / f"{file}.jsonl")) for name, file in (("other", "b"), ("new", "c"))]
+    write_texts(tmp_path / "b.jsonl", documents(200, 7))
+    write_texts(tmp_path / "c.jsonl", documents(200, 9))
+    command = (
+        f"prune {tmp_path / 'model'} {tmp_path / 'out'} --width mlp=24 --domain a={tmp_path / 'a.jsonl'} "
+        "--seq-length 24 --num-samples 6 --device cpu --recovery tokens=480 --recovery"
+    )
+    training_domains = f"domains=[{{name: b, source: {tmp_path / 'b.jsonl'}}}]"
+    assert main(command.split() + [training_domains]) == 0
+    result = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+    # An evaluation on the training text has a warning.
+    domains = [DomainConfig("other", str(tmp_path / "b.jsonl")), DomainConfig("new", str(tmp_path / "c.jsonl"))]
     with pytest.warns(UserWarning, match="documents were trained on, in the training domain 'b'"):
-        found = evaluate(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tokenizer(), domains, seq_length=24)
-    assert found.shared == ["other"]
-    page, card = ((tmp_path / "out" / name).read_text() for name in ("report.html", "README.md"))
-    lines = re.findall(r"structprune (?:prune|recover) [^\n<]*", unescape(page))
-    assert len(lines) == 2
-    monkeypatch.chdir(tmp_path)  # the page has names of folders, and no paths of this machine
-    for line in lines:
-        assert main([*split(line)[1:], "--device", "cpu"]) == 0
-    first, again = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("out", "out-again"))
-    assert same_weights(first, again)
+        evaluation = evaluate(result, tokenizer(), domains, seq_length=24)
+    assert evaluation.shared == ["other"]
+
+    # The page has names of folders instead of paths, so its commands run in the folder of the inputs.
+    page = (tmp_path / "out" / "report.html").read_text()
+    page_commands = re.findall(r"structprune (?:prune|recover) [^\n<]*", unescape(page))
+    assert len(page_commands) == 2
+    monkeypatch.chdir(tmp_path)
+    for line in page_commands:
+        assert main(split(line)[1:] + ["--device", "cpu"]) == 0
+    assert same_weights(result, AutoModelForCausalLM.from_pretrained(tmp_path / "out-again"))
+
     assert "output_dir" not in (tmp_path / "out" / "recovery_config.json").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
     assert "No held-out document was used for anything else." in card
     assert "| b " in card.split("## Recovery")[1].split("## Limits")[0]
-    # The card says it for whoever stands in its folder.
-    commands = re.search(r"```bash\n(.*?)\n```", card, re.DOTALL)[1].splitlines()[:-1]
-    assert len(commands) == 2 and str(tmp_path) not in "".join(commands)
+
+    # The commands of the card run in the folder of the result.
+    card_commands = re.search(r"```bash\n(.*?)\n```", card, re.DOTALL)[1].splitlines()[:-1]
+    assert len(card_commands) == 2
+    assert str(tmp_path) not in "".join(card_commands)
     monkeypatch.chdir(tmp_path / "out")
     for file in ("a.jsonl", "b.jsonl"):
         shutil.copy(tmp_path / file, file)
-    for line in commands:
-        assert main([str(tmp_path / "model") if word == "model" else word for word in split(line)[1:]]) == 0
-    assert same_weights(first, AutoModelForCausalLM.from_pretrained("again"))
+    for line in card_commands:
+        arguments = [str(tmp_path / "model") if word == "model" else word for word in split(line)[1:]]
+        assert main(arguments) == 0
+    assert same_weights(result, AutoModelForCausalLM.from_pretrained("again"))

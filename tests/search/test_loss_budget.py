@@ -1,4 +1,4 @@
-"""A size that is found by its loss: how near the search comes, the text that it is judged on, and what is refused."""
+"""A search for the largest cut within a loss comes near it, is judged on unseen text, and refuses unusable inputs."""
 
 from dataclasses import replace
 from math import inf
@@ -37,109 +37,155 @@ from optimum_structprune.domains.manifest import EARLIER, Manifest
 from optimum_structprune.search.loss_budget import LOSS_OF_COSINE, MOST_TRIALS, largest_cut
 
 
-def pruned(model, limit, inplace=False, **fields):
-    asked = config(**{"widths": None, "budget": {"loss": limit}, "targets": ("mlp",), **fields})
-    return prune(model, asked, tokenizer(), inplace=inplace)
+def prune_within(model, limit, **fields):
+    """Prune a model as far as a limit of its loss allows."""
+    options = {"widths": None, "budget": {"loss": limit}, "targets": ("mlp",)}
+    options.update(fields)
+    return prune(model, config(**options), tokenizer(), inplace=False)
 
 
 @given(
-    st.floats(1, 3), st.sampled_from([0.01, 0.02, 0.1]), st.floats(0.01, 0.4), st.floats(0, 0.3), st.floats(0.25, 4)
+    power=st.floats(1, 3),
+    limit=st.sampled_from([0.01, 0.02, 0.1]),
+    extra_share=st.floats(0.01, 0.4),
+    free_share=st.floats(0, 0.3),
+    factor=st.floats(0.25, 4),
 )
-def test_a_few_trials_come_near_the_largest_cut(power, limit, most, free, factor):
-    """Of losses that grow with a power of what goes beyond a part that is free; no more than nine tenths can go."""
-    tried = []
+def test_a_few_trials_come_near_the_largest_cut(power, limit, extra_share, free_share, factor):
+    """Removal is free up to a share, the loss is a power of any further share, and more than 0.9 cannot be removed."""
+    largest_share = free_share + extra_share
+    tried_shares = []
 
     def measure(share):
-        tried.append(share)
-        return inf if share > 0.9 else limit * (max(share - free, 0) / most) ** power
+        tried_shares.append(share)
+        if share > 0.9:
+            return inf
+        return limit * (max(share - free_share, 0) / extra_share) ** power
 
-    losses = largest_cut(measure, limit, first=min(factor * (free + most), 0.9))
-    met = max(share for share, loss in losses.items() if loss <= limit)
-    assert len(tried) == len({*tried}) and sum(losses[share] < inf for share in tried) <= MOST_TRIALS
-    assert 0.5 * min(0.9, free + most) <= met <= free + most
+    losses = largest_cut(measure, limit, first=min(factor * largest_share, 0.9))
+
+    assert len(tried_shares) == len(set(tried_shares))
+    assert sum(losses[share] < inf for share in tried_shares) <= MOST_TRIALS
+    best_share = max(share for share, loss in losses.items() if loss <= limit)
+    assert 0.5 * min(0.9, largest_share) <= best_share <= largest_share
 
 
-def test_the_last_pruning_is_judged_on_text_that_chose_nothing():
+def test_the_final_pruning_is_judged_on_text_that_chose_no_size():
     model = prune_model(build("llama-tied"), config(widths={"attention": 2}), tokenizer())
-    before, seen = {name: tensor.clone() for name, tensor in model.state_dict().items()}, Manifest.seen_by(model)
-    result = pruned(model, 0.05)
-    report, wish = result.report, result.report.wish
-    assert wish["loss"] == 0.05
-    met = max(one["removed"] for one in wish["trials"] if max(one["your domains"][0], one["unseen text"][0]) <= 0.05)
-    assert 1 - report.pruned.parameters / report.dense.parameters == pytest.approx(met, abs=0.001)
-    chosen = {name for entry in result.manifest.of_use(EARLIER) for name in entry.probe_documents}
-    entries = [entry for entry in result.manifest.domains if entry.use != EARLIER]
-    assert chosen and not chosen & {name for entry in entries for name in entry.heldout_documents}
-    # What is saved names the size that was found.
+    weights_before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    manifest_before = Manifest.seen_by(model)
+
+    result = prune_within(model, 0.05)
+
+    report = result.report
+    assert report.wish["loss"] == 0.05
+    shares_within_loss = []
+    for trial in report.wish["trials"]:
+        if trial["your domains"][0] <= 0.05 and trial["unseen text"][0] <= 0.05:
+            shares_within_loss.append(trial["removed"])
+    removed_share = 1 - report.pruned.parameters / report.dense.parameters
+    assert removed_share == pytest.approx(max(shares_within_loss), abs=0.001)
+
+    probe_documents = set()
+    for entry in result.manifest.of_use(EARLIER):
+        probe_documents.update(entry.probe_documents)
+    assert probe_documents
+    for entry in result.manifest.domains:
+        if entry.use != EARLIER:
+            assert probe_documents.isdisjoint(entry.heldout_documents)
+
+    # The saved config names the size that the search has chosen.
     (size,) = result.config.budget.values()
     assert result.model.num_parameters() <= size
-    assert {pair for pair in seen.uses().items() if pair[0] not in chosen} <= {*result.manifest.uses().items()}
-    # The dense model is as it was, and has seen no more.
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    assert Manifest.seen_by(model) is seen
+    uses_before = {pair for pair in manifest_before.uses().items() if pair[0] not in probe_documents}
+    assert uses_before.issubset(result.manifest.uses().items())
+
+    # The dense model has the same weights, and its manifest has no new text.
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(weights_before[name], tensor)
+    assert Manifest.seen_by(model) is manifest_before
 
 
 @pytest.mark.slow
-def test_tokens_go_in_place_and_their_trials_share_the_weights():
+def test_tokens_are_removed_in_place_and_their_trials_share_the_weights():
     model, reader = real_text_model()
-    asked = fewer_tokens(widths=None, budget={"loss": 0.5}, targets=("vocab",), round_to=1)
-    result = prune(model, asked, reader, inplace=True)
+    settings = fewer_tokens(widths=None, budget={"loss": 0.5}, targets=("vocab",), round_to=1)
+    result = prune(model, settings, reader, inplace=True)
+
     assert result.model is model
-    kept = result.plan.keep[MODEL, VOCAB]
-    assert len(kept) == model.config.vocab_size < len(reader)
-    # The rows that are left are the dense model's own, whatever the trials have cut.
-    dense = real_text_model()[0].get_input_embeddings().weight
-    assert torch.equal(model.get_input_embeddings().weight, dense[[*kept]])
+    kept_tokens = result.plan.keep[MODEL, VOCAB]
+    assert len(kept_tokens) == model.config.vocab_size < len(reader)
+
+    # The trials have removed rows too, but the remaining rows still are rows of the dense model.
+    dense_model, _ = real_text_model()
+    dense_rows = dense_model.get_input_embeddings().weight
+    assert torch.equal(model.get_input_embeddings().weight, dense_rows[list(kept_tokens)])
 
 
-def test_an_encoder_loses_ten_times_what_its_cosine_lacks():
-    report = pruned(build("bert"), 0.02).report
+def test_the_loss_of_an_encoder_is_ten_times_the_distance_of_its_cosine_from_1():
+    report = prune_within(build("bert"), 0.02).report
     cosines = [domain.vectors.cosine.pruned for domain in report.domains.values()]
-    assert report.wish["measured"]["your domains"][0] == pytest.approx(10 * (1 - sum(cosines) / len(cosines)))
-    assert min(cosines) >= 0.99 and "Target loss 2.0%" in str(report)
+
+    loss = report.wish["measured"]["your domains"][0]
+    assert loss == pytest.approx(10 * (1 - sum(cosines) / len(cosines)))
+    assert min(cosines) >= 0.99
+    assert "Target loss 2.0%" in str(report)
 
 
-def test_a_wish_that_nothing_meets_names_the_smallest_loss():
+def test_a_loss_that_no_cut_meets_is_refused():
     with pytest.raises(StructPruneError, match="loss=1e-12 cannot be met"):
-        pruned(build("bert"), 1e-12)
-    # Each size is tried once, whatever share was asked for.
-    trying = patch.object(StructPruner, "prune", autospec=True, side_effect=StructPruner.prune)
-    with trying as tried, pytest.raises(StructPruneError, match=r"cut that was tried, 34\.18% of the parameters"):
-        pruned(build("bert"), 1e-12, targets=("layer",))
-    assert tried.call_count == 1
+        prune_within(build("bert"), 1e-12)
 
 
-def test_text_of_one_document_meets_no_small_wish():
-    texts = [DomainConfig(name="a", source=[" ".join(documents(40, seed=seed)) for seed in (0, 1)])]
+def test_a_size_is_tried_once_even_if_several_shares_lead_to_it():
+    trials = patch.object(StructPruner, "prune", autospec=True, side_effect=StructPruner.prune)
+    message = r"cut that was tried, 34\.18% of the parameters"
+    with trials as prune_calls, pytest.raises(StructPruneError, match=message):
+        prune_within(build("bert"), 1e-12, targets=("layer",))
+    assert prune_calls.call_count == 1
+
+
+def test_one_document_of_text_is_too_little_for_a_small_loss():
+    texts = [" ".join(documents(40, seed=seed)) for seed in (0, 1)]
     with pytest.raises(StructPruneError, match="loss=0.05 cannot be met.*more text"):
-        pruned(build("llama-tied"), 0.05, domains=texts)
+        prune_within(build("llama-tied"), 0.05, domains=[DomainConfig(name="a", source=texts)])
 
 
 @pytest.mark.parametrize(
     ("target", "fields"), [("mlp", {"intermediate_size": 1}), ("attention", {"num_key_value_heads": 1})]
 )
-def test_a_loss_without_anything_to_remove_is_refused_by_its_own_name(target, fields):
-    """The size that a search begins with is no setting of the user."""
-    model = random_model(AutoModelForCausalLM, "llama", {**GROUPED, **fields})
-    asked = config(widths=None, budget={"loss": 0.02}, targets=(target,))
+def test_a_model_without_anything_to_remove_is_refused_by_the_name_of_the_loss(target, fields):
+    """The error does not mention the size that the search begins with, because no user has set it."""
+    model = random_model(AutoModelForCausalLM, "llama", GROUPED | fields)
+    settings = config(widths=None, budget={"loss": 0.02}, targets=(target,))
     with pytest.raises(StructPruneError) as refusal:
-        prune_model(model, asked, tokenizer())
-    assert "budget loss=0.02" in str(refusal.value) and "parameters=" not in str(refusal.value)
-    assert "target 'layer' alone" in str(refusal.value)
+        prune_model(model, settings, tokenizer())
+
+    message = str(refusal.value)
+    assert "budget loss=0.02" in message
+    assert "parameters=" not in message
+    assert "target 'layer' alone" in message
 
 
-def test_what_measures_no_loss_on_text_is_refused():
+def test_models_and_calls_without_a_loss_on_text_are_refused():
     model = build("llama-tied")
-    asked = config(widths=None, budget={"loss": 0.02})
+    settings = config(widths=None, budget={"loss": 0.02})
     with pytest.raises(StructPruneError, match="a dry run has no trials"):
-        dry_run(model.config, asked)
+        dry_run(model.config, settings)
     with pytest.raises(StructPruneError, match="which `inputs` are not"):
-        prune_model(model, asked, tokenizer(), inputs={"a": token_ids(30, 12)})
-    speech = random_model(WhisperForConditionalGeneration, "whisper", {**TOKENS, **BART})
-    with pytest.raises(StructPruneError, match="this model needs other inputs too"):
-        prune_model(speech, replace(asked, targets=("vocab",)), tokenizer())
+        prune_model(model, settings, tokenizer(), inputs={"a": token_ids(30, 12)})
     with pytest.raises(StructPruneError, match=r"needs trial prunings. Call `prune\("):
-        StructPruner(asked).prune_model(model, tokenizer())
+        StructPruner(settings).prune_model(model, tokenizer())
+
+    speech_model = random_model(WhisperForConditionalGeneration, "whisper", TOKENS | BART)
+    with pytest.raises(StructPruneError, match="this model needs other inputs too"):
+        prune_model(speech_model, replace(settings, targets=("vocab",)), tokenizer())
+
+
+def test_a_loss_of_1_or_more_is_refused():
     with pytest.raises(StructPruneError, match="less than 1"):
         config(widths=None, budget={"loss": 2})
+
+
+def test_the_docstring_names_the_cosine_of_a_loss():
     assert f"is at least {1 - 0.02 / LOSS_OF_COSINE:g}." in str(StructPruneConfig.__doc__)

@@ -1,4 +1,4 @@
-"""Widths by measured losses: what is tried, what is taken, and that losses are measured once."""
+"""The allocation `sensitivity` tries and chooses widths by measured losses, and measures each loss once."""
 
 import json
 from copy import deepcopy
@@ -20,115 +20,184 @@ def model():
     return three_layers()
 
 
-def pruned(model, options=None, **fields):
-    before, pruner = deepcopy(model), StructPruner(config(**{"num_samples": 4, **fields}), options)
+def prune_copy(model, options=None, **fields):
+    """Return a pruner and the model that it has pruned, after a check that the original has not changed."""
+    original = deepcopy(model)
+    fields.setdefault("num_samples", 4)
+    pruner = StructPruner(config(**fields), options)
+
     small = pruner.prune_model(model, tokenizer())
-    assert count_hooks(model) == 0 and same_weights(model, before)
+
+    assert count_hooks(model) == 0
+    assert same_weights(model, original)
     return pruner, small
 
 
 @pytest.mark.slow
-def test_the_shape_with_the_smallest_loss_on_trial_is_taken(model, tmp_path):
-    pruner, small = pruned(model, sparsity=0.3, round_to=4, allocation="sensitivity")
+def test_the_shape_with_the_smallest_trial_loss_is_chosen(model, tmp_path):
+    pruner, small = prune_copy(model, sparsity=0.3, round_to=4, allocation="sensitivity")
+
     shapes = pruner.report.shapes
+    assert len(shapes) > 1
     assert [shape for shape in shapes if shape["chosen"]] == [min(shapes, key=lambda shape: shape["loss"])]
-    assert len(shapes) > 1 and pruner.report.sparsity > 0.27
+    assert pruner.report.sparsity > 0.27
     pruner.save(small, tmp_path / "out", tokenizer=tokenizer())
 
 
-def test_what_shrinks_by_default_is_what_the_model_has():
-    pruner, _ = pruned(build("olmoe"), sparsity=0.3, allocation="sensitivity")
+def test_the_default_targets_are_spaces_of_the_model():
+    pruner, _ = prune_copy(build("olmoe"), sparsity=0.3, allocation="sensitivity")
     assert set(pruner.plan.widths()) == {"mlp"}
 
 
-@pytest.mark.parametrize("better", [0, 2])
-def test_measured_widths_are_taken_only_where_they_are_better(model, better, monkeypatch):
-    """Whichever shape loses least when all are pruned on trial."""
-    measure, fake = trials.Probe.losses, (torch.tensor([1.0, 1.0 - 0.5 * (number == better)]) for number in range(3))
-    monkeypatch.setattr(trials.Probe, "losses", lambda self, model=None: next(fake) if model else measure(self))
-    pruner, small = pruned(model, widths={"mlp": 24}, allocation="sensitivity", round_to=1)
-    assert [one["proposed_by"] for one in pruner.report.shapes] == ["each layer", "halfway", "one width"]
-    assert small.config.is_heterogeneous == (not better) and pruner.report.shapes[better]["chosen"]
+@pytest.mark.parametrize("best", [0, 2])
+def test_widths_by_layer_are_chosen_only_if_their_trial_loss_is_smaller(model, best, monkeypatch):
+    measure = trials.Probe.losses
+    # The losses of two domains in the trial of each shape.
+    trial_losses = [torch.tensor([1.0, 1.0]) for _ in range(3)]
+    trial_losses[best] = torch.tensor([1.0, 0.5])
+    remaining_losses = iter(trial_losses)
+
+    def losses(self, model=None):
+        if model is None:
+            return measure(self)
+        return next(remaining_losses)
+
+    monkeypatch.setattr(trials.Probe, "losses", losses)
+    pruner, small = prune_copy(model, widths={"mlp": 24}, allocation="sensitivity", round_to=1)
+
+    shapes = pruner.report.shapes
+    assert [shape["proposed_by"] for shape in shapes] == ["each layer", "halfway", "one width"]
+    assert shapes[best]["chosen"]
+    assert small.config.is_heterogeneous == (best == 0)
 
 
-def test_a_layer_that_is_next_to_one_width_stays_there_halfway(model):
-    """Where that width is no multiple of `round_to`, none may lie between it and a layer's own."""
-    asked = config(widths={"mlp": 20}, allocation="sensitivity", round_to=8)
-    dear, middle, cheap = [100.0] * 40, [1.0] * 24 + [100.0] * 16, [0.1] * 32 + [100.0] * 8
-    curves = {(layer, "mlp"): [sum(each[:n]) for n in range(41)] for layer, each in enumerate([dear, middle, cheap])}
-    shapes = sensitivity.Search(model, describe(model), data_of(asked), asked).candidates(curves)
-    widths = {candidate.name: candidate.widths["mlp"] for candidate in shapes}
-    assert widths["each layer"] == {0: 40, 1: 16, 2: 8} and widths["halfway"] == {0: 32, 1: 16, 2: 16}
+def test_the_halfway_shape_keeps_the_width_of_a_layer_that_is_next_to_the_uniform_width(model):
+    """If the uniform width is no multiple of `round_to`, no legal width may lie between it and the layer's width."""
+    settings = config(widths={"mlp": 20}, allocation="sensitivity", round_to=8)
+    unit_losses = [
+        [100.0] * 40,
+        [1.0] * 24 + [100.0] * 16,
+        [0.1] * 32 + [100.0] * 8,
+    ]
+    curves = {}
+    for layer, losses in enumerate(unit_losses):
+        curves[layer, "mlp"] = [sum(losses[:removed]) for removed in range(41)]
+
+    search = sensitivity.Search(model, describe(model), data_of(settings), settings)
+    widths = {candidate.name: candidate.widths["mlp"] for candidate in search.candidates(curves)}
+
+    assert widths["each layer"] == {0: 40, 1: 16, 2: 8}
+    assert widths["halfway"] == {0: 32, 1: 16, 2: 16}
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5])
-def test_widths_by_measured_loss_are_within_a_step_of_the_best(model, share):
-    """Against all widths of three layers, with losses that grow faster than the units removed."""
+def test_widths_by_measured_losses_are_within_a_step_of_the_best_widths(model, share):
+    """The best widths of three layers are found by enumeration. Losses grow faster than the number of units."""
     arch = describe(model)
-    asked = config(sparsity=share, widths=None, allocation="sensitivity", round_to=10, targets=("mlp", "attention"))
-    price = {(space.layer, space.kind): space.unit_params for space in arch.spaces}
+    settings = config(sparsity=share, widths=None, allocation="sensitivity", round_to=10, targets=("mlp", "attention"))
+    unit_params = {(space.layer, space.kind): space.unit_params for space in arch.spaces}
     sizes = {(space.layer, space.kind): space.width for space in arch.spaces}
-    curves = {
-        (layer, name): [(1 + layer) * (gone / size) ** (1.5 + layer / 2) for gone in range(size + 1)]
-        for (layer, name), size in sizes.items()
-    }
+    curves = {}
+    for (layer, name), size in sizes.items():
+        power = 1.5 + layer / 2
+        curves[layer, name] = [(1 + layer) * (units / size) ** power for units in range(size + 1)]
 
-    def outcome(widths):
-        gone = {key: sizes[key] - width for key, width in widths.items()}
-        return sum(price[key] * units for key, units in gone.items()), sum(curves[key][gone[key]] for key in gone)
+    def cost(widths):
+        """Return the number of removed parameters and the loss of some widths."""
+        removed_params = 0
+        loss = 0.0
+        for key, width in widths.items():
+            units = sizes[key] - width
+            removed_params += unit_params[key] * units
+            loss += curves[key][units]
+        return removed_params, loss
 
-    shape = sensitivity.Search(model, arch, data_of(asked), asked).candidates(curves)[0]
-    found = {key: shape.widths[key[1]][key[0]] for key in sizes}
-    removed, loss = outcome(found)
-    assert shape.name == "each layer" and shape.predicted_loss == pytest.approx(loss)
-    may = {key: (40, 30, 20, 10) if key[1] == "mlp" else (4, 3, 2, 1) for key in sizes}
-    every = [outcome(dict(zip(may, widths, strict=True))) for widths in product(*may.values())]
-    narrower = [{**found, key: of[of.index(found[key]) + 1]} for key, of in may.items() if found[key] > of[-1]]
-    steps = [outcome(widths)[1] - loss for widths in narrower]
-    least = min(other for other_removed, other in every if other_removed >= removed)
-    assert loss <= least + max(steps)
-    half_a_step = min(units * price[key] for key, units in ((key, 10 if key[1] == "mlp" else 1) for key in sizes)) / 2
-    assert abs(removed - share * sum(arch.layer_params)) <= half_a_step
+    shape = sensitivity.Search(model, arch, data_of(settings), settings).candidates(curves)[0]
+    chosen = {(layer, name): shape.widths[name][layer] for layer, name in sizes}
+    removed_params, loss = cost(chosen)
+    assert shape.name == "each layer"
+    assert shape.predicted_loss == pytest.approx(loss)
+
+    legal_widths = {}
+    for layer, name in sizes:
+        if name == "mlp":
+            legal_widths[layer, name] = (40, 30, 20, 10)
+        else:
+            legal_widths[layer, name] = (4, 3, 2, 1)
+
+    losses_of_steps = []
+    for key, legal in legal_widths.items():
+        if chosen[key] > legal[-1]:
+            next_width = legal[legal.index(chosen[key]) + 1]
+            _, loss_after_step = cost(chosen | {key: next_width})
+            losses_of_steps.append(loss_after_step - loss)
+
+    losses_of_shapes = []
+    for widths in product(*legal_widths.values()):
+        params_of_shape, loss_of_shape = cost(dict(zip(legal_widths, widths, strict=True)))
+        if params_of_shape >= removed_params:
+            losses_of_shapes.append(loss_of_shape)
+    assert loss <= min(losses_of_shapes) + max(losses_of_steps)
+
+    units_of_step = {"mlp": 10, "attention": 1}
+    params_of_steps = [units_of_step[name] * params for (_, name), params in unit_params.items()]
+    assert abs(removed_params - share * sum(arch.layer_params)) <= min(params_of_steps) / 2
 
 
-@pytest.mark.parametrize("budget", [{"cache_bytes_per_token": 260}, {"parameters": 14_000}])
-def test_a_budget_is_kept_whatever_it_limits(model, budget):
-    pruner, small = pruned(model, widths=None, budget=budget, round_to=1, allocation="sensitivity")
-    heads = [len(pruner.plan.keep.get((layer, "attention"), range(4))) for layer in range(3)]
-    # Keys and values of each head, 4 numbers of 4 bytes.
-    cached = sum(heads) * 2 * 4 * 4
-    if "parameters" in budget:
-        largest_unit = max(space.unit_params for space in describe(model).spaces)
-        assert 14_000 - largest_unit < small.num_parameters() <= 14_000
-    else:
-        assert 260 - 2 * 4 * 4 < cached <= 260
+def test_a_budget_of_parameters_is_met(model):
+    fields = {"widths": None, "round_to": 1, "allocation": "sensitivity"}
+    _, small = prune_copy(model, budget={"parameters": 14_000}, **fields)
+    largest_unit = max(space.unit_params for space in describe(model).spaces)
+    assert 14_000 - largest_unit < small.num_parameters() <= 14_000
+
+
+def test_a_budget_of_the_cache_is_met(model):
+    fields = {"widths": None, "round_to": 1, "allocation": "sensitivity"}
+    pruner, _ = prune_copy(model, budget={"cache_bytes_per_token": 260}, **fields)
+
+    num_heads = 0
+    for layer in range(3):
+        num_heads += len(pruner.plan.keep.get((layer, "attention"), range(4)))
+    # Each head has a key and a value of 4 numbers with 4 bytes.
+    bytes_per_head = 2 * 4 * 4
+    assert 260 - bytes_per_head < num_heads * bytes_per_head <= 260
 
 
 @pytest.mark.slow
 def test_losses_are_measured_once_for_all_targets(model, tmp_path, monkeypatch):
     fields = {"allocation": "sensitivity", "round_to": 4, "options": RunOptions(checkpoint_dir=str(tmp_path))}
-    first = pruned(model, sparsity=0.2, **fields)[0]
+    first, _ = prune_copy(model, sparsity=0.2, **fields)
     (path,) = tmp_path.glob("losses-*")
     rows = json.loads(path.read_text())["values"]["losses"]
-    assert {(layer, name) for layer, name, _ in rows} == {*product(range(3), ("mlp", "attention"))}
+    assert {(layer, name) for layer, name, _ in rows} == set(product(range(3), ("mlp", "attention")))
 
     monkeypatch.setattr(trials, "trial_losses", Mock(side_effect=AssertionError("measured again")))
-    assert pruned(model, sparsity=0.2, **fields)[0].plan == first.plan
-    assert pruned(model, sparsity=0.5, **fields)[0].plan != first.plan
-    # Other text, or another way to prune, is measured anew.
-    other = [DomainConfig(name="a", source=documents(seed=5)), DomainConfig(name="b", source=documents(seed=6))]
-    for changed in ({"domains": other}, {"error_feedback": 0.25}):
-        with pytest.raises(AssertionError, match="measured again"):
-            pruned(model, sparsity=0.2, **fields, **changed)
+    second, _ = prune_copy(model, sparsity=0.2, **fields)
+    assert second.plan == first.plan
+    sparser, _ = prune_copy(model, sparsity=0.5, **fields)
+    assert sparser.plan != first.plan
+
+    # Other text or another refit needs new measurements.
+    other_text = [DomainConfig(name="a", source=documents(seed=5)), DomainConfig(name="b", source=documents(seed=6))]
+    with pytest.raises(AssertionError, match="measured again"):
+        prune_copy(model, sparsity=0.2, domains=other_text, **fields)
+    with pytest.raises(AssertionError, match="measured again"):
+        prune_copy(model, sparsity=0.2, error_feedback=0.25, **fields)
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_goes_on_at_the_next_layer(model, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_at_the_next_layer(model, tmp_path, monkeypatch):
     fields = {"sparsity": 0.2, "round_to": 4, "allocation": "sensitivity"}
+    options = RunOptions(checkpoint_dir=str(tmp_path))
+    measure = trials.trial_losses
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trials, "trial_losses", failing(trials.trial_losses, 4, KeyboardInterrupt()))
-        pruned(model, **fields, options=RunOptions(checkpoint_dir=str(tmp_path)))
-    monkeypatch.setattr(trials, "trial_losses", again := Mock(side_effect=trials.trial_losses))
-    resumed = pruned(model, **fields, options=RunOptions(checkpoint_dir=str(tmp_path)))[0]
-    assert again.call_count == 4, "two trials of each of the two layers that are left"
-    assert resumed.plan == pruned(model, **fields)[0].plan
+        patch.setattr(trials, "trial_losses", failing(measure, 4, KeyboardInterrupt()))
+        prune_copy(model, options, **fields)
+
+    measurements = Mock(side_effect=measure)
+    monkeypatch.setattr(trials, "trial_losses", measurements)
+    resumed, _ = prune_copy(model, options, **fields)
+    assert measurements.call_count == 4, "two trials of each of the two layers that are left"
+
+    uninterrupted, _ = prune_copy(model, **fields)
+    assert resumed.plan == uninterrupted.plan
