@@ -1,4 +1,4 @@
-"""What flags show to be wrong is refused before torch is imported, what a config shows, before weights are read."""
+"""Test that commands check flags before they import torch, and configs before they read weights."""
 
 import json
 import sys
@@ -14,38 +14,50 @@ from optimum_structprune.commands.cli import main
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A text, and a model of which all is there but the weights."""
+    """Write texts, configs and models without weights into a folder."""
     folder = save_desk(tmp_path_factory.mktemp("checks"))
     (folder / "model" / "model.safetensors").unlink()
-    (folder / "full").mkdir()
-    (folder / "full" / "mine.txt").write_text("mine")
-    (folder / "own.yaml").write_text("- model_types: 3\n")
-    (folder / "empty.txt").touch()
-    (folder / "columns.jsonl").write_text('{"texts": "one two"}\n')
-    other, reader = with_tokens(build("llama-tied"), tokenizer(), [0, 1, 2, *range(95, 2, -1)])
-    save_with_tokenizer(other, folder / "other", reader)
+
+    files = {
+        "full/mine.txt": "mine",
+        "own.yaml": "- model_types: 3\n",
+        "run.yaml": "num_samples: many\n",
+        "twice.yaml": "seed: 1\nrounds: 2\nseed: 3\n",
+        "huge.yaml": "[" * 300_000,
+        "misspelt.yaml": "sparsiti: 0.2\n",
+        "empty.txt": "",
+        "columns.jsonl": '{"texts": "one two"}\n',
+        "adapter/adapter_config.json": "{}",
+        "parts/0_Transformer/config.json": "{}",
+    }
+    put_into(folder, files)
+
+    # The same words have other ids in this model.
+    ids = [0, 1, 2] + list(range(95, 2, -1))
+    renumbered, reader = with_tokens(build("llama-tied"), tokenizer(), ids)
+    save_with_tokenizer(renumbered, folder / "other", reader)
     (folder / "other" / "model.safetensors").unlink()
     XGLMConfig(d_model=8, num_layers=1, attention_heads=2).save_pretrained(folder / "other-kind")
-    for name in ("adapter/adapter_config.json", "outside/config.json", "parts/0_Transformer/config.json"):
-        (folder / name).parent.mkdir(parents=True)
-        (folder / name).write_text("{}")
+
+    # A folder of sentence-transformers with one encoder for queries and another one for documents.
     router = [{"path": "", "type": "sentence_transformers.models.Router"}]
-    for name in ("query_0_SparseStaticEmbedding", "document_0_MLMTransformer"):
-        model_type = {"model_type": "bert"} if name.startswith("document") else {}
-        put_into(folder / "routed" / name, {"config.json": json.dumps(model_type)})
-    put_into(folder / "routed", {"modules.json": json.dumps(router)})
+    files = {
+        "modules.json": json.dumps(router),
+        "query_0_SparseStaticEmbedding/config.json": "{}",
+        "document_0_MLMTransformer/config.json": '{"model_type": "bert"}',
+    }
+    put_into(folder / "routed", files)
+
     index = {"weight_map": {"a": "a.safetensors", "b": "../elsewhere.safetensors"}}
-    (folder / "outside" / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "run.yaml").write_text("num_samples: many\n")
-    (folder / "twice.yaml").write_text("seed: 1\nrounds: 2\nseed: 3\n")
-    (folder / "huge.yaml").write_text("[" * 300_000)
-    (folder / "misspelt.yaml").write_text("sparsiti: 0.2\n")
+    put_into(folder / "outside", {"config.json": "{}", "model.safetensors.index.json": json.dumps(index)})
     return folder
 
 
-PRUNE, RECOVER = "prune model out", "recover model out"
+PRUNE = "prune model out"
+RECOVER = "recover model out"
 SHARE = f"{PRUNE} --sparsity 0.2"
-FLAGS = [
+# Command lines with a wrong flag, and a part of the error message.
+FLAG_ERRORS = [
     ("prune /no/where out --sparsity 0.2", "'/no/where' cannot be loaded: there is no such folder"),
     ("prune full out --sparsity 0.2", "the folder holds no config.json."),
     ("prune parts out --sparsity 0.2", "the folder holds no config.json, and parts/0_Transformer does."),
@@ -108,8 +120,8 @@ FLAGS = [
         "argument --limit: expected a whole number from 1 to 10**12, got '0'",
     ),
 ]
-# What the model's config shows.
-MODEL = [
+# Command lines that contradict the config of the model, and a part of the error message.
+CONFIG_ERRORS = [
     ("plan model --width mlp=24 --offload disk", "`--offload` changes the memory that `--cost` counts. Add `--cost`"),
     ("plan other-kind --width mlp=4", "'xglm' is not described"),
     (f"{PRUNE} --width mpl=24", "has no space 'mpl' to prune. Did you mean 'mlp'?"),
@@ -137,13 +149,19 @@ MODEL = [
 ]
 
 
-@pytest.mark.parametrize(("line", "message"), MODEL)
-def test_what_a_config_refuses_is_refused_without_weights(folder, line, message, capsys, monkeypatch):
+@pytest.mark.parametrize(("line", "message"), CONFIG_ERRORS)
+def test_an_error_in_the_config_is_reported_without_weights(folder, line, message, capsys, monkeypatch):
     monkeypatch.chdir(folder)
-    assert main(split(line) if "--seq-length" in line else [*split(line), "--seq-length", "24"]) == 2
-    said = capsys.readouterr().err.splitlines()
-    errors = [text for text in said if text.startswith("structprune: error: ")]
-    assert len(errors) == 1 and message in errors[0], said
+    arguments = split(line)
+    if "--seq-length" not in line:
+        arguments += ["--seq-length", "24"]
+
+    assert main(arguments) == 2
+
+    output = capsys.readouterr().err.splitlines()
+    errors = [text for text in output if text.startswith("structprune: error: ")]
+    assert len(errors) == 1, output
+    assert message in errors[0], output
     assert not (folder / "out").exists()
 
 
@@ -152,13 +170,20 @@ def test_what_a_config_refuses_is_refused_without_weights(folder, line, message,
     ("broken.csv", "line 3 has more fields"),
     ("broken.parquet", "cannot be read"),
 ])  # fmt: skip
-def test_a_file_that_cannot_be_read_is_one_line_on_stderr(folder, file, message, capfd, monkeypatch):
+def test_an_unreadable_file_is_reported_in_one_line(folder, file, message, capfd, monkeypatch):
+    contents = {
+        "broken.jsonl": '{"text": "a"}\n{"te',
+        "broken.csv": "text\na\nb,c\n",
+        "broken.parquet": "PAR1",
+    }
     monkeypatch.chdir(folder)
-    contents = {"jsonl": '{"text": "a"}\n{"te', "csv": "text\na\nb,c\n", "parquet": "PAR1"}
-    (folder / file).write_text(contents[file.partition(".")[2]])
+    (folder / file).write_text(contents[file])
+
     assert main(split(f"{SHARE} --quiet --seq-length 24 --text {file}")) == 2
+
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith(f"structprune: error: The domain 'broken': {file} cannot be read: ") and message in line
+    assert line.startswith(f"structprune: error: The domain 'broken': {file} cannot be read: ")
+    assert message in line
 
 
 SCRIPT = """
@@ -168,24 +193,30 @@ from io import StringIO
 from shlex import split
 from optimum_structprune.commands.cli import main
 
+HEAVY = {"torch", "transformers", "datasets"}
+
 os.chdir(sys.argv[2])
-found = []
+outcomes = []
 for line in json.loads(sys.argv[1]):
-    said = StringIO()
-    with redirect_stderr(said):
+    errors = StringIO()
+    with redirect_stderr(errors):
         try:
             code = main(split(line))
         except SystemExit as end:
             code = end.code
-    found.append([code, said.getvalue(), sorted({"torch", "transformers", "datasets"} & {*sys.modules})])
-print(json.dumps(found))
+    outcomes.append([code, errors.getvalue(), sorted(HEAVY & set(sys.modules))])
+print(json.dumps(outcomes))
 """
 
 
-def test_what_flags_refuse_is_refused_without_torch(folder):
-    found = json.loads(ran([sys.executable, "-c", SCRIPT, json.dumps([line for line, _ in FLAGS]), folder]))
-    for (line, message), (code, said, imported) in zip(FLAGS, found, strict=True):
-        assert code == 2 and message in said, (line, said)
-        assert said.count("\n") <= 4 and "Validation error" not in said, said
-        assert not imported, line
+def test_wrong_flags_are_reported_without_torch(folder):
+    lines = [line for line, _ in FLAG_ERRORS]
+    outcomes = json.loads(ran([sys.executable, "-c", SCRIPT, json.dumps(lines), folder]))
+
+    for (line, message), (code, output, heavy_imports) in zip(FLAG_ERRORS, outcomes, strict=True):
+        assert code == 2, (line, output)
+        assert message in output, (line, output)
+        assert output.count("\n") <= 4, output
+        assert "Validation error" not in output, output
+        assert not heavy_imports, line
     assert not (folder / "out").exists()

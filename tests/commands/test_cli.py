@@ -1,4 +1,4 @@
-"""The command line, through both names, as a user calls it."""
+"""Test the command line through both of its names."""
 
 import json
 import subprocess
@@ -20,80 +20,101 @@ def folder(tmp_path_factory):
     return save_desk(tmp_path_factory.mktemp("cli"))
 
 
-def command(folder, *extra, at=None):
-    """A pruning on the text of the folder; `at` is where the model lies and the result goes, by default the same."""
-    paths = [str((at or folder) / name) for name in ("model", "out")]
-    short = ["--num-samples", "6", "--seq-length", "24", "--device", "cpu"]
-    return ["prune", *paths, "--domain", f"a={folder / 'a.jsonl'}", *short, *extra]
+def prune_command(folder, *flags, model_folder=None):
+    """Return the arguments that prune `model` into `out`, both in `model_folder`, on the text of `folder`."""
+    if model_folder is None:
+        model_folder = folder
+    paths = [str(model_folder / "model"), str(model_folder / "out")]
+    text = ["--domain", f"a={folder / 'a.jsonl'}", "--num-samples", "6", "--seq-length", "24"]
+    return ["prune"] + paths + text + ["--device", "cpu"] + list(flags)
 
 
-def test_by_the_other_name(folder, capsys, monkeypatch):
-    """The script `structprune` runs in `test_extending.py`, in a process of its own, and on the pages of the docs."""
-    line = command(folder, "--width", "mlp=24", "--criterion", "nope")
-    monkeypatch.setattr(sys, "argv", ["optimum-cli", "structprune", *line])
+def test_optimum_cli_runs_the_commands(folder, capsys, monkeypatch):
+    """Other tests run the script `structprune`: `test_extending.py` and `test_docs.py`."""
+    line = prune_command(folder, "--width", "mlp=24", "--criterion", "nope")
+    monkeypatch.setattr(sys, "argv", ["optimum-cli", "structprune"] + line)
+
     with pytest.raises(SystemExit) as end:
         optimum_main()
-    assert end.value.code == 2 and "criterion" in error_line(capsys)
+
+    assert end.value.code == 2
+    assert "criterion" in error_line(capsys)
 
 
-def test_encoders_load_as_what_they_were_saved_as(folder, tmp_path, capsys):
+def test_an_encoder_keeps_its_model_class(folder, tmp_path, capsys):
     save_with_tokenizer(build("distilbert"), tmp_path / "model")
-    assert main(command(folder, "--width", "mlp=24", at=tmp_path)) == 0
+
+    assert main(prune_command(folder, "--width", "mlp=24", model_folder=tmp_path)) == 0
+
     assert "load it with DistilBertForMaskedLM.from_pretrained" in capsys.readouterr().out
     assert AutoModelForMaskedLM.from_pretrained(tmp_path / "out").config.hidden_dim == 24
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa"])
-def test_the_attention_of_a_flag_runs(folder, name, capsys, monkeypatch):
-    used = []
+def test_a_flag_selects_the_attention(folder, name, capsys, monkeypatch):
+    attentions = []
     prune = StructPruner.prune
 
-    def noting(pruner, model, *args, **kwargs):
-        used.append(model.config._attn_implementation)
+    def record_attention(pruner, model, *args, **kwargs):
+        attentions.append(model.config._attn_implementation)
         return prune(pruner, model, *args, **kwargs)
 
-    monkeypatch.setattr(StructPruner, "prune", noting)
-    assert main(command(folder, "--width", "mlp=24", "--attn-implementation", name, "--overwrite")) == 0
-    assert used == [name]
+    monkeypatch.setattr(StructPruner, "prune", record_attention)
+    assert main(prune_command(folder, "--width", "mlp=24", "--attn-implementation", name, "--overwrite")) == 0
+
+    assert attentions == [name]
 
 
 @pytest.mark.parametrize("number", ["x", "", "-1", "1.5"])
-def test_a_launcher_sets_numbers(folder, number, capsys, monkeypatch):
-    model = str(folder / "model")
+def test_variables_of_a_launcher_must_be_numbers(folder, number, capsys, monkeypatch):
     monkeypatch.setenv("RANK", number)
-    assert main(["inspect", model]) == 2
+    assert main(["inspect", str(folder / "model")]) == 2
     assert f"The environment has RANK={number!r}, where a launcher sets a number" in error_line(capsys)
+
     monkeypatch.delenv("RANK")
     monkeypatch.setenv("WORLD_SIZE", number)
-    assert main(command(folder, "--width", "mlp=24", "--overwrite")) == 2
+    assert main(prune_command(folder, "--width", "mlp=24", "--overwrite")) == 2
     assert f"The environment has WORLD_SIZE={number!r}" in error_line(capsys)
 
 
 @pytest.mark.slow
-def test_a_non_uniform_model_of_ones_own_family(folder, tmp_path, capsys, monkeypatch):
+def test_commands_read_a_non_uniform_model_of_a_user_family(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(family, "_USER_FAMILIES", {})
-    (tmp_path / "own.yaml").write_text(json.dumps([own_family("cwm", layer_class={"cwm": "CwmDecoderLayer"})]))
+    family_file = tmp_path / "own.yaml"
+    family_file.write_text(json.dumps([own_family("cwm", layer_class={"cwm": "CwmDecoderLayer"})]))
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("cwm", **GROUPED))
     save_with_tokenizer(model, tmp_path / "model")
-    small, arch = str(tmp_path / "out"), ["--arch", str(tmp_path / "own.yaml"), "--device", "cpu"]
+
+    flags = ["--width", "mlp=24", "--skip-layer", "0", "--arch", str(family_file)]
+    assert main(prune_command(folder, model_folder=tmp_path) + flags) == 0
+
+    pruned = str(tmp_path / "out")
+    evaluate = ["evaluate", pruned, "--against", str(tmp_path / "model"), "--num-samples", "2"]
+    recover = ["recover", pruned, str(tmp_path / "recovered"), "--tokens", "48"]
     text = ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24"]
-    assert main(command(folder, *arch, "--width", "mlp=24", "--skip-layer", "0", at=tmp_path)) == 0
-    for arguments in (
-        ["evaluate", small, "--against", str(tmp_path / "model"), *text, "--num-samples", "2"],
-        ["recover", small, str(tmp_path / "recovered"), *text, "--tokens", "48"],
-    ):
-        # As in a process that has not read the file.
+    for line in (evaluate, recover):
+        # A new process has not read the file of the family yet.
         family._USER_FAMILIES.clear()
         disable_heterogeneous()
         enable_heterogeneous()
-        assert main([*arguments, *arch]) == 0, capsys.readouterr().err
+        line += text + ["--arch", str(family_file), "--device", "cpu"]
+        assert main(line) == 0, capsys.readouterr().err
 
 
-def test_the_registration_stays_light():
+def run_code(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+
+
+def test_the_registration_imports_no_heavy_module():
     heavy = ("torch", "transformers", "huggingface_hub", "optimum_structprune.config")
     show = f"print([name for name in {heavy} if name in sys.modules])"
-    register = "from argparse import ArgumentParser; import optimum.commands.register.register_structprune as r; "
-    code = f"import sys; {register}r.StructPruneCommand.parse_args(ArgumentParser()); {show}"
-    before = f"import sys, optimum.commands.base; {show}"
-    shown = [subprocess.run([sys.executable, "-c", c], capture_output=True, text=True).stdout for c in (before, code)]
-    assert shown[0] and shown[0] == shown[1], "the registration imports what optimum itself does not"
+    import_optimum = f"import sys, optimum.commands.base; {show}"
+    register = (
+        "import sys; from argparse import ArgumentParser; "
+        "import optimum.commands.register.register_structprune as r; "
+        f"r.StructPruneCommand.parse_args(ArgumentParser()); {show}"
+    )
+
+    modules_of_optimum = run_code(import_optimum)
+    assert modules_of_optimum
+    assert run_code(register) == modules_of_optimum, "the registration imports a module that optimum does not import"

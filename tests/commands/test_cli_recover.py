@@ -1,4 +1,4 @@
-"""`structprune recover` and `structprune prune --recover`."""
+"""Test `structprune recover` and `structprune prune --recover`."""
 
 import json
 import shutil
@@ -16,116 +16,155 @@ from optimum_structprune.commands.cli import main
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    """Save a model, a text, and the model pruned in memory."""
     folder = save_desk(tmp_path_factory.mktemp("cli"), count=200)
     pruner = StructPruner(config())
     pruner.save(pruner.prune_model(build("llama-tied"), tokenizer()), folder / "pruned", tokenizer=tokenizer())
     return folder
 
 
-def command(folder, *extra, output="out"):
-    flags = ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--tokens", "96", "--device", "cpu"]
+def text_flags(folder):
+    return ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--device", "cpu"]
+
+
+def prune_command(folder, model, output, width=24):
+    """Return the arguments that prune `model` into `output`, on the text of `folder`."""
+    line = ["prune", str(model), str(output), "--width", f"mlp={width}", "--num-samples", "6"]
+    return line + text_flags(folder)
+
+
+def recover_command(folder, *flags, pruned="pruned", output="out"):
+    """Return the arguments that train the model `pruned` into `output`, by their paths from `folder`."""
+    line = ["recover", str(folder / pruned), str(folder / output), "--tokens", "96"]
     training = ["--training", "disable_tqdm=true", "--training", "learning_rate=1e-2", "--lora", "r=2"]
-    return ["recover", str(folder / "pruned"), str(folder / output), *flags, *training, *extra]
+    return line + text_flags(folder) + training + list(flags)
 
 
-def files(folder) -> dict[str, bytes]:
+def read_files(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def read_json(path):
+    return json.loads(path.read_text())
+
+
 @pytest.fixture
-def interrupted():
-    """The training, which is interrupted when it begins."""
+def interrupted_training():
+    """Interrupt every training at its beginning."""
     with patch.object(Recovery, "recover_model", autospec=True, side_effect=KeyboardInterrupt) as training:
         yield training
 
 
 @pytest.mark.parametrize("spelling", ["spelt", "spelt/.", "other/../spelt"])
-def test_what_lies_beside_an_output_lies_there_however_it_is_written(folder, monkeypatch, spelling, interrupted):
+def test_checkpoints_are_next_to_the_output_for_any_spelling(folder, monkeypatch, spelling, interrupted_training):
     monkeypatch.chdir(folder)
-    line = command(folder, output="spelt")
-    assert main([spelling if word == str(folder / "spelt") else word for word in line]) == 130
-    assert interrupted.call_args.args[0].config.training["output_dir"] == str(folder / "spelt.checkpoints")
+    line = recover_command(folder)
+    line[2] = spelling
+
+    assert main(line) == 130
+
+    recovery = interrupted_training.call_args.args[0]
+    assert recovery.config.training["output_dir"] == str(folder / "spelt.checkpoints")
 
 
 @pytest.mark.slow
-def test_a_training_that_brings_nothing_saves_the_pruned_model_and_says_so(folder, capsys):
-    arguments = ["prune", str(folder / "model"), str(folder / "kept"), "--width", "mlp=24", "--num-samples", "6"]
-    line = [*arguments, "--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--device", "cpu"]
+def test_a_training_without_a_gain_saves_the_pruned_model_and_reports_it(folder, capsys):
+    output = folder / "kept"
+    line = prune_command(folder, folder / "model", output)
     assert main(line) == 0
-    pruned = files(folder / "kept")["model.safetensors"]
-    training = "{tokens: 240, training: {disable_tqdm: true, learning_rate: 0.0}}"
-    (folder / "bad.yaml").write_text(f"recovery: {training}\n")
+    pruned_weights = read_files(output)["model.safetensors"]
+    recovery = "{tokens: 240, training: {disable_tqdm: true, learning_rate: 0.0}}"
+    (folder / "bad.yaml").write_text(f"recovery: {recovery}\n")
     capsys.readouterr()
-    assert main([*line, "--config", str(folder / "bad.yaml"), "--overwrite", "--json"]) == 0
-    shown = capsys.readouterr()
-    values = json.loads(shown.out)
-    assert values["domains"]["a"]["perplexity"]["pruned"] > 0 and values["recovery"]["kept_step"] == 0
-    assert f"The pruned model is saved to {folder / 'kept'}" in shown.err
-    assert files(folder / "kept")["model.safetensors"] == pruned
-    assert json.loads((folder / "kept" / "recovery_report.json").read_text())["tokens"] > 0
+
+    assert main(line + ["--config", str(folder / "bad.yaml"), "--overwrite", "--json"]) == 0
+
+    printed = capsys.readouterr()
+    values = json.loads(printed.out)
+    assert values["domains"]["a"]["perplexity"]["pruned"] > 0
+    assert values["recovery"]["kept_step"] == 0
+    assert f"The pruned model is saved to {output}" in printed.err
+    assert read_files(output)["model.safetensors"] == pruned_weights
+    assert read_json(output / "recovery_report.json")["tokens"] > 0
 
 
-def test_a_result_has_the_records_of_the_model_that_was_read(folder, tmp_path, capsys, monkeypatch):
-    """Another model takes its place while it is trained."""
+def test_a_result_has_the_records_of_the_model_that_was_loaded(folder, tmp_path, capsys, monkeypatch):
+    """Another model replaces the loaded one on disk during the training."""
     pruned = shutil.copytree(folder / "pruned", tmp_path / "pruned")
-    before, original = files(pruned), Trainer.train
+    files_before = read_files(pruned)
+    train = Trainer.train
 
-    def replacing(*args, **kwargs):
-        found = original(*args, **kwargs)
+    def train_and_replace(*args, **kwargs):
+        training_output = train(*args, **kwargs)
         pruner = StructPruner(config(widths={"mlp": 16}))
         pruner.save(pruner.prune_model(build("llama-tied"), tokenizer()), pruned, tokenizer(), overwrite=True)
-        return found
+        return training_output
 
-    monkeypatch.setattr(Trainer, "train", replacing)
-    line = command(folder, output=tmp_path / "out")
-    code = main([str(pruned) if word == str(folder / "pruned") else word for word in line])
-    assert code == 0 and files(pruned)["pruning_plan.json"] != before["pruning_plan.json"]
-    records, out = ("structprune_config.json", "pruning_plan.json", "report.json"), files(tmp_path / "out")
-    assert all(out[name] == before[name] for name in records)
-    assert {"recovery_report.json", "recovery_config.json"} <= out.keys()
-    assert {path.name for path in tmp_path.iterdir()} == {"pruned", "out"}, "checkpoints are gone"
-    shown = capsys.readouterr().out
-    assert "Perplexity relative to the pruned model after training: a " in shown and "Recovery: " in shown
+    monkeypatch.setattr(Trainer, "train", train_and_replace)
+    assert main(recover_command(folder, pruned=pruned, output=tmp_path / "out")) == 0
+
+    assert read_files(pruned)["pruning_plan.json"] != files_before["pruning_plan.json"]
+    output = read_files(tmp_path / "out")
+    for name in ("structprune_config.json", "pruning_plan.json", "report.json"):
+        assert output[name] == files_before[name]
+    assert {"recovery_report.json", "recovery_config.json"} <= output.keys()
+    assert {path.name for path in tmp_path.iterdir()} == {"pruned", "out"}, "the checkpoints are removed"
+
+    printed = capsys.readouterr().out
+    assert "Perplexity relative to the pruned model after training: a " in printed
+    assert "Recovery: " in printed
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.intermediate_size == 24
 
 
-def test_a_card_repeats_the_last_pruning_and_no_training_without_those_before(folder, tmp_path, capsys):
-    once, twice, smaller = (tmp_path / name for name in ("once", "twice", "smaller"))
-    text = ["--domain", f"a={folder / 'a.jsonl'}", "--num-samples", "6", "--seq-length", "24", "--device", "cpu"]
-    assert main(["prune", str(folder / "model"), str(once), "--width", "mlp=24", *text, "--recovery-tokens=240"]) == 0
-    shown = capsys.readouterr().out
-    assert shown.count("Verdict: ") == shown.count("Perplexity relative to the original") == 1
-    assert f"Report: {once}/report.html" in shown and "Next: structprune evaluate " in shown
-    assert main([str(once) if word == str(folder / "pruned") else word for word in command(folder, output=twice)]) == 0
-    assert main(["prune", str(once), str(smaller), "--width", "mlp=16", *text]) == 0
-    earlier = json.loads((twice / "recovery_report.json").read_text())["earlier"]
-    assert earlier == [json.loads((once / "recovery_config.json").read_text())]
-    for result, repeats in ((once, {"prune", "recover"}), (twice, set()), (smaller, {"prune"})):
+def test_a_card_repeats_the_last_pruning_and_no_second_training(folder, tmp_path, capsys):
+    """A second training cannot be repeated without the first one."""
+    once = tmp_path / "once"
+    twice = tmp_path / "twice"
+    smaller = tmp_path / "smaller"
+
+    assert main(prune_command(folder, folder / "model", once) + ["--recovery-tokens=240"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("Verdict: ") == 1
+    assert printed.count("Perplexity relative to the original") == 1
+    assert f"Report: {once}/report.html" in printed
+    assert "Next: structprune evaluate " in printed
+
+    assert main(recover_command(folder, pruned=once, output=twice)) == 0
+    assert main(prune_command(folder, once, smaller, width=16)) == 0
+    earlier = read_json(twice / "recovery_report.json")["earlier"]
+    assert earlier == [read_json(once / "recovery_config.json")]
+
+    for result, expected_commands in ((once, {"prune", "recover"}), (twice, set()), (smaller, {"prune"})):
         card = (result / "README.md").read_text()
-        assert {name for name in ("prune", "recover") if f"\nstructprune {name}" in card} == repeats
+        commands = {name for name in ("prune", "recover") if f"\nstructprune {name}" in card}
+        assert commands == expected_commands
         assert ("## Recovery" in card) == (result is not smaller)
 
 
-def test_a_second_run_into_the_same_output_is_refused_while_the_first_trains(folder, capsys, monkeypatch):
+def test_a_second_run_into_the_same_output_is_refused_during_the_training(folder, capsys, monkeypatch):
     def train(*args, **kwargs):
         with pytest.raises(Timeout), FileLock(folder / ".held.lock", timeout=0):
             raise AssertionError
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Recovery, "recover_model", train)
-    assert main(command(folder, output="held")) == 130
+    assert main(recover_command(folder, output="held")) == 130
     capsys.readouterr()
+
     with FileLock(folder / ".held.lock"):
-        assert main(command(folder, output="held")) == 2
+        assert main(recover_command(folder, output="held")) == 2
     assert "Another run writes to" in error_line(capsys)
 
 
-def test_code_of_the_teacher_is_run_where_it_is_allowed(folder, interrupted, capsys):
-    prune = ["prune", str(folder / "model"), str(folder / "trusted"), "--width", "mlp=24", "--num-samples", "6"]
-    text = ["--domain", f"a={folder / 'a.jsonl'}", "--seq-length", "24", "--device", "cpu", "--recovery-tokens", "240"]
+def test_code_of_the_teacher_runs_only_with_the_flag(folder, interrupted_training, capsys):
     (folder / "trusted.checkpoints" / "checkpoint-2").mkdir(parents=True)
-    assert main([*prune, *text, "--trust-remote-code"]) == 130
+    line = prune_command(folder, folder / "model", folder / "trusted")
+    assert main(line + ["--recovery-tokens", "240", "--trust-remote-code"]) == 130
     assert f"--teacher {folder / 'model'} --trust-remote-code --overwrite --resume" in capsys.readouterr().err
-    assert main(command(folder, "--teacher", str(folder / "model"), output="distrusted")) == 130
-    assert "--resume" not in capsys.readouterr().err, "there is no checkpoint yet, which would be refused"
-    assert [call.kwargs["trust_remote_code"] for call in interrupted.call_args_list] == [True, False]
+
+    line = recover_command(folder, "--teacher", str(folder / "model"), output="distrusted")
+    assert main(line) == 130
+    assert "--resume" not in capsys.readouterr().err, "the command refuses --resume without a checkpoint"
+
+    trusted = [call.kwargs["trust_remote_code"] for call in interrupted_training.call_args_list]
+    assert trusted == [True, False]

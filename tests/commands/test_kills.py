@@ -1,4 +1,4 @@
-"""Runs that are killed without warning, and two runs into one output."""
+"""Test runs that are killed without warning, and launches of two processes."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from optimum_structprune.commands.cli import main
 
 
-# Forks once the libraries are loaded, so that kills meet the work and not the imports.
+# Prune in forks of one process, so that kills happen during the work and not during the imports.
 SCRIPT = """
 import os, random, signal, sys, time
 from pathlib import Path
@@ -30,154 +30,204 @@ from transformers.models.llama import modeling_llama
 
 model, folder, text = map(Path, sys.argv[1:4])
 
-def killed_after(owner, name, ready):
-    before = getattr(owner, name)
+def kill_after(owner, name, is_due):
+    function = getattr(owner, name)
+
     def call(*args, **settings):
-        value = before(*args, **settings)
-        if ready(*args):
+        result = function(*args, **settings)
+        if is_due(*args):
             os.kill(os.getpid(), signal.SIGKILL)
-        return value
+        return result
+
     setattr(owner, name, call)
 
 def kill_at(moment, progress):
-    remembered = []
-    def third(path, target):
-        remembered.extend([target] if progress in Path(target).parents else [])
-        return len(remembered) == 3
+    written = []
+
+    def count_file(path, target):
+        if progress in Path(target).parents:
+            written.append(target)
+        return False
+
+    def is_third_file(path, target):
+        count_file(path, target)
+        return len(written) == 3
+
     if moment == "gathering":
-        killed_after(Path, "replace", lambda *paths: third(*paths) and False)
-        killed_after(modeling_llama.LlamaMLP, "forward", lambda *inputs: len(remembered) == 3)
+        kill_after(Path, "replace", count_file)
+        kill_after(modeling_llama.LlamaMLP, "forward", lambda *inputs: len(written) == 3)
     elif moment == "between layers":
-        killed_after(Path, "replace", third)
+        kill_after(Path, "replace", is_third_file)
     elif moment == "saving":
-        killed_after(PreTrainedModel, "save_pretrained", lambda *args: True)
+        kill_after(PreTrainedModel, "save_pretrained", lambda *args: True)
     elif moment == "replacing":
-        killed_after(Path, "rename", lambda path, target: Path(target).name == "former")
+        kill_after(Path, "rename", lambda path, target: Path(target).name == "former")
 
 def run(out, moment=None):
-    begun, child = time.monotonic(), os.fork()
+    begin = time.monotonic()
+    child = os.fork()
     if child == 0:
         if isinstance(moment, str):
             kill_at(moment, folder / f".{out}.progress")
-        flags = "--width mlp=24 --width attention=2 --num-samples 6 --seq-length 24 --device cpu --quiet"
-        more = ["--domain", f"a={text}", "--offload", "disk", "--resume", "--overwrite"]
-        os._exit(main(["prune", str(model), str(folder / out), *flags.split(), *more]))
+        line = ["prune", str(model), str(folder / out), "--domain", f"a={text}"]
+        line += "--width mlp=24 --width attention=2 --num-samples 6 --seq-length 24 --device cpu --quiet".split()
+        line += ["--offload", "disk", "--resume", "--overwrite"]
+        os._exit(main(line))
+
     if isinstance(moment, float):
         time.sleep(moment)
         os.kill(child, signal.SIGKILL)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return code, time.monotonic() - begun
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status), time.monotonic() - begin
 
 code, length = run("whole")
 assert code == 0
+
 draw = random.Random(0)
-# A first run takes longer than those that follow it.
-moments = sys.argv[4:] or [draw.uniform(0.0, length := run("whole")[1]) for _ in range(10)]
+moments = sys.argv[4:]
+if not moments:
+    # A first run takes longer than the following runs.
+    for _ in range(10):
+        code, length = run("whole")
+        moments.append(draw.uniform(0.0, length))
+
 for number, moment in enumerate(moments):
     out = f"out-{number}"
     if moment == "replacing":
-        assert run(out)[0] == 0
+        code, _ = run(out)
+        assert code == 0
+
     code, _ = run(out, moment)
-    print(number, code, (folder / out).exists(), sorted(path.name for path in folder.glob(f".{out}.*")), flush=True)
+    siblings = sorted(path.name for path in folder.glob(f".{out}.*"))
+    print(number, code, (folder / out).exists(), siblings, flush=True)
     assert isinstance(moment, float) or code == -signal.SIGKILL, code
-    # The half of a run, the next time all of it.
-    again = draw.uniform(0.0, length) if isinstance(moment, float) else None
+
+    # After a random moment, kill the second run as well, and let the third run end.
+    next_moment = None
+    if isinstance(moment, float):
+        next_moment = draw.uniform(0.0, length)
     while code:
         assert code == -signal.SIGKILL, code
-        code, _ = run(out, again)
-        again = None
+        code, _ = run(out, next_moment)
+        next_moment = None
 """
 
 
-def entries(path: Path) -> dict:
-    """A record of a run, without what depends on the clock and on the process."""
-    found = json.loads(path.read_text())
-    return {name: value for name, value in found.items() if name not in ("seconds", "resumed")}
+def read_record(path: Path) -> dict:
+    """Return the record of a run without the entries that depend on the clock and on the process."""
+    record = json.loads(path.read_text())
+    return {name: value for name, value in record.items() if name not in ("seconds", "resumed")}
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kills")
     torch.manual_seed(0)
-    fields = {**GROUPED, "num_hidden_layers": 4}
-    save_with_tokenizer(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **fields)), folder / "model")
+    config = AutoConfig.for_model("llama", **(GROUPED | {"num_hidden_layers": 4}))
+    save_with_tokenizer(AutoModelForCausalLM.from_config(config), folder / "model")
     write_texts(folder / "a.jsonl", documents(80))
     return folder
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-MOMENTS = ("gathering", "between layers", "saving", "replacing")
+MOMENTS = ["gathering", "between layers", "saving", "replacing"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moments", [MOMENTS, pytest.param((), marks=pytest.mark.nightly)], ids=["chosen", "random"])
-def test_a_run_that_was_killed_at_any_moment_comes_to_the_same_result(dense, tmp_path, moments):
-    command = [sys.executable, "-c", SCRIPT, dense / "model", tmp_path, dense / "a.jsonl", *moments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f" -{signal.SIGKILL:d} " in done.stdout
+@pytest.mark.parametrize("moments", [MOMENTS, pytest.param([], marks=pytest.mark.nightly)], ids=["chosen", "random"])
+def test_a_run_that_was_killed_at_any_moment_resumes_to_the_same_result(dense, tmp_path, moments):
+    command = [sys.executable, "-c", SCRIPT, dense / "model", tmp_path, dense / "a.jsonl"] + moments
+    process = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=900)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert f" -{signal.SIGKILL:d} " in process.stdout
+
+    # No killed run leaves a working folder.
+    outputs = [f"out-{number}" for number in range(len(moments) or 10)]
+    assert names_in(tmp_path) == outputs + ["whole"]
+
     expected = load_file(tmp_path / "whole" / "model.safetensors")
-    # What was killed has left nothing behind.
-    names = [f"out-{number}" for number in range(len(moments) or 10)]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [*names, "whole"]
-    for out in (tmp_path / name for name in names):
-        weights = load_file(out / "model.safetensors")
+    for output in outputs:
+        weights = load_file(tmp_path / output / "model.safetensors")
         assert weights.keys() == expected.keys()
         assert all(torch.equal(weights[name], expected[name]) for name in expected)
-        for name in ("pruning_plan.json", "report.json"):
-            assert entries(out / name) == entries(tmp_path / "whole" / name)
+        for file in ("pruning_plan.json", "report.json"):
+            assert read_record(tmp_path / output / file) == read_record(tmp_path / "whole" / file)
 
 
-# A model that is streamed writes no text beside the domain, so none is written in memory either.
-FLAGS = "--width mlp=24 --width attention=2 --general-share 0 --num-samples 6 --seq-length 24 --device cpu".split()
+def prune_command(dense, out, *flags) -> list[str]:
+    line = ["prune", str(dense / "model"), str(out), "--domain", f"a={dense / 'a.jsonl'}"]
+    line += ["--width", "mlp=24", "--width", "attention=2", "--num-samples", "6", "--seq-length", "24"]
+    # An offloaded model writes no general text. A run in memory must not write one either.
+    line += ["--general-share", "0", "--device", "cpu"]
+    return line + list(flags)
 
 
-def launched(arguments) -> list:
-    """The command line of `structprune` in two processes."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    return [sys.executable, *launch, "-m", "optimum_structprune", *map(str, arguments)]
+def launch_command(line) -> list[str]:
+    """Return the command that runs a command line of `structprune` in two processes."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return launch + ["-m", "optimum_structprune"] + line
 
 
-def run(arguments) -> subprocess.CompletedProcess:
-    return subprocess.run(launched(arguments), capture_output=True, text=True, env=environment(), timeout=300)
+def launch(line) -> subprocess.CompletedProcess:
+    return subprocess.run(launch_command(line), capture_output=True, text=True, env=environment(), timeout=300)
 
 
-def pruning(dense, out, *flags) -> list:
-    return ["prune", dense / "model", out, *FLAGS, "--domain", f"a={dense / 'a.jsonl'}", *flags]
+def test_a_run_that_receives_a_signal_to_end_leaves_no_file(dense, tmp_path, monkeypatch):
+    save = PreTrainedModel.save_pretrained
+    handler = signal.getsignal(signal.SIGTERM)
 
+    def save_and_end(*args, **fields):
+        save(*args, **fields)
+        os.kill(os.getpid(), signal.SIGTERM)
 
-def test_a_run_that_is_asked_to_end_leaves_nothing(dense, tmp_path, monkeypatch):
-    save, before = PreTrainedModel.save_pretrained, signal.getsignal(signal.SIGTERM)
-    ended = lambda *args, **fields: (save(*args, **fields), os.kill(os.getpid(), signal.SIGTERM))  # noqa: E731
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", ended)
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save_and_end)
     try:
-        assert main([*map(str, pruning(dense, tmp_path / "out", "--offload", "disk"))]) == 130
+        assert main(prune_command(dense, tmp_path / "out", "--offload", "disk")) == 130
     finally:
-        signal.signal(signal.SIGTERM, before)
-    assert [*tmp_path.iterdir()] == []
+        signal.signal(signal.SIGTERM, handler)
+
+    assert names_in(tmp_path) == []
+
+
+def children_of(process) -> list[int]:
+    """Return the ids of the child processes of a process."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return list(map(int, children.split()))
 
 
 @pytest.mark.nightly
-def test_two_processes_go_on_where_two_were_killed(dense, tmp_path):
-    alone = dense / "alone"
-    assert main(list(map(str, pruning(dense, alone)))) == 0
-    command = launched(pruning(dense, tmp_path / "out", "--resume"))
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
+def test_two_processes_resume_a_killed_run_of_two_processes(dense, tmp_path):
+    single = dense / "alone"
+    assert main(prune_command(dense, single)) == 0
+
+    # Kill the launcher and both processes as soon as one layer is on disk.
+    line = prune_command(dense, tmp_path / "out", "--resume")
+    null = subprocess.DEVNULL
+    process = subprocess.Popen(launch_command(line), stdout=null, stderr=null, env=environment())
     progress = tmp_path / ".out.progress"
     while process.poll() is None and not any(progress.glob("layer-*.json")):
         time.sleep(0.002)
-    for each in [process.pid, *map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())]:
-        os.kill(each, signal.SIGKILL)
+    for process_id in [process.pid] + children_of(process):
+        os.kill(process_id, signal.SIGKILL)
     process.wait()
-    wrong = run(pruning(dense, tmp_path / "wrong", "--criterion", "nope"))
-    assert wrong.returncode != 0 and "structprune: error: " in wrong.stderr, "an error of one process ends all"
-    assert any(progress.glob("layer-*.json")) and not (tmp_path / "out").exists()
-    done = run(pruning(dense, tmp_path / "out", "--resume"))
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "pruning_plan.json").read_text() == (alone / "pruning_plan.json").read_text()
-    found, wanted = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", alone))
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    refused = launch(prune_command(dense, tmp_path / "wrong", "--criterion", "nope"))
+    assert refused.returncode != 0, "an error of one process ends all processes"
+    assert "structprune: error: " in refused.stderr
+    assert any(progress.glob("layer-*.json"))
+    assert not (tmp_path / "out").exists()
+
+    resumed = launch(line)
+    assert resumed.returncode == 0, resumed.stderr
+    assert (tmp_path / "out" / "pruning_plan.json").read_text() == (single / "pruning_plan.json").read_text()
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    expected = load_file(single / "model.safetensors")
+    torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-5)
+    assert names_in(tmp_path) == ["out"]

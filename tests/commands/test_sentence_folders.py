@@ -1,4 +1,4 @@
-"""Folders of sentence-transformers whose transformer lies in a folder of its own."""
+"""Test folders of sentence-transformers with the transformer in a subfolder."""
 
 import json
 import shutil
@@ -14,11 +14,7 @@ from optimum_structprune.commands.cli import main
 from optimum_structprune.pruning.embeddings import Pooling, embed
 
 
-OWN = "0_Transformer"
-MODULES = [
-    {"idx": 0, "name": "0", "path": OWN, "type": "sentence_transformers.models.Transformer"},
-    {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
-]
+SUBFOLDER = "0_Transformer"
 PROMPTS = {"prompts": {"document": "w3 w4"}, "default_prompt_name": "document", "similarity_fn_name": "cosine"}
 FILES = {
     "config_sentence_transformers.json": json.dumps(PROMPTS),
@@ -27,51 +23,79 @@ FILES = {
 }
 
 
+def modules_file(transformer_path):
+    """Return the content of `modules.json` for a transformer at this path."""
+    kinds = "sentence_transformers.models"
+    modules = [
+        {"idx": 0, "name": "0", "path": transformer_path, "type": f"{kinds}.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": f"{kinds}.Pooling"},
+    ]
+    return json.dumps(modules)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """The same model in both layouts, and the results of the same pruning of both."""
+    """Save one model in both layouts, and prune both."""
     place = tmp_path_factory.mktemp("sentences")
-    save_with_tokenizer(build("bert-no-head"), place / "inside" / OWN)
-    put_into(place / "inside" / OWN, {"sentence_bert_config.json": '{"max_seq_length": 48}'})
-    shutil.copytree(place / "inside" / OWN, place / "flat")
-    put_into(place / "inside", {**FILES, "modules.json": json.dumps(MODULES)})
-    flat = [{**module, "path": module["path"].replace(OWN, "")} for module in MODULES]
-    put_into(place / "flat", {**FILES, "modules.json": json.dumps(flat)})
+    inside = place / "inside"
+    flat = place / "flat"
+    save_with_tokenizer(build("bert-no-head"), inside / SUBFOLDER)
+    put_into(inside / SUBFOLDER, {"sentence_bert_config.json": '{"max_seq_length": 48}'})
+    shutil.copytree(inside / SUBFOLDER, flat)
+    put_into(inside, FILES | {"modules.json": modules_file(SUBFOLDER)})
+    put_into(flat, FILES | {"modules.json": modules_file("")})
 
     write_texts(place / "a.jsonl", documents(80))
     text = ["--domain", f"a={place / 'a.jsonl'}", "--num-samples", "6", "--seq-length", "16", "--general-share", "0"]
-    for name in ("inside", "flat"):
-        command = ["prune", str(place / name), str(place / f"{name}-out"), "--width", "mlp=24", *text, "--quiet"]
-        assert main(command) == 0
+    for folder in (inside, flat):
+        line = ["prune", str(folder), f"{folder}-out", "--width", "mlp=24", "--quiet"]
+        assert main(line + text) == 0
     return place
 
 
-def test_the_result_is_the_same_as_of_a_transformer_in_the_root(place):
-    inside, flat = (contents(place / f"{name}-out") for name in ("inside", "flat"))
-    assert inside.keys() == flat.keys() >= {*FILES, "modules.json", "sentence_bert_config.json", "config.json"}
+def test_a_transformer_in_a_subfolder_is_pruned_like_one_in_the_root(place):
+    inside = contents(place / "inside-out")
+    flat = contents(place / "flat-out")
+    names = list(FILES) + ["sentence_bert_config.json"]
+    assert inside.keys() == flat.keys()
+    assert flat.keys() >= set(names + ["modules.json", "config.json"])
     assert json.loads(inside["modules.json"]) == json.loads(flat["modules.json"])
-    for name in (*FILES, "sentence_bert_config.json"):
+    for name in names:
         assert inside[name] == flat[name]
-    models = [AutoModel.from_pretrained(place / f"{name}-out") for name in ("inside", "flat")]
-    assert same_weights(*models) and models[0].config.intermediate_size == 24
-    pooling, same_pooling = (Pooling.of(AutoModel.from_pretrained(place / name)) for name in (f"inside/{OWN}", "flat"))
-    assert pooling == same_pooling == Pooling(["cls"], "w3 w4")
+
+    inside_model = AutoModel.from_pretrained(place / "inside-out")
+    flat_model = AutoModel.from_pretrained(place / "flat-out")
+    assert same_weights(inside_model, flat_model)
+    assert inside_model.config.intermediate_size == 24
+
+
+def test_the_pooling_is_found_in_both_layouts(place):
+    inside_model = AutoModel.from_pretrained(place / "inside" / SUBFOLDER)
+    flat_model = AutoModel.from_pretrained(place / "flat")
+
+    assert Pooling.of(inside_model) == Pooling(["cls"], "w3 w4")
+    assert Pooling.of(flat_model) == Pooling(["cls"], "w3 w4")
 
 
 def test_other_commands_read_both_layouts(place, capsys):
     for name in ("inside", "flat"):
         assert main(["inspect", str(place / name)]) == 0
         assert main(["plan", str(place / name), "--width", "mlp=24"]) == 0
-    spaces = [line for line in capsys.readouterr().out.splitlines() if line.startswith("mlp")]
-    assert len({*spaces}) == 1 and len(spaces) == 2
+
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("mlp")]
+    assert len(lines) == 2
+    assert len(set(lines)) == 1
 
 
 def test_sentence_transformers_loads_the_result(place):
     library = pytest.importorskip("sentence_transformers", minversion="6", reason="it loads the folder")
     out = place / "inside-out"
     texts = [text[:40] for text in documents(9)]
-    theirs = torch.tensor(library.SentenceTransformer(str(out), device="cpu").encode(texts, prompt=""))
+
+    encoder = library.SentenceTransformer(str(out), device="cpu")
+    expected = torch.tensor(encoder.encode(texts, prompt=""))
     reader = AutoTokenizer.from_pretrained(out)
     rows = [torch.tensor(row) for row in reader(texts)["input_ids"]]
-    ours = embed(AutoModel.from_pretrained(out), rows, Pooling(["cls"]))
-    torch.testing.assert_close(normalize(ours), normalize(theirs), atol=1e-5, rtol=1e-4)
+    vectors = embed(AutoModel.from_pretrained(out), rows, Pooling(["cls"]))
+
+    torch.testing.assert_close(normalize(vectors), normalize(expected), atol=1e-5, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""Strictness and round trips of the config."""
+"""Test the checks and the round trips of the config."""
 
 import json
 from itertools import islice, pairwise
@@ -27,7 +27,7 @@ amounts = st.one_of(
     st.fixed_dictionaries({"sparsity": st.floats(1e-7, 0.99)}),
     st.fixed_dictionaries({"widths": st.dictionaries(words, st.integers(1, 9999), min_size=1, max_size=3)}),
 )
-others = st.fixed_dictionaries(
+optional_fields = st.fixed_dictionaries(
     {},
     optional={
         "targets": st.lists(words, min_size=1, max_size=3).map(tuple),
@@ -40,7 +40,7 @@ others = st.fixed_dictionaries(
         "seed": st.integers(0, 2**31),
     },
 )
-configs = st.tuples(amounts, others).map(lambda parts: StructPruneConfig(**parts[0], **parts[1]))
+configs = st.tuples(amounts, optional_fields).map(lambda parts: StructPruneConfig(**(parts[0] | parts[1])))
 
 
 @pytest.mark.parametrize(("fields", "expected"), [
@@ -49,19 +49,22 @@ configs = st.tuples(amounts, others).map(lambda parts: StructPruneConfig(**parts
     ({"budget": {"cache_bytes_per_token": 9}}, ("attention",)),
     ({"sparsity": 0.2, "targets": ["attention"]}, ("attention",)),
 ])  # fmt: skip
-def test_the_ffn_shrinks_unless_losses_or_the_cache_decide(fields, expected):
+def test_the_default_targets_depend_on_the_allocation_and_the_budget(fields, expected):
     assert StructPruneConfig(**fields).targets_or_default == expected
 
 
 @settings(max_examples=30)
 @given(config=configs)
-def test_round_trips(config, tmp_path_factory):
+def test_a_config_survives_a_round_trip(config, tmp_path_factory):
+    text = json.dumps(config.to_dict())
+    assert StructPruneConfig.from_dict(json.loads(text)) == config
+    # JSON is valid YAML.
+    assert StructPruneConfig.from_dict(parse_yaml(text)) == config
+
     folder = tmp_path_factory.mktemp("config")
-    assert StructPruneConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     config.save_pretrained(folder)
     assert (folder / "structprune_config.json").exists()
     assert StructPruneConfig.from_pretrained(folder) == config
-    assert StructPruneConfig.from_dict(parse_yaml(json.dumps(config.to_dict()))) == config  # which YAML reads
 
 
 @pytest.mark.parametrize(("fields", "message"), [
@@ -114,6 +117,7 @@ def test_round_trips(config, tmp_path_factory):
 def test_bad_values_name_the_field_and_the_value(fields, message):
     with pytest.raises(StructPruneError, match=message) as caught:
         StructPruneConfig.from_dict(fields)
+
     assert "\n" not in str(caught.value)
 
 
@@ -129,23 +133,31 @@ def test_a_saved_config_with_fields_of_another_version_loads_with_a_warning(tmp_
     values["recovery"]["merge"] = True
     values["domains"][0]["answers_only"] = False
     (tmp_path / "structprune_config.json").write_text(json.dumps(values))
-    with pytest.warns(
-        UserWarning, match="fields that this version does not know: (method|merge|answers_only)"
-    ) as seen:
+
+    message = "fields that this version does not know: (method|merge|answers_only)"
+    with pytest.warns(UserWarning, match=message) as warnings:
         assert StructPruneConfig.from_pretrained(tmp_path) == config
-    assert len(seen) == 3
+
+    assert len(warnings) == 3
 
 
-def test_a_value_of_another_kind_is_refused_in_a_short_line():
+def test_a_value_of_another_type_is_refused_in_a_short_line():
     with pytest.raises(StructPruneError, match=r"`domains` must be a list of DomainConfig, got \[{'name'") as caught:
         StructPruneConfig(sparsity=0.2, domains=[{"name": "a", "source": ["text"] * 1000}])
+
     assert len(str(caught.value)) < 160
 
 
-def test_assignment_is_checked_before_a_run_and_sources_in_memory_are_named():
+def test_a_source_in_memory_is_saved_by_its_type():
     config = StructPruneConfig(sparsity=0.2, domains=[DomainConfig(name="a", source=["text"])])
+
     assert config.to_dict()["domains"][0]["source"] == "memory:list"
+
+
+def test_an_assigned_value_is_checked_before_a_run():
+    config = StructPruneConfig(sparsity=0.2, domains=[DomainConfig(name="a", source=["text"])])
     config.sparsity = 1.5
+
     with pytest.raises(StructPruneError, match="`sparsity` must be greater than 0 and less than 1, got 1.5"):
         StructPruner(config)
 
@@ -154,8 +166,9 @@ def test_assignment_is_checked_before_a_run_and_sources_in_memory_are_named():
     ("1e-4", 1e-4), ("-2.5E3", -2500.0), (".5e3", 500.0), ("1e+2", 100.0), ("0.25", 0.25), ("100", 100),
     ("a1e4", "a1e4"), ("1e4a", "1e4a"), ("true", True), ("cosine", "cosine"),
 ])  # fmt: skip
-def test_numbers_in_yaml(text, value):
-    assert parse_yaml(text) == value and type(parse_yaml(text)) is type(value)
+def test_values_in_yaml_have_types(text, value):
+    assert parse_yaml(text) == value
+    assert type(parse_yaml(text)) is type(value)
 
 
 @pytest.mark.parametrize(("text", "key", "lines"), [
@@ -167,6 +180,7 @@ def test_a_repeated_key_is_refused_with_both_lines(text, key, lines, tmp_path):
     message = f"the key '{key}' is in line {lines[0]} and again in line {lines[1]}"
     with pytest.raises(ValueError, match=message):
         parse_yaml(text)
+
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(StructPruneError, match=f"run.yaml cannot be read: {message}"):
         read_yaml(tmp_path / "run.yaml")
@@ -178,45 +192,64 @@ def test_keys_that_a_merge_overrides_are_not_repeated():
 
 def test_layers_are_named_by_numbers():
     assert by_layer({"0": 24, 3: 30}, "widths") == {0: 24, 3: 30}
-    for wrong in ("x", None, "1.5", 0.5, True):
-        with pytest.raises(
-            StructPruneError, match="`widths` of 'mlp' must have layer indices as keys, each once, got"
-        ):
-            StructPruneConfig(widths={"mlp": {wrong: 24}})
-        with pytest.raises(StructPruneError, match="'mlp' must have layer indices as keys, each once, got"):
-            Plan.from_dict({"keep": {"mlp": {wrong: [0]}}})
+
+    message = "'mlp' must have layer indices as keys, each once, got"
+    for key in ("x", None, "1.5", 0.5, True):
+        with pytest.raises(StructPruneError, match=f"`widths` of {message}"):
+            StructPruneConfig(widths={"mlp": {key: 24}})
+        with pytest.raises(StructPruneError, match=message):
+            Plan.from_dict({"keep": {"mlp": {key: [0]}}})
+
     with pytest.raises(StructPruneError, match=r"each once, got \[0, '0'\]"):
         StructPruneConfig(widths={"mlp": {0: 24, "0": 30}})
 
 
-def test_a_file_that_is_no_mapping_is_named(tmp_path):
+def test_a_file_without_a_mapping_is_named(tmp_path):
     path = tmp_path / "run.yaml"
-    deep, wrong = "sparsity: " + "[" * 3000 + "]" * 3000, "sparsity: !!timestamp x"
+    sequence = "- a\n- b\n"
+    unclosed = "sparsity: [0.2\n"
     code = "!!python/object/apply:os.system ['true']"
-    for content in ("- a\n- b\n", "sparsity: [0.2\n", "", code, deep, wrong):
+    deep = "sparsity: " + "[" * 3000 + "]" * 3000
+    no_timestamp = "sparsity: !!timestamp x"
+    for content in (sequence, unclosed, "", code, deep, no_timestamp):
         path.write_text(content)
-        for read in (read_yaml, read_families):
+        for read_file in (read_yaml, read_families):
             with pytest.raises(StructPruneError, match="run.yaml"):
-                read(path)
+                read_file(path)
+
     with pytest.raises(StructPruneError, match="structprune_config.json"):
         StructPruneConfig.from_pretrained(tmp_path)
 
 
-def test_a_value_that_aliases_make_endless_is_refused_at_once():
+def test_an_exponential_value_of_aliases_is_refused_at_once():
+    """Every line repeats the value of the line before twice, so the last value expands to 2 ** 26 words."""
     lines = ["seed: &a [x, x]"]
-    lines += [f"{new}: &{new} [*{old}, *{old}]" for old, new in pairwise("abcdefghijklmnopqrstuvwxyz")]
-    values = parse_yaml("\n".join([*lines, "sparsity: *z"]))
+    for old, new in pairwise("abcdefghijklmnopqrstuvwxyz"):
+        lines.append(f"{new}: &{new} [*{old}, *{old}]")
+    lines.append("sparsity: *z")
+    values = parse_yaml("\n".join(lines))
+
     with pytest.raises(StructPruneError, match=r"`sparsity` must be a number, got \[\["):
         StructPruneConfig(sparsity=values["sparsity"])
 
 
 @given(items=st.lists(st.integers()), order=st.lists(st.integers(0, 2)))
-def test_what_an_iterator_gives_is_read_again_and_no_further_than_it_is_needed(items, order):
-    taken = []
-    source = DomainConfig("a", (taken.append(item) or item for item in items)).source
-    readings = [(iter(source), []) for _ in range(3)]
+def test_an_iterator_is_consumed_on_demand_and_can_be_read_several_times(items, order):
+    consumed = []
+
+    def generate():
+        for item in items:
+            consumed.append(item)
+            yield item
+
+    source = DomainConfig("a", generate()).source
+    readers = [iter(source) for _ in range(3)]
+    results = [[] for _ in range(3)]
     for number in order:
-        reading, read = readings[number]
-        read += islice(reading, 1)
-        assert taken == items[: len(taken)] and len(taken) == max(len(read) for _, read in readings)
-    assert all([*read, *reading] == items for reading, read in readings) and [*source] == items
+        results[number] += islice(readers[number], 1)
+        assert consumed == items[: len(consumed)]
+        assert len(consumed) == max(len(result) for result in results)
+
+    for reader, result in zip(readers, results, strict=True):
+        assert result + list(reader) == items
+    assert list(source) == items

@@ -1,4 +1,4 @@
-"""What is on disk is whole at any moment, whatever is killed, and the same as what was in memory."""
+"""Test that checkpoints survive kills, full disks and damage."""
 
 from dataclasses import replace
 from math import inf
@@ -17,84 +17,117 @@ from optimum_structprune.system.resume import Resume
 VALUES = {"shares": [0.5, 0.5], "measured": [{"ratio": inf}]}
 
 
-def tensors(number):
+def tensors_of(number):
+    """Return the tensors of the checkpoint with this number."""
     return {"weight": torch.full((20, 20), float(number)), "bias": torch.full((3,), number, dtype=torch.bfloat16)}
 
 
-def store(folder, key="key"):
-    return Resume(folder, key, "layer")
+def open_store(folder):
+    return Resume(folder, "key", "layer")
 
 
 def save(folder, number):
-    store(folder).save(number, {**VALUES, "number": number}, tensors(number), {"own": torch.ones(number)})
+    values = VALUES | {"number": number}
+    open_store(folder).save(number, values, tensors_of(number), {"own": torch.ones(number)})
 
 
 def assert_holds(folder, number):
-    saved = store(folder).load()
-    assert (saved.number, saved.values) == (number, {**VALUES, "number": number})
+    """Check that the folder holds this checkpoint and the tensors of all earlier ones."""
+    checkpoint = open_store(folder).load()
+    assert checkpoint.number == number
+    assert checkpoint.values == VALUES | {"number": number}
+    assert torch.equal(checkpoint.local["own"], torch.ones(number))
+
     for past in range(1, number + 1):
-        found = store(folder).tensors(past)
-        assert all(torch.equal(found[name], tensor) for name, tensor in tensors(past).items())
-    assert torch.equal(saved.local["own"], torch.ones(number))
+        loaded = open_store(folder).tensors(past)
+        for name, tensor in tensors_of(past).items():
+            assert torch.equal(loaded[name], tensor)
 
 
 @pytest.mark.parametrize("after", [False, True])
-def test_a_kill_between_any_two_writes_leaves_what_was_saved_and_files_of_the_user(after, tmp_path, monkeypatch):
-    number, done, loaded = 0, False, []
-    while not done:
+def test_a_kill_between_any_two_writes_keeps_the_checkpoint_and_files_of_the_user(after, tmp_path, monkeypatch):
+    number = 0
+    finished = False
+    last_numbers = []
+    while not finished:
         number += 1
         folder = tmp_path / str(number)
-        assert store(folder).load() is None
+        assert open_store(folder).load() is None
         put_into(folder, {"layer-notes.safetensors": "of the user"})
         save(folder, 1)
-        with dying(monkeypatch, resume, number, after) as count:
+
+        with dying(monkeypatch, resume, number, after) as count_writes:
             try:
                 save(folder, 2)
-                done = True
+                finished = True
             except Killed:
                 pass
-        loaded.append(store(folder).load().number)
-        assert_holds(folder, loaded[-1])
-        # The run goes on from there: the layer is made anew, or the next one follows.
-        last = loaded[-1] + 1
-        save(folder, last)
-        assert_holds(folder, last)
-        names = {"layer-notes.safetensors", *(f"layer-{past}.safetensors" for past in range(1, last + 1))}
-        # What a kill has left is gone after the next layer.
-        assert contents(folder).keys() == {*names, "layer.json", f"layer-{last}-0-of-1.safetensors"}
-    assert loaded == sorted(loaded) and set(loaded) == {1, 2} and count() >= 5
+        last_number = open_store(folder).load().number
+        last_numbers.append(last_number)
+        assert_holds(folder, last_number)
+
+        # The resumed run saves the next layer and removes the files of the killed run.
+        next_number = last_number + 1
+        save(folder, next_number)
+        assert_holds(folder, next_number)
+        expected_files = {"layer.json", f"layer-{next_number}-0-of-1.safetensors", "layer-notes.safetensors"}
+        for past in range(1, next_number + 1):
+            expected_files.add(f"layer-{past}.safetensors")
+        assert contents(folder).keys() == expected_files
+
+    assert last_numbers == sorted(last_numbers)
+    assert set(last_numbers) == {1, 2}
+    assert count_writes() >= 5
 
 
-def test_a_full_disk_and_half_written_files_leave_what_was_saved_before(tmp_path):
+def test_half_written_files_keep_the_previous_checkpoint(tmp_path):
     save(tmp_path, 1)
     (tmp_path / "layer-2.safetensors").write_bytes(b"half")
     (tmp_path / "layer.json.new").write_text('{"key"')
+
     assert_holds(tmp_path, 1)
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "layer-2.safetensors").write_bytes(b"half")
+    (tmp_path / "layer.json.new").write_text('{"key"')
+
     for size in (0, 100, 1000):
         with full_disk(size), pytest.raises(StructPruneError, match="Layer 2 .*previous checkpoint is intact"):
             save(tmp_path, 2)
         assert_holds(tmp_path, 1)
+
     save(tmp_path, 2)
     assert_holds(tmp_path, 2)
 
 
+def assert_unreadable(folder):
+    with pytest.raises(StructPruneError, match="layer.json is not a readable checkpoint .*. Remove it to start"):
+        open_store(folder).load()
+        open_store(folder).tensors(1)
+
+
 def test_a_damaged_file_is_named(tmp_path):
-    names, texts = ("layer.json", "layer-1-0-of-1.safetensors", "layer-1.safetensors"), ("{", "[]", '{"key": "x"}')
-    for name, text in [*((name, None) for name in names), *(("layer.json", text) for text in texts)]:
+    for name in ("layer.json", "layer-1-0-of-1.safetensors", "layer-1.safetensors"):
         save(tmp_path, 1)
         path = tmp_path / name
-        path.write_bytes(path.read_bytes()[:-40] if text is None else text.encode())
-        with pytest.raises(StructPruneError, match="layer.json is not a readable checkpoint .*. Remove it to start"):
-            store(tmp_path).load()
-            store(tmp_path).tensors(1)
+        path.write_bytes(path.read_bytes()[:-40])
+        assert_unreadable(tmp_path)
+
+    for text in ("{", "[]", '{"key": "x"}'):
+        save(tmp_path, 1)
+        (tmp_path / "layer.json").write_text(text)
+        assert_unreadable(tmp_path)
 
 
-def test_another_number_of_processes_is_refused_with_both(tmp_path, monkeypatch):
+def test_another_number_of_processes_is_refused_with_both_numbers(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(resume, "process_count", lambda: 2)
         save(tmp_path, 2)
+
     with pytest.raises(StructPruneError, match="layer 2 of a run with 2 processes.*run has 1. Start 2"):
-        store(tmp_path).load()
+        open_store(tmp_path).load()
 
 
 RUNS = {
@@ -104,54 +137,85 @@ RUNS = {
 }
 
 
-def pruned(case, folder, **fields):
-    pruner = StructPruner(config(**fields), RunOptions(checkpoint_dir=None if folder is None else str(folder)))
+def prune(case, folder=None, **fields):
+    """Return a pruned model and its pruner, with checkpoints in `folder` if there is one."""
+    options = RunOptions()
+    if folder is not None:
+        options = RunOptions(checkpoint_dir=str(folder))
+    pruner = StructPruner(config(**fields), options)
     return pruner.prune_model(build(case), tokenizer()), pruner
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("case", "after"), [("llama-tied", False), ("gemma2", False), ("mixtral", True)])
-def test_a_kill_at_any_write_leaves_what_the_next_run_goes_on_from(case, after, tmp_path, monkeypatch):
-    whole, expected = pruned(case, None, **RUNS[case])
-    number, finished = 0, False
+def test_a_run_resumes_after_a_kill_at_any_write(case, after, tmp_path, monkeypatch):
+    expected_model, expected_pruner = prune(case, **RUNS[case])
+    stride = 4
+    if case == "llama-tied":
+        stride = 2
+
+    number = 0
+    finished = False
     while not finished:
-        number += 2 if case == "llama-tied" else 4
+        number += stride
         folder = tmp_path / str(number)
         with dying(monkeypatch, resume, number, after):
             try:
-                pruned(case, folder, **RUNS[case])
+                prune(case, folder, **RUNS[case])
                 finished = True
             except Killed:
                 pass
-        resumed, pruner = pruned(case, folder, **RUNS[case])
-        assert pruner.plan == expected.plan and same_weights(resumed, whole)
+
+        resumed_model, pruner = prune(case, folder, **RUNS[case])
+        assert pruner.plan == expected_pruner.plan
+        assert same_weights(resumed_model, expected_model)
 
 
-def test_finished_layers_are_not_made_again(tmp_path, monkeypatch):
-    whole, _ = pruned("llama-tied", tmp_path / "run")
-    monkeypatch.setattr(resume.Resume, "save", None)
-    resumed, pruner = pruned("llama-tied", tmp_path / "run")
-    assert same_weights(resumed, whole)
-    monkeypatch.undo()
-    other, _ = pruned("llama-tied", tmp_path / "run", widths={"mlp": 20})  # another config begins anew beside it
-    assert other.config.intermediate_size == 20 and len([*(tmp_path / "run").glob("layer-*.json")]) == 2
-    pruned("llama-tied", tmp_path / "run")
+def test_finished_layers_are_loaded_and_not_pruned_a_second_time(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    model, _ = prune("llama-tied", folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resume.Resume, "save", None)
+        resumed_model, _ = prune("llama-tied", folder)
+
+    assert same_weights(resumed_model, model)
 
 
-def test_a_full_disk_names_the_layer_and_leaves_those_before(tmp_path):
-    model = build("llama-tied")
-    pruner = StructPruner(config(), RunOptions(checkpoint_dir=str(tmp_path / "run")))
+def test_a_run_with_another_config_has_its_own_checkpoints(tmp_path):
+    folder = tmp_path / "run"
+    prune("llama-tied", folder)
+
+    narrower_model, _ = prune("llama-tied", folder, widths={"mlp": 20})
+    assert narrower_model.config.intermediate_size == 20
+    assert len(list(folder.glob("layer-*.json"))) == 2
+
+    prune("llama-tied", folder)
+
+
+def test_a_full_disk_names_the_layer_and_keeps_the_layers_before(tmp_path):
+    folder = tmp_path / "run"
+    pruner = StructPruner(config(), RunOptions(checkpoint_dir=str(folder)))
     with full_disk(3000), pytest.raises(InPlaceError, match="Layer 1 .*previous checkpoint is intact"):
-        pruner.prune_model(model, tokenizer(), inplace=True)
-    assert same_weights(*(pruned("llama-tied", folder)[0] for folder in (tmp_path / "run", None)))
+        pruner.prune_model(build("llama-tied"), tokenizer(), inplace=True)
+
+    resumed_model, _ = prune("llama-tied", folder)
+    expected_model, _ = prune("llama-tied")
+    assert same_weights(resumed_model, expected_model)
 
 
-def test_the_key_names_all_that_makes_a_run():
-    model, data = build("llama-tied"), data_of(config())
+def test_the_key_depends_on_everything_that_determines_a_run():
+    data = data_of(config())
+    model = build("llama-tied")
+    widths = {"mlp": 24}
+    key = run_key(data, model, widths)
+    assert run_key(data, model, widths) == key
 
-    def key(settings=data.config, of=model, domains=data.domains, target=24):
-        return run_key(replace(data, config=settings, domains=domains), of, {"mlp": target})
-
-    same = key()
-    others = [key(config(rounds=3)), key(of=build("llama-tied", seed=1)), key(domains=data.domains[:1])]
-    assert len({same, *others, key(target=20)}) == 5 and key() == same
+    other_keys = {
+        run_key(replace(data, config=config(rounds=3)), model, widths),
+        run_key(replace(data, domains=data.domains[:1]), model, widths),
+        run_key(data, build("llama-tied", seed=1), widths),
+        run_key(data, model, {"mlp": 20}),
+    }
+    assert len(other_keys) == 4
+    assert key not in other_keys

@@ -1,4 +1,4 @@
-"""How far the work is, for those who look at a terminal and for those who read a log."""
+"""Test the progress of a run on a terminal and in a log."""
 
 import io
 import sys
@@ -12,19 +12,21 @@ from optimum_structprune.system import stages
 
 
 @pytest.fixture
-def shown(monkeypatch):
-    """What ten steps of four seconds each write in a stage, on a terminal or into a file."""
+def run_stage(monkeypatch):
+    """Return a function that returns the output of a stage of ten steps of four seconds each."""
 
     def run(terminal):
-        screen, seconds = io.StringIO(), iter(range(0, 4000, 4))
+        screen = io.StringIO()
         screen.isatty = lambda: terminal
-        monkeypatch.setattr(stages.logger, "level", WARNING)  # whatever the command line has set before
+        # The command line may have set another level in this process.
+        monkeypatch.setattr(stages.logger, "level", WARNING)
         monkeypatch.setattr(sys, "stderr", screen)
-        monkeypatch.setattr(stages, "perf_counter", lambda: now[0])
-        now = [next(seconds)]
+        clock = {"seconds": 0}
+        monkeypatch.setattr(stages, "perf_counter", lambda: clock["seconds"])
+
         with stages.stage("pruning", {}):
             for _ in stages.progress(range(10), desc="layers", unit="layer"):
-                now[0] = next(seconds)
+                clock["seconds"] += 4
         return screen.getvalue()
 
     logging.enable_progress_bar()
@@ -32,13 +34,16 @@ def shown(monkeypatch):
     logging.enable_progress_bar()
 
 
-def test_without_a_terminal_a_line_comes_after_ten_seconds(shown):
-    assert shown(terminal=False).splitlines() == ["Pruning …", *(f"layers: {done} of 10 layers" for done in (3, 6, 9))]
+def test_without_a_terminal_a_line_is_written_every_ten_seconds(run_stage):
+    lines = run_stage(terminal=False).splitlines()
+
+    assert lines == ["Pruning …", "layers: 3 of 10 layers", "layers: 6 of 10 layers", "layers: 9 of 10 layers"]
 
 
-def test_lines_are_written_above_a_bar_that_is_being_drawn(shown):
-    with tqdm(total=2, file=io.StringIO()):  # as the Trainer's
-        assert shown(terminal=False).startswith("Pruning …\n")
+def test_lines_are_written_above_an_active_bar(run_stage):
+    """The Trainer draws a bar during the training."""
+    with tqdm(total=2, file=io.StringIO()):
+        assert run_stage(terminal=False).startswith("Pruning …\n")
 
 
 def test_a_bar_on_the_same_screen_is_cleared_before_a_line_and_drawn_again(monkeypatch):
@@ -49,12 +54,21 @@ def test_a_bar_on_the_same_screen_is_cleared_before_a_line_and_drawn_again(monke
     with tqdm(total=2, desc="training", file=screen):
         stages.say("Removing layers …")
 
-    before, after = screen.getvalue().split("Removing layers …\n")
-    assert before.endswith("\r") and after.startswith("\rtraining")
+    text_before, text_after = screen.getvalue().split("Removing layers …\n")
+    assert text_before.endswith("\r")
+    assert text_after.startswith("\rtraining")
 
 
-def test_a_terminal_has_bars_and_who_wants_none_has_neither(shown):
-    text = shown(terminal=True)
-    assert text.startswith("Pruning …") and "layers: 100%" in text and "of 10 layers" not in text
+def test_a_terminal_has_bars(run_stage):
+    output = run_stage(terminal=True)
+
+    assert output.startswith("Pruning …")
+    assert "layers: 100%" in output
+    assert "of 10 layers" not in output
+
+
+def test_disabled_bars_disable_the_lines_as_well(run_stage):
     logging.disable_progress_bar()
-    assert shown(terminal=False) == shown(terminal=True) == ""
+
+    assert run_stage(terminal=False) == ""
+    assert run_stage(terminal=True) == ""

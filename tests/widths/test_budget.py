@@ -1,4 +1,4 @@
-"""The largest widths that keep to a budget."""
+"""Test that widths are the largest ones within a budget."""
 
 import re
 
@@ -19,115 +19,174 @@ from optimum_structprune.widths.budget import budget_of
 from optimum_structprune.widths.legal import legal_widths
 
 
-def asking(name, most, **fields):
-    return config(**{"sparsity": None, "round_to": 1, "budget": {name: most}, **fields})
+def budget_config(name, limit, **fields):
+    """Return a config with the budget `name`. By default, widths may be multiples of any number."""
+    defaults = {"sparsity": None, "round_to": 1, "budget": {name: limit}}
+    return config(**(defaults | fields))
 
 
 def targets_of(arch):
-    """What sparsity may spread over: channels inside experts do not go together with whole experts."""
+    """Return all targets except whole experts, which exclude the channels inside experts as targets."""
     return tuple(name for name in arch.names if arch.of(name)[0].inside)
 
 
-def parameters(model, arch, widths):
-    return skeleton(model, shrunk_config(model.config, arch, widths)).num_parameters()
+def smaller_skeleton(model, arch, widths):
+    return skeleton(model, shrunk_config(model.config, arch, widths))
 
 
-@pytest.mark.parametrize(("case", "name"), [
-    *((case, None) for case in STRUCTURES), ("llama-tied", "layer"), ("llama-tied", "hidden"), ("qwen3_moe", "hidden"),
-])  # fmt: skip
-def test_it_is_kept_to_and_one_unit_more_would_not(case, name):
+def parameters_after(model, arch, widths):
+    return smaller_skeleton(model, arch, widths).num_parameters()
+
+
+def assert_largest_widths(model, arch, settings, limit, widths):
+    """Check that the widths meet a limit of parameters, and that one more unit in any space would exceed it."""
+    assert parameters_after(model, arch, widths) <= limit
+
+    for name, legal in legal_widths(settings, arch, model.config).items():
+        larger = [width for width in legal if width > widths[name]]
+        if larger:
+            assert parameters_after(model, arch, widths | {name: larger[0]}) > limit, widths
+
+
+@pytest.mark.parametrize("case", STRUCTURES)
+def test_widths_are_the_largest_within_a_budget(case):
     model = build(case)
     arch = describe(model)
-    dense, targets = model.num_parameters(), targets_of(arch) if name is None else (name,)
-    for share in (0.03, 0.2, 0.4, 0.9) if name is None else (0.3,):
-        most = round(dense - share * (sum(arch.layer_params) if name is None else dense))
-        wish = asking("parameters", most, targets=targets)
+    targets = targets_of(arch)
+
+    for share in (0.03, 0.2, 0.4, 0.9):
+        limit = round(model.num_parameters() - share * sum(arch.layer_params))
+        settings = budget_config("parameters", limit, targets=targets)
         try:
-            widths = widths_of(wish, arch, model)
+            widths = widths_of(settings, arch, model)
         except StructPruneError as error:
-            assert share >= 0.4 and "cannot be met" in str(error)
-            most = int(re.search(r"still has ([\d,]+)", str(error))[1].replace(",", ""))
-            widths = widths_of(asking("parameters", most, targets=targets), arch, model)
-            assert parameters(model, arch, widths) == most
-        assert parameters(model, arch, widths) <= most
-        for name_of_one, legal in legal_widths(wish, arch, model.config).items():
-            larger = [width for width in legal if width > widths[name_of_one]]
-            assert not larger or parameters(model, arch, {**widths, name_of_one: larger[0]}) > most, widths
+            assert share >= 0.4
+            assert "cannot be met" in str(error)
+            # The message names the smallest size, which must be a possible budget.
+            smallest_size = re.search(r"still has ([\d,]+)", str(error))[1]
+            limit = int(smallest_size.replace(",", ""))
+            settings = budget_config("parameters", limit, targets=targets)
+            widths = widths_of(settings, arch, model)
+            assert parameters_after(model, arch, widths) == limit
+
+        assert_largest_widths(model, arch, settings, limit, widths)
 
 
-@pytest.mark.parametrize(
-    "fields", [{"rounds": 2}, {"round_to": 8}, {"allocation": "sensitivity"}, {"skip_layers": (1,)}, {"dtype": 2}]
-)
-def test_pruning_keeps_to_it(fields):
-    itemsize = fields.pop("dtype", 4)
-    model = build("llama-tied").to(torch.bfloat16 if itemsize == 2 else torch.float32)
+@pytest.mark.parametrize(("case", "target"), [
+    ("llama-tied", "layer"), ("llama-tied", "hidden"), ("qwen3_moe", "hidden"),
+])  # fmt: skip
+def test_layers_and_hidden_channels_are_the_largest_within_a_budget(case, target):
+    model = build(case)
     arch = describe(model)
-    wish = asking("bytes", 14_000 * itemsize, **fields)
-    small = prune_model(model, wish, tokenizer())
-    step = max(space.unit_params for space in arch.spaces) if fields.get("allocation") else 96 * 2
-    assert 14_000 - step * wish.round_to < small.num_parameters() <= 14_000
-    if "allocation" not in fields:
-        saved = config_of(model)
-        saved.dtype = model.dtype
-        assert dry_run(saved, wish).parameters.after == small.num_parameters()
+    limit = round(model.num_parameters() - 0.3 * model.num_parameters())
+    settings = budget_config("parameters", limit, targets=(target,))
+
+    widths = widths_of(settings, arch, model)
+
+    assert_largest_widths(model, arch, settings, limit, widths)
+
+
+@pytest.mark.parametrize(("dtype", "fields"), [
+    (torch.float32, {"rounds": 2}),
+    (torch.float32, {"round_to": 8}),
+    (torch.float32, {"allocation": "sensitivity"}),
+    (torch.float32, {"skip_layers": (1,)}),
+    (torch.bfloat16, {}),
+])  # fmt: skip
+def test_pruning_keeps_to_a_budget_of_bytes(dtype, fields):
+    model = build("llama-tied").to(dtype)
+    settings = budget_config("bytes", 14_000 * dtype.itemsize, **fields)
+
+    small = prune_model(model, settings, tokenizer())
+
+    by_losses = "allocation" in fields
+    largest_step = 96 * 2
+    if by_losses:
+        largest_step = max(space.unit_params for space in describe(model).spaces)
+    assert 14_000 - largest_step * settings.round_to < small.num_parameters() <= 14_000
+    if not by_losses:
+        saved_config = config_of(model)
+        saved_config.dtype = dtype
+        assert dry_run(saved_config, settings).parameters.after == small.num_parameters()
 
 
 @pytest.mark.parametrize(("case", "targets"), [("bart", ("vocab",)), ("bart", ("decoder_mlp",))])
-def test_bytes_are_those_of_the_saved_weights_with_their_buffers(case, targets):
+def test_a_budget_of_bytes_counts_the_saved_weights_and_buffers(case, targets):
     """BART saves a bias of the logits as a buffer."""
     model = build(case)
     arch = describe(model)
-    dense = model_bytes(model)
-    assert dense > 4 * model.num_parameters()
-    budget = budget_of(asking("bytes", 0.9, targets=targets), arch, model, targets)
-    assert budget.dense == dense and budget.limit == int(0.9 * dense)
-    for width in (1, 10):
-        widths = {name: arch.of(name)[0].size - width for name in targets}
-        assert budget.cost(widths) == model_bytes(skeleton(model, shrunk_config(model.config, arch, widths)))
+    dense_bytes = model_bytes(model)
+    assert dense_bytes > 4 * model.num_parameters()
+
+    budget = budget_of(budget_config("bytes", 0.9, targets=targets), arch, model, targets)
+
+    assert budget.dense == dense_bytes
+    assert budget.limit == int(0.9 * dense_bytes)
+    for num_removed in (1, 10):
+        widths = {name: arch.of(name)[0].size - num_removed for name in targets}
+        assert budget.cost(widths) == model_bytes(smaller_skeleton(model, arch, widths))
 
 
 @pytest.mark.parametrize("case", ["llama-tied", "mixtral"])
-def test_the_cache_shrinks_by_attention_alone(case):
+def test_only_attention_shrinks_for_a_budget_of_the_cache(case):
     model = build(case)
     arch = describe(model)
-    dense = cached_values(skeleton(model, model.config), arch) * 4
-    wish = asking("cache_bytes_per_token", 0.6 * dense, targets=targets_of(arch))
-    assert set(widths_of(wish, arch, model)) == {"attention"}
-    small = prune_model(model, wish, tokenizer())
-    cached = {space.width for space in describe(small).of("attention")}
-    assert cached == {2}, "of 4 groups, 2 take half of the cache"
+    limit = 0.6 * 4 * cached_values(skeleton(model, model.config), arch)
+    settings = budget_config("cache_bytes_per_token", limit, targets=targets_of(arch))
+    assert widths_of(settings, arch, model).keys() == {"attention"}
+
+    small = prune_model(model, settings, tokenizer())
+    group_counts = {space.width for space in describe(small).of("attention")}
+    assert group_counts == {2}, "2 of 4 groups need half of the cache"
+
+    settings = budget_config("cache_bytes_per_token", limit, targets=("mlp",))
     with pytest.raises(StructPruneError, match="targets=.'mlp'.* do not change that; target 'attention' or 'layer'"):
-        widths_of(asking("cache_bytes_per_token", 0.6 * dense, targets=("mlp",)), arch, model)
-
-    # Where heads share their cache or cannot go, only fewer layers shrink it.
-    for rigid in (build("deepseek_v3"), build("opt")):
-        with pytest.raises(StructPruneError, match="do not change that; target 'layer'"):
-            widths_of(asking("cache_bytes_per_token", 0.8), describe(rigid), rigid)
+        widths_of(settings, arch, model)
 
 
-def test_a_model_without_mlp_gives_all_its_channels_or_its_tokens_alone():
-    auto, kind, fields = described("bloom")
-    bart, bloom = build("bart"), random_model(auto, kind, {**fields, "vocab_size": 2000})
-    assert widths_of(config(sparsity=0.2), describe(bart), bart).keys() == {"encoder_mlp", "decoder_mlp"}
-    with pytest.raises(
-        StructPruneError, match="At most .* parameters can be removed from encoder_mlp, decoder_mlp. Lower it.$"
-    ):
-        widths_of(config(sparsity=0.7), describe(bart), bart)
-    assert with_tokens(asking("parameters", 0.9), ModelInfo.of(bloom)).targets == ("vocab",)
+@pytest.mark.parametrize("case", ["deepseek_v3", "opt"])
+def test_only_fewer_layers_shrink_the_cache_of_rigid_attention(case):
+    """The heads of these models share their cache or cannot be removed."""
+    model = build(case)
+
+    with pytest.raises(StructPruneError, match="do not change that; target 'layer'"):
+        widths_of(budget_config("cache_bytes_per_token", 0.8), describe(model), model)
+
+
+def test_a_model_without_the_space_mlp_loses_its_other_channels():
+    bart = build("bart")
+    arch = describe(bart)
+    assert widths_of(config(sparsity=0.2), arch, bart).keys() == {"encoder_mlp", "decoder_mlp"}
+
+    message = "At most .* parameters can be removed from encoder_mlp, decoder_mlp. Lower it.$"
+    with pytest.raises(StructPruneError, match=message):
+        widths_of(config(sparsity=0.7), arch, bart)
+
+
+def test_a_model_without_channels_loses_only_tokens():
+    auto_class, model_type, fields = described("bloom")
+    bloom = random_model(auto_class, model_type, fields | {"vocab_size": 2000})
+    assert with_tokens(budget_config("parameters", 0.9), ModelInfo.of(bloom)).targets == ("vocab",)
+
     with pytest.raises(StructPruneError, match="type 'bloom' has no space 'mlp' to prune.* Known: layer, vocab"):
         widths_of(config(sparsity=0.2), describe(bloom), bloom)
+
+    zamba = build("zamba2")
     with pytest.raises(StructPruneError, match="no space 'vocab' to prune: transformers runs it only with a cache"):
-        widths_of(asking("parameters", 0.9, targets=("vocab",)), describe(build("zamba2")), build("zamba2"))
+        widths_of(budget_config("parameters", 0.9, targets=("vocab",)), describe(zamba), zamba)
 
 
-def test_what_cannot_be_met_names_what_can():
+def test_an_impossible_budget_is_refused_with_advice():
     model = build("llama-tied")
     arch = describe(model)
     with pytest.raises(StructPruneError, match="met by the dense model, with 17,056"):
-        widths_of(asking("parameters", 17_056), arch, model)
-    for target, others in (("mlp", "'vocab', 'attention'"), ("vocab", "'mlp', 'attention'")):
-        with pytest.raises(StructPruneError, match=f"cannot be met: .* of {target} .* targets: {others}, or target"):
-            widths_of(asking("parameters", 9_000, targets=(target,)), arch, model)
+        widths_of(budget_config("parameters", 17_056), arch, model)
+
+    for target, advice in (("mlp", "'vocab', 'attention'"), ("vocab", "'mlp', 'attention'")):
+        message = f"cannot be met: .* of {target} .* targets: {advice}, or target"
+        with pytest.raises(StructPruneError, match=message):
+            widths_of(budget_config("parameters", 9_000, targets=(target,)), arch, model)
+
     bert = build("bert")
     with pytest.raises(StructPruneError, match="are not known: it does not generate"):
-        widths_of(asking("cache_bytes_per_token", 10), describe(bert), bert)
+        widths_of(budget_config("cache_bytes_per_token", 10), describe(bert), bert)
