@@ -123,7 +123,7 @@ def test_the_report_adds_up():
     report = pruner.report
 
     assert report.sparsity == pytest.approx(0.5, abs=0.02)
-    calibration_tokens = {entry.name: entry.calibration_tokens for entry in pruner.manifest.of_use(CALIBRATED)}
+    calibration_tokens = {entry.name: entry.calibration_tokens for entry in pruner.manifest.with_use(CALIBRATED)}
     assert calibration_tokens == {"a": 4 * 24, "b": 4 * 24}
     assert {"domains", "perplexity", "round 1"} <= set(report.seconds)
 

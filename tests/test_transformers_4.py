@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruner
 from optimum_structprune.domains.sources import builtin_documents
 from optimum_structprune.forward.metrics import outputs_for
-from optimum_structprune.saving.save import settle
+from optimum_structprune.saving.save import make_portable
 
 
 PYTHON = Path(os.environ.get("ONNX_PYTHON", Path(__file__).parents[1] / "build" / "onnx" / "bin" / "python"))
@@ -77,7 +77,7 @@ def save_with_rope(case, scaling, folder):
     text_fields["rope_parameters"] = with_other_bases(rope) | scaling
     model = random_model(auto, model_type, fields)
     model.save_pretrained(folder)
-    settle(folder / "config.json", type(model.config))
+    make_portable(folder / "config.json", type(model.config))
     request = {"folder": str(folder), "kind": auto.__name__, "ids": token_ids().tolist()}
     return request, outputs_for(model, token_ids())
 

@@ -68,7 +68,7 @@ def test_a_description_that_does_not_match_the_weights_is_refused(tmp_path):
     model_config = PretrainedConfig(intermediate_size=8)
 
     family = read_family(tmp_path, LLAMA | {"layer_path": "layers.0"})
-    with pytest.raises(StructPruneError, match="layers at 'layers.0'; nothing is there"):
+    with pytest.raises(StructPruneError, match="layers at 'layers.0', and nothing is there"):
         resolve(family, model_config, ffn_shapes(8, 8))
 
     family = read_family(tmp_path, LLAMA)

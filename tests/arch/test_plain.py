@@ -77,7 +77,7 @@ def test_a_quantized_model_that_transformers_cannot_unpack_is_refused():
     assert type(model.model.layers[0].mlp.up_proj) is Packed
 
     model.hf_quantizer = None
-    with pytest.raises(StructPruneError, match="has no quantizer to undo it; load it without quantization"):
+    with pytest.raises(StructPruneError, match="has no quantizer to undo it. Load it without quantization"):
         prune_model(model, config(), tokenizer())
 
 
@@ -92,7 +92,7 @@ def test_the_message_for_a_peft_model_has_the_code_that_merges_it():
     expected = logits(model)
 
     unread_text = config(domains=[DomainConfig("a", unread())])
-    with pytest.raises(StructPruneError, match="PeftModel carries a PEFT adapter; pass `(.*)` instead") as error:
+    with pytest.raises(StructPruneError, match="PeftModel has a PEFT adapter. Pass `(.*)` instead") as error:
         prune_model(model, unread_text, tokenizer())
 
     merged = eval(code_in(error), {"model": model})
@@ -105,7 +105,7 @@ def test_the_message_for_an_injected_adapter_has_the_code_that_merges_it():
     inject_adapter_in_model(LoraConfig(target_modules=["q_proj"], init_lora_weights=False), model)
     expected = logits(model)
 
-    with pytest.raises(StructPruneError, match="has a PEFT adapter injected into it; merge it first") as error:
+    with pytest.raises(StructPruneError, match="has a PEFT adapter injected into it. Merge it first") as error:
         prune_model(model, config(), tokenizer())
 
     exec(code_in(error), {"model": model})
@@ -291,7 +291,7 @@ def test_weights_of_a_packing_class_are_refused():
     projection = model.model.layers[0].mlp.up_proj
     # torchao packs weights into tensors of such a class.
     projection.weight = nn.Parameter(TwoTensor(projection.weight.data, projection.weight.data))
-    with pytest.raises(StructPruneError, match="class TwoTensor, which quantization uses; prune the model first"):
+    with pytest.raises(StructPruneError, match="class TwoTensor, which quantization uses. Prune the model first"):
         check_plain(model)
 
 

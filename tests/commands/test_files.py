@@ -140,7 +140,7 @@ def test_a_malformed_config_is_refused(copy):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_an_absent_device_is_reported_in_one_sentence(dense):
     for device in ("cuda", "cuda:3", "nope", "meta", "cpu:x"):
-        with pytest.raises(StructPruneError, match=f"--device {device} cannot be used: .*this machine has cpu"):
+        with pytest.raises(StructPruneError, match=f"--device {device} cannot be used: .*This machine has cpu"):
             usable_device(device)
 
     assert usable_device(None) == "cpu"

@@ -98,7 +98,7 @@ def test_a_file_with_any_content_is_replaced_only_on_request(content):
     with tempfile.NamedTemporaryFile() as file:
         Path(file.name).write_bytes(content)
 
-        with pytest.raises(StructPruneError, match="--json a exists; name another .*--overwrite"):
+        with pytest.raises(StructPruneError, match="--json a exists. Choose another .*--overwrite"):
             check_file(file.name, "--json a")
         check_file(file.name, "--json a", overwrite=True)
 

@@ -242,7 +242,7 @@ def test_a_criterion_or_refit_that_does_not_suit_the_model_is_refused_before_it_
         StructPruner(config(refit="scaled", widths={"hidden": 24})).prune_model(build("llama-tied"), tokenizer())
 
     offloaded = disk_offload(build("llama-tied"), tmp_path / "disk", execution_device=torch.device("cpu"))
-    with pytest.raises(StructPruneError, match="criterion='watched' takes all its layers at once; choose"):
+    with pytest.raises(StructPruneError, match="criterion='watched' takes all its layers at once. Choose"):
         StructPruner(config(criterion="watched")).prune_model(offloaded, tokenizer(), inplace=True)
 
     assert FIRST_CALLS == []

@@ -294,7 +294,7 @@ def test_a_manifest_is_saved_with_the_model(saved):
     assert manifest == Manifest.load(folder / "out" / "calibration_manifest.json")
     assert manifest.uses() == pruner.manifest.uses()
     assert manifest.versions == pruner.manifest.versions
-    assert [entry.name for entry in manifest.of_use(CALIBRATED)] == ["a", "b"]
+    assert [entry.name for entry in manifest.with_use(CALIBRATED)] == ["a", "b"]
     assert manifest.domains[0].origin["source"] == "a.jsonl", "records name files without their folders"
     assert manifest.domains[1].origin["source"] == "memory:list"
 
@@ -307,7 +307,7 @@ def test_a_manifest_is_reproducible_and_depends_on_the_seed(saved):
         settings = replace(pruner.config, seed=seed)
         manifests.append(Manifest.of(settings, load_domains(settings, tokenizer()), tokenizer()))
 
-    assert manifests[0] == replace(manifest, domains=manifest.of_use(CALIBRATED))
+    assert manifests[0] == replace(manifest, domains=manifest.with_use(CALIBRATED))
     assert manifests[1].domains[0].samples_sha256 != manifest.domains[0].samples_sha256
 
 

@@ -296,7 +296,7 @@ def pruning_config(domains, **fields):
 
 def calibration_tokens(pruner):
     """Return the number of calibration tokens of each domain."""
-    return {entry.name: entry.calibration_tokens for entry in pruner.manifest.of_use(CALIBRATED)}
+    return {entry.name: entry.calibration_tokens for entry in pruner.manifest.with_use(CALIBRATED)}
 
 
 def test_a_config_without_domains_has_built_in_general_text():
@@ -363,7 +363,7 @@ def test_a_fifth_of_the_calibration_tokens_is_generated(tmp_path):
     pruned = pruner.prune_model(MODEL, TOKENIZER)
 
     assert calibration_tokens(pruner) == {"general": 2 * 24, "own": 8 * 24}
-    entries = {entry.name: entry for entry in pruner.manifest.of_use(CALIBRATED)}
+    entries = {entry.name: entry for entry in pruner.manifest.with_use(CALIBRATED)}
     assert entries["general"].origin["source"] == "self:any"
     assert pruner.config is OWN_TEXT_CONFIG
     assert pruner.result.config == replace(OWN_TEXT_CONFIG, general_text="self:any")
@@ -400,7 +400,7 @@ def test_a_model_without_useful_generated_text_is_pruned_on_the_domains(caplog, 
     with caplog.at_level(logging.WARNING):
         pruner.prune_model(MODEL, TOKENIZER)
 
-    names = [entry.name for entry in pruner.manifest.of_use(CALIBRATED)]
+    names = [entry.name for entry in pruner.manifest.with_use(CALIBRATED)]
     assert names == ["own"], "the failed generation has not used up the iterator"
     assert "only the configured domains are used: self:any" in caplog.text
 

@@ -332,7 +332,7 @@ def test_one_split_of_a_folder_of_save_to_disk_is_read(tmp_path):
 
     assert sorted(read(tmp_path / "several")) == sorted(TEXTS[:3])
     assert sorted(read(tmp_path / "several", split="test")) == sorted(TEXTS[3:])
-    with pytest.raises(StructPruneError, match="has no split 'valid'; it has train, test"):
+    with pytest.raises(StructPruneError, match="has no split 'valid'. It has train, test"):
         read(tmp_path / "several", split="valid")
 
 

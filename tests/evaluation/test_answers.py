@@ -78,12 +78,12 @@ def test_patterns_accept_correct_answers_in_different_words(prompt_words, correc
 
 
 @pytest.mark.parametrize(("line", "message"), [
-    ('{"prompt": "Hi"}', "line 2, is no question.*'right'"),
-    ('{"right": "a"}', "no question.*'prompt'"),
-    ('{"prompt": "Hi", "right": "("}', "no question.*unterminated"),
-    ('{"messages": "Hi", "right": ""}', "no question"),
-    ('{"prompt": "\\ud800", "right": ""}', "no question.*surrogates not allowed"),
-    ("[1", "no question"),
+    ('{"prompt": "Hi"}', "line 2, is not a question.*'right'"),
+    ('{"right": "a"}', "not a question.*'prompt'"),
+    ('{"prompt": "Hi", "right": "("}', "not a question.*unterminated"),
+    ('{"messages": "Hi", "right": ""}', "not a question"),
+    ('{"prompt": "\\ud800", "right": ""}', "not a question.*surrogates not allowed"),
+    ("[1", "not a question"),
     ("", "has no questions for"),
 ])  # fmt: skip
 def test_a_file_or_a_line_without_a_question_is_refused(line, message, tmp_path):

@@ -396,8 +396,8 @@ def test_invalid_pairs_are_refused(encoders):
     (encoders / "half.jsonl").write_text('["\\ud800", "b"]\n')
 
     for name, message in (
-        ("odd.jsonl", r"odd.jsonl, line \d+, is no pair of two texts"),
-        ("half.jsonl", r"half.jsonl, line 1, is no pair .*surrogates"),
+        ("odd.jsonl", r"odd.jsonl, line \d+, is not a pair of two texts"),
+        ("half.jsonl", r"half.jsonl, line 1, is not a pair .*surrogates"),
         ("none.jsonl", "cannot be read"),
     ):
         with pytest.raises(StructPruneError, match=message):

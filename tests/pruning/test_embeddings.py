@@ -67,7 +67,7 @@ def test_the_figures_are_those_of_the_two_models_as_they_are():
     for tokens_go in (True, False):
         measured = Embeddings(model, texts, reader, tokens_go)
         assert measured.figures(model)[0]["greetings"].cosine.pruned == pytest.approx(1)
-        measured.read_by(pruner.tokenizer, small)
+        measured.set_tokenizer(pruner.tokenizer, small)
         by_domain, by_language = measured.figures(small)
         assert 0 < by_domain["greetings"].cosine.pruned < 0.9999
         for code, figures in by_language.items():

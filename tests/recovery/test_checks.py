@@ -58,13 +58,13 @@ def test_models_whose_weights_cannot_change_and_compiled_ones_are_refused():
     compiled = torch.compile(build("llama-tied"), backend="eager")
 
     for model, message in (
-        (compiled, "model is compiled; pass `model._orig_mod`"),
+        (compiled, "`model` is compiled. Pass `model._orig_mod`"),
         (inference_model, "inside torch.inference_mode.*pass copy.deepcopy"),
         ("a/folder", "`model` must be a transformers model, got str"),
     ):
         with pytest.raises(StructPruneError, match=message):
             recover(model, tokenizer(), recovery_config(**domain(unread())))
-    with pytest.raises(StructPruneError, match="model is compiled; pass `model._orig_mod`"):
+    with pytest.raises(StructPruneError, match="`model` is compiled. Pass `model._orig_mod`"):
         export_gguf(compiled, "nowhere.gguf", tokenizer())
 
 

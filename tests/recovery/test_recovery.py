@@ -226,9 +226,9 @@ def test_a_pruned_model_is_saved_with_the_text_of_its_recovery(tmp_path):
     with pytest.warns(UserWarning, match="weights have changed since they were measured"):
         pruner.save(model, tmp_path / "out", tokenizer())
 
-    entries = Manifest.load(tmp_path / "out").of_use(TRAINED)
+    entries = Manifest.load(tmp_path / "out").with_use(TRAINED)
     assert entries != []
-    assert entries == Manifest.seen_by(model).of_use(TRAINED)
+    assert entries == Manifest.seen_by(model).with_use(TRAINED)
 
 
 def test_unseen_text_is_measured_and_excluded_from_the_training(pruned):

@@ -31,7 +31,7 @@ from optimum_structprune import (
 from optimum_structprune.commands.cli import main
 from optimum_structprune.record.plan import PLAN_NAME, Plan
 from optimum_structprune.record.report import Report
-from optimum_structprune.saving.save import check_reload, copy_extra_files, settle
+from optimum_structprune.saving.save import check_reload, copy_extra_files, make_portable
 from optimum_structprune.system.fingerprint import fingerprint
 from optimum_structprune.written import written_files
 
@@ -375,7 +375,7 @@ def test_transformers_5_reads_the_same_config(case, rope, tmp_path):
     dense_config = AutoConfig.for_model(model_type, **options)
     dense_config.save_pretrained(tmp_path)
 
-    settle(tmp_path / "config.json", type(dense_config))
+    make_portable(tmp_path / "config.json", type(dense_config))
 
     reloaded = AutoConfig.from_pretrained(tmp_path).to_dict()
     fields_of_folder = {"_name_or_path": "", "dtype": reloaded["dtype"]}
@@ -394,7 +394,7 @@ def test_transformers_4_knows_the_tokenizer_and_fields_of_this_machine_are_remov
     reader.init_kwargs.update(is_local=True, local_files_only=True)
     reader.save_pretrained(tmp_path)
 
-    settle(tmp_path / "tokenizer_config.json", type(AutoConfig.for_model("llama")))
+    make_portable(tmp_path / "tokenizer_config.json", type(AutoConfig.for_model("llama")))
 
     fields = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert fields["tokenizer_class"] == "PreTrainedTokenizerFast"

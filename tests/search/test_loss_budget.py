@@ -87,7 +87,7 @@ def test_the_final_pruning_is_judged_on_text_that_chose_no_size():
     assert removed_share == pytest.approx(max(shares_within_loss), abs=0.001)
 
     probe_documents = set()
-    for entry in result.manifest.of_use(EARLIER):
+    for entry in result.manifest.with_use(EARLIER):
         probe_documents.update(entry.probe_documents)
     assert probe_documents
     for entry in result.manifest.domains:

@@ -154,7 +154,7 @@ def test_channels_are_calibrated_on_the_languages_to_keep_but_not_measured_on_th
     general, general_small = prune(**fields)
     pruner, small = prune(**fields, languages=["de_DE,fi", "DE"])
 
-    entries = pruner.manifest.of_use("calibrated on")
+    entries = pruner.manifest.with_use("calibrated on")
     weights = [entry.weight for entry in entries]
     assert weights == pytest.approx([0.45, 0.45, 0.1])
 
@@ -240,8 +240,8 @@ def test_tokens_are_counted_in_the_calibration_documents_and_not_in_heldout_ones
     domain = DomainConfig(name="math", source=source)
     pruner, _ = prune(domains=[domain], widths={"vocab": 320, "mlp": 24})
 
-    counting = pruner.manifest.of_use(COUNTED)[0]
-    calibration = pruner.manifest.of_use("calibrated on")[0]
+    counting = pruner.manifest.with_use(COUNTED)[0]
+    calibration = pruner.manifest.with_use("calibrated on")[0]
     documents = {document_hash(text) for text in builtin_documents("math", 3)}
     heldout = set(calibration.heldout_documents)
     assert counting.heldout_documents == calibration.heldout_documents
@@ -340,7 +340,7 @@ def test_tokens_to_keep_that_cannot_be_read_are_refused(tmp_path):
 @pytest.mark.parametrize(("fields", "message"), [
     ({"widths": {"vocab": 100}}, r"vocab=100 is not possible for this model: \d+ of 400 tokens are always kept"),
     ({"widths": None, "budget": {"parameters": 0.7}, "targets": ("vocab",)}, "with the smallest widths of vocab"),
-    ({"widths": {"vocab": 401}}, r"'vocab'\] = 401 is not legal.*has 400; the nearest legal choice is 400"),
+    ({"widths": {"vocab": 401}}, r"'vocab'\] = 401 is not legal.*has 400. The nearest legal choice is 400"),
     ({"widths": None, "sparsity": 0.2, "targets": ("vocab",)}, r"Pass widths=\{'vocab': 192\}"),
     (JOINT | {"budget": {"cache_bytes_per_token": 9}}, "Tokens have no part in the cache_bytes_per_token"),
     ({"allocation": "sensitivity"}, "chooses widths inside the layers, and 'vocab' is not"),

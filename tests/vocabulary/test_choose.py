@@ -14,7 +14,7 @@ from optimum_structprune.domains.manifest import COUNTED
 from optimum_structprune.domains.packing import Domain, document_hash
 from optimum_structprune.steps.resize import drop_tokens_
 from optimum_structprune.vocabulary import choose, count, languages
-from optimum_structprune.vocabulary.choose import VocabularyRequest, wanted_shares
+from optimum_structprune.vocabulary.choose import VocabularyRequest, token_shares
 from optimum_structprune.vocabulary.count import language_shares, note_missing_words, text_shares
 from optimum_structprune.vocabulary.languages import CHOOSING, cost_by_language, script, texts, tokens_by_language
 from optimum_structprune.vocabulary.tokens import Vocabulary, with_dependencies
@@ -96,7 +96,7 @@ def test_general_text_and_the_prior_count_only_in_the_scripts_of_the_named_domai
     pruning_config = config(domains=[DomainConfig("named", "builtin:math")])
     request = request_of(WORDS, pruning_config=pruning_config)
 
-    shares, entries = wanted_shares(request, domains, ())
+    shares, entries = token_shares(request, domains, ())
 
     text_by_name = dict.fromkeys(WORDS.names, 0.0)
     text_by_name.update(a=0.375, ab=0.4375, b=0.0625, c=0.0625)
@@ -113,7 +113,7 @@ def test_general_text_and_the_prior_count_only_in_the_scripts_of_the_named_domai
 
     # Predictions of the model count in the same scripts. The model may have fewer rows than the tokenizer has tokens.
     predictions = torch.tensor([0, 0, 0, 0.5, 0, 0.5, 0, 0]).double()
-    shares_with_predictions, _ = wanted_shares(request, domains, (), predictions)
+    shares_with_predictions, _ = token_shares(request, domains, (), predictions)
     difference = shares_with_predictions.prior - prior
     weighted = choose.EXPECTED_WEIGHT * torch.tensor([0, 0, 0, 0, 0, 0.5, 0, 0, 0]).double()
     torch.testing.assert_close(difference, weighted)

@@ -190,14 +190,14 @@ def test_the_steps_of_a_removal_follow_the_schedule():
 
 def test_an_impossible_schedule_is_refused():
     for start, end, every, message in (
-        (0.2, 0.8, None, "end=0.8 divides the removal.*rounds=1 removes everything at once; set rounds=4"),
-        (0.5, 0.2, None, "end=0.2 is step 2, before start=0.5, step 5"),
-        (-3, None, None, "start is a step, or a share of all steps from 0.0 to 1.0, got -3"),
+        (0.2, 0.8, None, "`end=0.8` divides the removal.*`rounds=1` removes everything at once. Set `rounds` to 4"),
+        (0.5, 0.2, None, "`end=0.2` is step 2, before `start=0.5`, step 5"),
+        (-3, None, None, "`start` must be a step, or a share of all steps from 0.0 to 1.0, got -3"),
         (1.5, None, None, "got 1.5"),
         (float("nan"), None, None, "got nan"),
         ("0.5", None, None, "got '0.5'"),
-        (2, 8, 0, "every is a number of steps, 1 or more, got 0"),
-        (2, None, 3, "every=3 divides the removal up to end; name end, or leave every out"),
+        (2, 8, 0, "`every` must be a number of steps, at least 1, got 0"),
+        (2, None, 3, "`every=3` divides the removal up to `end`. Set `end`, or remove `every`"),
         (2, 11, 3, "is after step 11, but training has 10 steps"),
     ):
         with pytest.raises(StructPruneError, match=message):

@@ -140,7 +140,7 @@ def test_only_attention_shrinks_for_a_budget_of_the_cache(case):
     assert group_counts == {2}, "2 of 4 groups need half of the cache"
 
     settings = budget_config("cache_bytes_per_token", limit, targets=("mlp",))
-    with pytest.raises(StructPruneError, match="targets=.'mlp'.* do not change that; target 'attention' or 'layer'"):
+    with pytest.raises(StructPruneError, match="targets=.'mlp'.* do not change that. Target 'attention' or 'layer'"):
         widths_of(settings, arch, model)
 
 
@@ -149,7 +149,7 @@ def test_only_fewer_layers_shrink_the_cache_of_rigid_attention(case):
     """The heads of these models share their cache or cannot be removed."""
     model = build(case)
 
-    with pytest.raises(StructPruneError, match="do not change that; target 'layer'"):
+    with pytest.raises(StructPruneError, match="do not change that. Target 'layer'"):
         widths_of(budget_config("cache_bytes_per_token", 0.8), describe(model), model)
 
 
