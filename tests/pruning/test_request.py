@@ -45,7 +45,7 @@ REFUSED = [
     ("llama-tied", {"widths": {"attention": 3}}, "nearest legal choice is 2 or 4"),
     ("llama-tied", {"widths": {"mlp": 41}}, r"'mlp'\] = 41 is not legal.*has 40. The nearest legal choice is 40"),
     ("llama-tied", {"sparsity": 0.999}, "is too large. At most 0."),
-    ("llama-tied", {"sparsity": 0.2, "targets": ("mlp", "layer")}, "target 'layer' alone, or set widths"),
+    ("llama-tied", {"sparsity": 0.2, "targets": ("mlp", "layer")}, "Target 'layer' alone, or set `widths`"),
     ("llama-tied", {"skip_layers": (5,)}, "skip_layers names layer 5. The layers are 0 to 1"),
     ("llama-tied", {"skip_layers": (0, 1)}, "leaves no layer whose 'mlp'"),
     ("opt", {"widths": {"attention": 2}}, "no space 'attention' to prune: transformers derives the head dimension"),
@@ -60,7 +60,7 @@ REFUSED = [
     ("llava", {"widths": {"hidden": 24}}, "inputs other than text write to the residual stream too"),
     # of single layers
     ("llama-tied", {"widths": {"mlp": [24, 41]}}, r"\['mlp'\]\[1\] = 41 is not legal.*nearest legal choice is 40"),
-    ("llama-tied", {"widths": {"mlp": [24]}}, r"list of length 1, and the model has 2 layers; .*: \{0: 24\}"),
+    ("llama-tied", {"widths": {"mlp": [24]}}, r"list of length 1, and the model has 2 layers\. .*: \{0: 24\}"),
     ("llama-tied", {"widths": {"mlp": {2: 24}}}, "names layer 2, which has no 'mlp'. The layers that have it are 0"),
     ("bert", {"widths": {"mlp": [24, 32]}}, "layers of different widths, which 'mlp' of a bert model cannot"),
     ("phi3", {"widths": {"attention": [2, 4]}}, "'attention' of a phi3.*number of heads"),
@@ -249,7 +249,7 @@ def test_odd_models(tmp_path):
             prune_model(model, config(), inputs={"a": IDS})
     with torch.inference_mode():
         fixed = LlamaForCausalLM(build("llama-tied").config)
-    with pytest.raises(StructPruneError, match="inside torch.inference_mode.*pass copy.deepcopy"):
+    with pytest.raises(StructPruneError, match="inside torch.inference_mode.*pass `copy.deepcopy"):
         prune_model(fixed, config(), tokenizer(), inplace=True)
     prune_model(fixed, config(), tokenizer())
     with pytest.raises(StructPruneError, match="Pass the model's own"):

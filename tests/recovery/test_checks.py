@@ -59,7 +59,7 @@ def test_models_whose_weights_cannot_change_and_compiled_ones_are_refused():
 
     for model, message in (
         (compiled, "`model` is compiled. Pass `model._orig_mod`"),
-        (inference_model, "inside torch.inference_mode.*pass copy.deepcopy"),
+        (inference_model, "inside torch.inference_mode.*pass `copy.deepcopy"),
         ("a/folder", "`model` must be a transformers model, got str"),
     ):
         with pytest.raises(StructPruneError, match=message):

@@ -179,7 +179,7 @@ def test_a_model_without_channels_loses_only_tokens():
 def test_an_impossible_budget_is_refused_with_advice():
     model = build("llama-tied")
     arch = describe(model)
-    with pytest.raises(StructPruneError, match="met by the dense model, with 17,056"):
+    with pytest.raises(StructPruneError, match="met by the original model, with 17,056"):
         widths_of(budget_config("parameters", 17_056), arch, model)
 
     for target, advice in (("mlp", "'vocab', 'attention'"), ("vocab", "'mlp', 'attention'")):
