@@ -1,7 +1,6 @@
-"""Measures and margins against their definitions; what the caller has set changes nothing, and is as it was then."""
+"""Measures and margins equal their definitions. Settings of the caller change no result, and keep their values."""
 
 import random
-from contextlib import ExitStack
 from math import exp, hypot, isnan
 
 import numpy
@@ -29,7 +28,7 @@ from optimum_structprune.record.figures import perplexity_result
 
 
 class State:
-    """What belongs to the caller: random states, switches, and with a model its modes, flags, hooks and setting."""
+    """The state that belongs to the caller: random states and switches, and the modes, flags and hooks of a model."""
 
     def __init__(self, model):
         self.random = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
@@ -37,50 +36,76 @@ class State:
         self.bars = logging.is_progress_bar_enabled(), logging.get_verbosity()
         self.deterministic = torch.are_deterministic_algorithms_enabled()
         self.precision = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32
+
         self.attention = model.config._attn_implementation
         self.cache = model.config.use_cache
-        self.hooks, self.modes = count_hooks(model), modes(model)
+        self.hooks = count_hooks(model)
+        self.modes = modes(model)
         self.flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.grads = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
 
-    def differences(self, other):
-        return [name for name in vars(self) if getattr(self, name) != getattr(other, name)]
+    def differences(self, state):
+        """Return the names of the attributes in which two states differ."""
+        return [name for name in vars(self) if getattr(self, name) != getattr(state, name)]
 
 
 @pytest.mark.parametrize(("fields", "inplace"), [
     ({}, True), ({"criterion": "flap"}, False), ({"allocation": "sensitivity"}, True), ({"rounds": 2}, False),
 ])  # fmt: skip
-def test_a_pruning_leaves_the_callers_state_as_it_was(fields, inplace):
+def test_a_pruning_does_not_change_the_callers_state(fields, inplace):
     model = build("llama-tied").train()
     model.model.layers[0].mlp.eval()
     model.model.norm.eval()
     model.model.embed_tokens.requires_grad_(False)
     model.model.layers[1].mlp.down_proj.weight.requires_grad_(False)
     model.model.layers[0].register_forward_hook(lambda module, args, output: None)
-    before = State(model)
+    original = State(model)
+
     pruned = prune_model(model, config(**fields), tokenizer(), inplace=inplace)
-    assert before.differences(State(model)) == []
-    assert (pruned is model) is inplace and before.differences(State(pruned)) == []
+
+    assert original.differences(State(model)) == []
+    assert original.differences(State(pruned)) == []
+    assert (pruned is model) is inplace
 
 
-def test_the_divergence_is_that_of_torch_without_a_gradient_into_the_teacher():
+def random_logits():
+    """Return the logits of a model and of its teacher, both of which could have a gradient."""
     generator = torch.Generator().manual_seed(0)
-    mine, taught = ((2 * torch.randn(3, 5, 40, generator=generator)).requires_grad_() for _ in range(2))
-    expected = torch.nn.functional.kl_div(mine.softmax(-1).log(), taught.softmax(-1), reduction="sum") / 15
-    torch.testing.assert_close(divergence(mine, taught), expected)
-    assert divergence(mine, mine).item() == pytest.approx(0, abs=1e-6)
-    certain = torch.zeros_like(mine)
-    certain[..., 0] = 100.0
-    (divergence(mine, taught) + divergence(mine, certain)).backward()
-    assert taught.grad is None and torch.isfinite(mine.grad).all()
+    logits = 2 * torch.randn(3, 5, 40, generator=generator)
+    teacher = 2 * torch.randn(3, 5, 40, generator=generator)
+    return logits.requires_grad_(), teacher.requires_grad_()
+
+
+def test_the_divergence_equals_the_divergence_of_torch():
+    logits, teacher = random_logits()
+    expected = torch.nn.functional.kl_div(logits.softmax(-1).log(), teacher.softmax(-1), reduction="sum") / 15
+
+    torch.testing.assert_close(divergence(logits, teacher), expected)
+    assert divergence(logits, logits).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_divergence_has_a_finite_gradient_and_none_into_the_teacher():
+    logits, teacher = random_logits()
+    certain_teacher = torch.zeros_like(logits)
+    certain_teacher[..., 0] = 100.0
+
+    (divergence(logits, teacher) + divergence(logits, certain_teacher)).backward()
+
+    assert teacher.grad is None
+    assert torch.isfinite(logits.grad).all()
 
 
 @pytest.mark.parametrize("case", ["llama-tied", "phi", "gemma2"])
 @torch.no_grad()
 def test_rows_have_the_losses_of_their_logits(case):
-    model, rows = build(case), [*token_ids(2, 12, 1)]
-    for row, loss in zip(rows, row_losses(model, rows), strict=True):  # phi's head has a bias, gemma2 caps its logits
-        expected = -model(row[None]).logits[0, :-1].double().log_softmax(1).gather(1, row[1:, None]).sum()
+    """The head of phi has a bias, and gemma2 caps its logits."""
+    model = build(case)
+    rows = list(token_ids(2, 12, 1))
+    losses = row_losses(model, rows)
+
+    for row, loss in zip(rows, losses, strict=True):
+        log_probabilities = model(row[None]).logits[0, :-1].double().log_softmax(1)
+        expected = -log_probabilities.gather(1, row[1:, None]).sum()
         assert float(loss) == pytest.approx(float(expected), rel=1e-6)
 
 
@@ -88,12 +113,13 @@ MODES = {
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "no_grad": torch.no_grad,
     "inference": torch.inference_mode,
-    "device": lambda: torch.device("meta"),  # in the place of a GPU
+    "device": lambda: torch.device("meta"),  # stands for a GPU
 }
 
 
 @pytest.fixture(autouse=True)
 def default_dtype():
+    """Reset torch's default dtype after each test."""
     yield
     torch.set_default_dtype(torch.float32)
 
@@ -103,42 +129,59 @@ def settings(**fields):
 
 
 @pytest.fixture(scope="module")
-def usual():
+def expected_run():
+    """Return the pruned model and the pruner of a run under torch's default settings."""
     pruner = StructPruner(settings())
     return pruner.prune_model(build("llama-tied"), tokenizer()), pruner
 
 
+def switches():
+    """Return the switches of torch that the modes set."""
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("mode", MODES)
-def test_a_pruning_is_the_same(dtype, mode, usual):
-    model, pruner = build("llama-tied"), StructPruner(settings())
+def test_settings_of_the_caller_do_not_change_a_pruning(dtype, mode, expected_run):
+    expected, expected_pruner = expected_run
+    model = build("llama-tied")
+    pruner = StructPruner(settings())
     torch.set_default_dtype(dtype)
+
     with MODES[mode]():
-        before = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+        original = switches()
         small = pruner.prune_model(model, tokenizer())
-        after = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
-    assert torch.get_default_dtype() == dtype and before == after
-    assert pruner.plan == usual[1].plan and same_weights(small, usual[0])
-    # What comes out can be trained.
+        assert switches() == original
+
+    assert torch.get_default_dtype() == dtype
+    assert pruner.plan == expected_pruner.plan
+    assert same_weights(small, expected)
+
+    # The result can be trained.
     torch.set_default_dtype(torch.float32)
     small(torch.tensor([[3, 4, 5]]), labels=torch.tensor([[3, 4, 5]])).loss.backward()
 
 
+def recover_and_evaluate(model):
+    """Return a pruned and recovered model, and its figures by domain."""
+    recovered = StructPruner(settings(recovery=recovery_config(tokens=96))).prune_model(model, tokenizer())
+    evaluation = evaluate(recovered, tokenizer(), settings().domains, num_samples=4, seq_length=24)
+    return recovered, evaluation.to_dict()["domains"]
+
+
 @pytest.mark.slow
-def test_recovery_and_evaluation_are_too():
-    results = []
-    for name in ("plain", *MODES):
-        with ExitStack() as stack:
-            model = build("llama-tied")
-            if name in MODES:
-                torch.set_default_dtype(torch.bfloat16)
-                stack.enter_context(MODES[name]())
-            small = StructPruner(settings(recovery=recovery_config(tokens=96))).prune_model(model, tokenizer())
-            figures = evaluate(small, tokenizer(), settings().domains, num_samples=4, seq_length=24)
-            results.append((small, figures.to_dict()["domains"]))
-            torch.set_default_dtype(torch.float32)
-    for small, figures in results[1:]:
-        assert same_weights(small, results[0][0]) and figures == results[0][1]
+def test_settings_of_the_caller_do_not_change_a_recovery_or_an_evaluation():
+    expected, expected_figures = recover_and_evaluate(build("llama-tied"))
+
+    for mode in MODES.values():
+        model = build("llama-tied")
+        torch.set_default_dtype(torch.bfloat16)
+        with mode():
+            recovered, figures = recover_and_evaluate(model)
+        torch.set_default_dtype(torch.float32)
+
+        assert same_weights(recovered, expected)
+        assert figures == expected_figures
 
 
 @pytest.mark.parametrize("is_new", [False, True])
@@ -156,14 +199,17 @@ def test_fp32_products_have_full_precision_and_the_callers_setting_returns(is_ne
         torch.backends.cuda.matmul.fp32_precision = "tf32"
     else:
         torch.set_float32_matmul_precision("high")
+
     try:
         with pytest.raises(StructPruneError, match="read"):
             StructPruner(config()).prune_model(build("llama-tied"), tokenizer())
+
         assert precisions == [("highest", False)]
         if is_new:
             assert torch.backends.cuda.matmul.fp32_precision == "tf32"
         else:
-            assert torch.get_float32_matmul_precision() == "high" and torch.backends.cuda.matmul.allow_tf32
+            assert torch.get_float32_matmul_precision() == "high"
+            assert torch.backends.cuda.matmul.allow_tf32
     finally:
         torch.set_float32_matmul_precision("highest")
 
@@ -173,7 +219,8 @@ class Unsteady(torch.nn.Module):
 
     def __init__(self, module):
         super().__init__()
-        self.module, self.calls = module, 0
+        self.module = module
+        self.calls = 0
 
     def forward(self, *args, **kwargs):
         self.calls += 1
@@ -181,88 +228,117 @@ class Unsteady(torch.nn.Module):
 
 
 @pytest.mark.parametrize(("case", "is_plain"), [("llama-tied", True), ("llama-untied", True), ("gemma2", False)])
-def test_one_pass_shows_if_the_head_alone_makes_the_logits(case, is_plain):
-    model, ids = build(case), token_ids(1, 8)
+def test_one_pass_shows_if_the_head_alone_computes_the_logits(case, is_plain):
+    model = build(case)
+    ids = token_ids(1, 8)
     assert plain_head(model, ids) is is_plain
+
     for layer in model.model.layers:
         layer.mlp = Unsteady(layer.mlp)
     with torch.no_grad():
         assert not torch.equal(model(ids).logits, model(ids).logits)
+
     assert plain_head(model, ids) is is_plain
     assert [layer.mlp.calls for layer in model.model.layers] == [3, 3]
     assert count_hooks(model) == count_hooks(build(case))
 
 
-def test_the_settings_are_back_after_an_error():
+def test_the_callers_settings_return_after_an_error():
     torch.set_default_dtype(torch.float64)
     with pytest.raises(StructPruneError), torch.inference_mode():
         StructPruner(config(widths={"mlp": 4000})).prune_model(build("llama-tied"), tokenizer())
-    assert torch.get_default_dtype() == torch.float64 and torch.is_grad_enabled()
+
+    assert torch.get_default_dtype() == torch.float64
+    assert torch.is_grad_enabled()
 
 
-def test_what_a_model_expects_is_the_mean_of_the_roots_of_its_probabilities():
-    model, ids = build("llama-tied"), token_ids(3, 16)
+def test_expected_shares_are_means_of_the_roots_of_probabilities():
+    model = build("llama-tied")
+    ids = token_ids(3, 16)
     shares = expected_shares(model, ids)
+
     roots = model.eval()(ids).logits[:, :-1].softmax(-1).sqrt().double().sum((0, 1))
     torch.testing.assert_close(shares, roots / roots.sum())
 
 
-def losses(documents: int, rows: int, spread: float) -> torch.Tensor:
-    """Losses whose logarithm is normal, of which rows of one document share three quarters of the variance."""
-    own = torch.randn(documents, 1, dtype=torch.float64) * 0.75**0.5 + torch.randn(documents, rows) * 0.25**0.5
-    return 0.1 * (spread * own).exp().flatten()
+def random_losses(documents: int, rows: int, spread: float) -> torch.Tensor:
+    """Return log-normal losses. Three quarters of the variance are common to the rows of a document."""
+    of_documents = torch.randn(documents, 1, dtype=torch.float64) * 0.75**0.5
+    of_rows = torch.randn(documents, rows) * 0.25**0.5
+    return 0.1 * (spread * (of_documents + of_rows)).exp().flatten()
 
 
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize(
     ("documents", "spread"), [(2, 0.3), (3, 0.3), (4, 0.3), (12, 0.5), (18, 0.7), (36, 0.7), (72, 1.0)]
 )
-def test_it_covers_the_truth_nine_times_in_ten(documents, rows, spread):
+def test_the_margin_covers_the_true_mean_nine_times_in_ten(documents, rows, spread):
     torch.manual_seed(0)
-    truth, numbers, trials = 0.1 * exp(spread**2 / 2), torch.arange(documents).repeat_interleave(rows), 400
-    samples = [losses(documents, rows, spread) for _ in range(trials)]
-    covered = [abs(of.mean() - truth) <= margin_of_error(of, numbers) for of in samples]
-    # Of 400 trials, the share is off by 0.015 itself.
-    assert 0.87 <= sum(covered) / trials <= 0.97
-    if rows > 1:  # over rows it claims too much
-        assert sum(abs(of.mean() - truth) <= margin_of_error(of) for of in samples) < sum(covered) - trials / 10
+    true_mean = 0.1 * exp(spread**2 / 2)
+    numbers = torch.arange(documents).repeat_interleave(rows)
+    trials = 400
+    samples = [random_losses(documents, rows, spread) for _ in range(trials)]
+
+    covered = sum(abs(sample.mean() - true_mean) <= margin_of_error(sample, numbers) for sample in samples)
+    # The standard error of the share is 0.015 with 400 trials.
+    assert 0.87 <= covered / trials <= 0.97
+
+    if rows > 1:
+        # The margin is too small if each row counts as a document.
+        covered_by_rows = sum(abs(sample.mean() - true_mean) <= margin_of_error(sample) for sample in samples)
+        assert covered_by_rows < covered - trials / 10
 
 
 @given(st.lists(st.floats(-1, 3), min_size=2, max_size=20), st.randoms())
-def test_values_of_one_document_count_as_one_in_any_order(values, random):
-    each = torch.tensor(values, dtype=torch.float64)
-    numbers = [number for number in range(len(values)) for _ in range(3)]
-    random.shuffle(numbers)
-    repeated = margin_of_error(each[numbers], torch.tensor(numbers))
-    assert repeated == pytest.approx(margin_of_error(each), rel=1e-6, abs=1e-9)
+def test_values_of_one_document_count_as_one_in_any_order(values, shuffler):
+    values = torch.tensor(values, dtype=torch.float64)
+    numbers = list(range(len(values))) * 3
+    shuffler.shuffle(numbers)
+
+    repeated = margin_of_error(values[numbers], torch.tensor(numbers))
+    assert repeated == pytest.approx(margin_of_error(values), rel=1e-6, abs=1e-9)
 
 
-def test_one_document_has_none_and_values_that_are_alike_have_none_to_speak_of():
+def test_a_single_document_has_no_margin():
     values = torch.randn(40)
-    assert isnan(margin_of_error(values[:1])) and margin_of_error(torch.ones(9)) == 0
+    assert isnan(margin_of_error(values[:1]))
+
     result = perplexity_result({"dense": values, "pruned": values + 1}, 40, torch.arange(40) // 40)
-    assert result.perplexity.margin is None and result.documents == 1
+    assert result.perplexity.margin is None
+    assert result.documents == 1
+
+
+def test_equal_values_have_a_margin_of_zero():
+    assert margin_of_error(torch.ones(9)) == 0
 
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.95, 1.0])
-def test_the_margin_of_a_share_covers_it_where_all_answers_are_alike_too(share):
+def test_the_margin_of_a_share_covers_shares_near_zero_and_one(share):
     for count in (5, 16, 120):
         samples = (torch.rand(200, count, generator=torch.Generator().manual_seed(count)) < share).double()
-        assert sum(abs(of.mean() - share) <= margin_of_share(of) for of in samples) >= 170, count
+        covered = sum(abs(sample.mean() - share) <= margin_of_share(sample) for sample in samples)
+        assert covered >= 170, count
 
 
-def test_a_ratio_has_a_margin_where_nothing_was_lost_and_a_wider_one_where_it_stands_for_other_kinds():
-    before, numbers = torch.randn(12, dtype=torch.float64), torch.arange(12)
-    same = perplexity_result({"dense": before, "pruned": before}, 12, numbers)
-    assert same.perplexity.margin == pytest.approx(UNSEEN / 12)
-    for more in (0.1, 0.5):
-        losses = {"dense": before, "pruned": before + more}
-        both = [perplexity_result(losses, 12, numbers, spread) for spread in (0.0, KINDS_DIFFER)]
-        own, other = (result.perplexity.margin for result in both)
-        assert hypot(own, KINDS_DIFFER * (exp(more) - 1)) == pytest.approx(other)
+def test_a_ratio_without_any_loss_has_a_margin():
+    losses = torch.randn(12, dtype=torch.float64)
+    result = perplexity_result({"dense": losses, "pruned": losses}, 12, torch.arange(12))
+
+    assert result.perplexity.margin == pytest.approx(UNSEEN / 12)
 
 
-def test_tokens_are_of_the_document_that_ends_behind_them():
+def test_a_ratio_for_other_kinds_of_text_has_a_wider_margin():
+    dense_losses = torch.randn(12, dtype=torch.float64)
+    numbers = torch.arange(12)
+    for increase in (0.1, 0.5):
+        losses = {"dense": dense_losses, "pruned": dense_losses + increase}
+        margin = perplexity_result(losses, 12, numbers, 0.0).perplexity.margin
+        wider_margin = perplexity_result(losses, 12, numbers, KINDS_DIFFER).perplexity.margin
+
+        assert hypot(margin, KINDS_DIFFER * (exp(increase) - 1)) == pytest.approx(wider_margin)
+
+
+def test_a_token_belongs_to_the_document_that_ends_after_it():
     samples = torch.tensor([[1, 5, 5, 2, 6], [1, 6, 6, 6, 6], [1, 6, 2, 7, 2]])
     assert document_numbers(samples, 2).tolist() == [[0, 0, 0, 1, 1], [1, 1, 1, 1, 1], [1, 1, 2, 2, 3]]
     assert document_numbers(samples, None)[:, 0].tolist() == [0, 1, 2]

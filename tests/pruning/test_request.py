@@ -1,7 +1,6 @@
-"""What cannot be met or used is refused before any text is read, and what has no effect is named."""
+"""A request that cannot be met is refused before any text is read, and options without effect are named."""
 
 import warnings
-from contextlib import nullcontext
 from copy import deepcopy
 
 import numpy as np
@@ -24,23 +23,25 @@ from optimum_structprune.pruning.request import DRY_RUN, resolve_request, withou
 from optimum_structprune.saving.gguf_file import export_gguf
 
 
-def blind(**fields) -> StructPruneConfig:
-    """A config of the tests whose text must not be read."""
-    return config(**{"domains": [DomainConfig(name=name, source=unread()) for name in "ab"], **fields})
+def unread_config(**fields) -> StructPruneConfig:
+    """Return a config whose text must not be read."""
+    unread_text = [DomainConfig(name=name, source=unread()) for name in "ab"]
+    return config(domains=unread_text, **fields)
 
 
-def training(**fields) -> RecoveryConfig:
+def unread_recovery(**fields) -> RecoveryConfig:
+    """Return a config of a recovery whose text must not be read."""
     return recovery_config(domains=[DomainConfig(name="x", source=unread())], **fields)
 
 
 MEASURED = {"allocation": "sensitivity", "round_to": 4}
 ONLY_LAYERS = "scores whole layers only"
-# Every rule for a pruning: a model, the config, and the message.
+# Each rule for a pruning: the model, fields of the config, and the message.
 REFUSED = [
     # the model
     ("llama-tied", {"seq_length": 65}, "seq_length=65 is longer than the model's 64 positions"),
     ("mpt", {"widths": {"layer": 1}, "seq_length": 65}, "seq_length=65 is longer than the model's 64 positions"),
-    # how much
+    # the amount
     ("llama-tied", {"widths": {"mpl": 3}}, "no space 'mpl' to prune. Did you mean 'mlp'"),
     ("llama-tied", {"widths": {"attention": 3}}, "nearest legal choice is 2 or 4"),
     ("llama-tied", {"widths": {"mlp": 41}}, r"'mlp'\] = 41 is not legal.*has 40. The nearest legal choice is 40"),
@@ -58,7 +59,7 @@ REFUSED = [
     ("llama-tied", {"widths": {"hidden": 30}}, "= 30 is not legal.*has 32. The nearest legal choice is 24 or 32"),
     ("gpt2-tied", {"widths": {"hidden": 24}}, "no space 'hidden' to prune: LayerNorm takes the mean"),
     ("llava", {"widths": {"hidden": 24}}, "inputs other than text write to the residual stream too"),
-    # of single layers
+    # widths of single layers
     ("llama-tied", {"widths": {"mlp": [24, 41]}}, r"\['mlp'\]\[1\] = 41 is not legal.*nearest legal choice is 40"),
     ("llama-tied", {"widths": {"mlp": [24]}}, r"list of length 1, and the model has 2 layers\. .*: \{0: 24\}"),
     ("llama-tied", {"widths": {"mlp": {2: 24}}}, "names layer 2, which has no 'mlp'. The layers that have it are 0"),
@@ -79,96 +80,130 @@ REFUSED = [
     ("llama-tied", {"widths": {"layer": 1, "mlp": 24}, "criterion": "block_influence"}, ONLY_LAYERS),
     # the spaces
     ("bert", {"allocation": "sensitivity"}, "layers of different widths are offered for decoders only"),
-    # the recovery, of which `recovery/test_checks.py` has the other rules
-    ("bert", {"recovery": training()}, "Recovery trains causal language models, and BertForMaskedLM is not one"),
+    # the recovery; `recovery/test_checks.py` has its other rules
+    (
+        "bert",
+        {"recovery": unread_recovery()},
+        "Recovery trains causal language models, and BertForMaskedLM is not one",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("case", "fields", "message"), REFUSED)
-def test_it_is_refused_before_text_is_read(case, fields, message):
+def test_a_bad_request_is_refused_before_text_is_read(case, fields, message):
     model = build(case)
-    before = deepcopy(model)
-    with pytest.raises(StructPruneError, match=message) as refused:
-        prune_model(model, blind(**fields), tokenizer(), inplace=True)
-    assert not isinstance(refused.value, InPlaceError) and same_weights(model, before)
+    original = deepcopy(model)
+    with pytest.raises(StructPruneError, match=message) as error:
+        prune_model(model, unread_config(**fields), tokenizer(), inplace=True)
+    assert not isinstance(error.value, InPlaceError)
+    assert same_weights(model, original)
+
     if not {"recovery", "seq_length"} & set(fields):
         model.config.architectures = [type(model).__name__]
         with pytest.raises(StructPruneError, match=message):
-            dry_run(model.config, blind(**fields))
+            dry_run(model.config, unread_config(**fields))
 
 
-def test_the_text_is_what_a_run_reads_next():
-    """Otherwise the test above would show nothing."""
-    by_layer = {"sparsity": 0.2, "allocation": "sensitivity"}  # by default in spaces whose layers may differ
-    for fields in ({}, {"recovery": training()}, {"widths": {"layer": 1, "hidden": 24, "mlp": 24}}, by_layer):
+def test_a_good_request_reads_the_text():
+    """Without this property, the test of bad requests would prove nothing."""
+    good_requests = [
+        {},
+        {"recovery": unread_recovery()},
+        {"widths": {"layer": 1, "hidden": 24, "mlp": 24}},
+        {"sparsity": 0.2, "allocation": "sensitivity"},
+    ]
+    for fields in good_requests:
         with pytest.raises(pytest.fail.Exception, match="text was read"):
-            prune_model(build("phi3"), blind(**fields), tokenizer())
+            prune_model(build("phi3"), unread_config(**fields), tokenizer())
+
     with pytest.raises(StructPruneError, match="reading them takes a tokenizer"):
-        prune_model(build("llama-tied"), blind(), None)
+        prune_model(build("llama-tied"), unread_config(), None)
 
 
 @pytest.mark.parametrize(("fields", "message"), [
     ({"allocation": "sensitivity"}, "measures losses of the dense model"),
-    ({"recovery": training()}, "a Trainer trains already"),
+    ({"recovery": unread_recovery()}, "a Trainer trains already"),
     ({"widths": {"layer": 1}}, "'layer' belongs to the whole model"),
     ({"widths": {"hidden": 24}}, "'hidden' belongs to the whole model"),
     ({"widths": {"vocab": 64}}, "'vocab' belongs to the whole model"),
     ({"seq_length": 65}, "longer than the model's 64 positions"),
     ({"criterion": "wnada"}, "Did you mean 'wanda'"),
 ])  # fmt: skip
-def test_what_a_trainer_cannot_do(fields, message):
-    model, settings = build("llama-tied"), blind(**fields)
+def test_a_trainer_callback_refuses_a_bad_request(fields, message):
+    settings = unread_config(**fields)
     with pytest.raises(StructPruneError, match=message):
-        StructPruneCallback(settings).begin(model)
-    takes_the_model = {"widths", "seq_length", "criterion"} & set(fields)
-    with nullcontext() if takes_the_model else pytest.raises(StructPruneError, match=message):
+        StructPruneCallback(settings).begin(build("llama-tied"))
+
+    # The callback checks the other fields before it has a model.
+    if {"widths", "seq_length", "criterion"} & set(fields):
         StructPruneCallback(settings)
+    else:
+        with pytest.raises(StructPruneError, match=message):
+            StructPruneCallback(settings)
+
+
+def test_a_trainer_callback_refuses_a_checkpoint_folder():
     with pytest.raises(StructPruneError, match="checkpoint_dir spans the layers"):
-        StructPruneCallback(blind(), options=RunOptions(checkpoint_dir="x"))
+        StructPruneCallback(unread_config(), options=RunOptions(checkpoint_dir="x"))
+
+
+def test_a_trainer_callback_refuses_a_quantized_model():
+    model = build("llama-tied")
     model.is_quantized = True
     with pytest.raises(StructPruneError, match=r"quantized. Prune `model.dequantize\(\)`"):
-        StructPruneCallback(blind()).begin(model)
+        StructPruneCallback(unread_config()).begin(model)
 
 
-def test_what_a_run_remembers_is_not_put_beside_a_model_and_takes_one_round(tmp_path, monkeypatch):
+def test_a_checkpoint_folder_must_not_hold_a_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     build("llama-tied").save_pretrained("model")
-    before = sorted(tmp_path.rglob("*"))
+    files = sorted(tmp_path.rglob("*"))
+
     with pytest.raises(StructPruneError, match="model holds a model. Pass another folder"):
-        prune_model(build("llama-tied"), blind(), tokenizer(), options=RunOptions(checkpoint_dir="model"))
-    assert sorted(tmp_path.rglob("*")) == before
+        prune_model(build("llama-tied"), unread_config(), tokenizer(), options=RunOptions(checkpoint_dir="model"))
+    assert sorted(tmp_path.rglob("*")) == files
+
+
+def test_a_checkpoint_folder_needs_a_single_round(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = RunOptions(checkpoint_dir="run")
     with pytest.raises(StructPruneError, match="checkpoint_dir='run' .*rounds=2"):
-        prune_model(build("llama-tied"), blind(rounds=2), tokenizer(), options=RunOptions(checkpoint_dir="run"))
+        prune_model(build("llama-tied"), unread_config(rounds=2), tokenizer(), options=options)
 
 
-def test_losses_are_measured_of_models_that_predict_tokens():
+def test_losses_are_measured_only_if_a_model_predicts_tokens():
     with pytest.raises(StructPruneError, match="makes none. Use allocation='uniform'"):
-        prune_model(build("llama-tied").model, blind(**MEASURED), tokenizer())
+        prune_model(build("llama-tied").model, unread_config(**MEASURED), tokenizer())
 
 
-# --- options without effect
-def test_layers_that_transformers_does_not_load_are_said_to_be_gone():
+# --- warnings
+def test_layers_that_transformers_does_not_load_are_removed_from_the_config():
     model = build("glm4_moe")
     with pytest.warns(UserWarning, match="num_nextn_predict_layers.*its config says 0"):
         pruned = prune_model(model, config(widths={"expert": 3}, num_samples=2), tokenizer())
+
     assert model.config.num_nextn_predict_layers == 1
-    assert pruned.config.num_nextn_predict_layers == pruned.config.to_dict()["num_nextn_predict_layers"] == 0
+    assert pruned.config.num_nextn_predict_layers == 0
+    assert pruned.config.to_dict()["num_nextn_predict_layers"] == 0
 
 
-def test_check_warns_once_of_all_of_them():
+def test_a_single_warning_names_all_options_without_effect():
     dense = ModelInfo.of(build("llama-tied"))
-    with pytest.warns(
-        UserWarning, match="have no effect here: round_to=8, because .*; keep_tokens='a', because"
-    ) as caught:
-        resolve_request(blind(round_to=8, keep_tokens="a"), dense, use=DRY_RUN)
-    assert len(caught) == 1
+    message = "have no effect here: round_to=8, because .*; keep_tokens='a', because"
+    with pytest.warns(UserWarning, match=message) as recorded_warnings:
+        resolve_request(unread_config(round_to=8, keep_tokens="a"), dense, use=DRY_RUN)
+    assert len(recorded_warnings) == 1
+
+
+def test_options_with_an_effect_raise_no_warning():
+    dense = ModelInfo.of(build("llama-tied"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        resolve_request(blind(error_feedback=0.2), dense, use=DRY_RUN)
-        resolve_request(blind(sparsity=0.2, round_to=8, rounds=2), dense, use=DRY_RUN)
+        resolve_request(unread_config(error_feedback=0.2), dense, use=DRY_RUN)
+        resolve_request(unread_config(sparsity=0.2, round_to=8, rounds=2), dense, use=DRY_RUN)
 
 
-# For each option: with what else it is tried, and whether the pruned model is another one then.
+# An option, its value, other fields of the config, and whether the option changes the pruned model.
 @pytest.mark.filterwarnings("ignore:These options have no effect")
 @pytest.mark.parametrize(("name", "value", "fields", "matters"), [
     ("targets", ["mlp"], {"widths": {"mlp": 24, "attention": 2}}, False),
@@ -179,17 +214,22 @@ def test_check_warns_once_of_all_of_them():
     ("error_feedback", 0.0, {"refit": "none"}, False),
     ("error_feedback", 0.0, {}, True),
 ])  # fmt: skip
-def test_what_is_said_to_have_no_effect_has_none(name, value, fields, matters):
-    model, settings = build("llama-tied"), config(**fields)
-    model.model.layers[1].mlp.down_proj.weight.data *= 0.1  # so that layers differ where they may
-    changed = StructPruneConfig.from_dict({**settings.to_dict(), "domains": settings.domains, name: value})
-    left, right = (prune_model(model, one, tokenizer()) for one in (settings, changed))
-    assert same_weights(left, right) != matters
-    idle = without_effect(changed, list(changed.widths or changed.targets_or_default))
-    assert any(entry.startswith(f"{name}=") for entry in idle) != matters
+def test_an_option_is_named_if_it_has_no_effect(name, value, fields, matters):
+    model = build("llama-tied")
+    model.model.layers[1].mlp.down_proj.weight.data *= 0.1  # widths may then differ between layers
+    settings = config(**fields)
+    changed = StructPruneConfig.from_dict(settings.to_dict() | {"domains": settings.domains, name: value})
+
+    pruned = prune_model(model, settings, tokenizer())
+    pruned_with_option = prune_model(model, changed, tokenizer())
+    assert same_weights(pruned, pruned_with_option) != matters
+
+    targets = list(changed.widths or changed.targets_or_default)
+    is_named = any(entry.startswith(f"{name}=") for entry in without_effect(changed, targets))
+    assert is_named != matters
 
 
-# --- what is of another kind than a parameter takes is refused by name, and nothing has changed then
+# --- arguments of a wrong type
 IDS = token_ids(12, 16)
 WRONG = [
     ({"model": "some/model"}, "`model` must be a transformers model, got str"),
@@ -216,72 +256,119 @@ WRONG = [
 ]
 
 
-def test_another_kind_is_refused():
+def test_an_argument_of_a_wrong_type_is_refused_by_name():
     model = build("llama-tied")
     for fields, message in WRONG:
-        arguments = {"model": model, "config": config(), "tokenizer": tokenizer(), **fields}
+        arguments = {"model": model, "config": config(), "tokenizer": tokenizer()} | fields
         with pytest.raises(StructPruneError, match=message):
             prune_model(**arguments, inplace=True)
+
     assert same_weights(model, build("llama-tied"))
 
 
-def test_the_length_of_samples_of_a_config_says_nothing_of_inputs():
+def test_the_seq_length_of_a_config_does_not_limit_inputs():
     result = prune(build("llama-tied"), config(seq_length=65), inputs={"a": IDS[:, :8], "b": IDS})
-    assert result.model.config.intermediate_size == 24 and result.manifest.seq_length == 16
+    assert result.model.config.intermediate_size == 24
+    assert result.manifest.seq_length == 16
 
 
-def test_a_head_that_takes_more_than_tokens_is_refused_before_text_is_read():
+def test_a_model_that_needs_more_than_tokens_is_refused_before_text_is_read():
     class Picky(BertForMaskedLM):
         def forward(self, input_ids, extra, **kwargs):
             return super().forward(input_ids, **kwargs)
 
     with pytest.raises(StructPruneError, match="Picky cannot run on a few tokens .*'extra'.*prune the base model"):
-        prune_model(Picky(build("bert").config), blind(), tokenizer())
+        prune_model(Picky(build("bert").config), unread_config(), tokenizer())
 
 
-def test_odd_models(tmp_path):
-    odd = build("llama-tied")
-    odd.generation_config = GenerationConfig()
-    odd.generation_config.temperature = 0.7
-    compiled = torch.compile(build("llama-tied"), backend="eager")
-    for model, message in ((odd, "temperature"), (compiled, "_orig_mod")):
-        with pytest.raises(StructPruneError, match=message):
-            prune_model(model, config(), inputs={"a": IDS})
+# --- unusual models, criteria and texts
+def test_a_model_that_cannot_be_saved_is_refused():
+    model = build("llama-tied")
+    model.generation_config = GenerationConfig()
+    model.generation_config.temperature = 0.7
+    with pytest.raises(StructPruneError, match="temperature"):
+        prune_model(model, config(), inputs={"a": IDS})
+
+
+def test_a_compiled_model_is_refused():
+    model = torch.compile(build("llama-tied"), backend="eager")
+    with pytest.raises(StructPruneError, match="_orig_mod"):
+        prune_model(model, config(), inputs={"a": IDS})
+
+
+def test_a_model_from_inference_mode_is_not_pruned_in_place():
     with torch.inference_mode():
-        fixed = LlamaForCausalLM(build("llama-tied").config)
+        model = LlamaForCausalLM(build("llama-tied").config)
+
     with pytest.raises(StructPruneError, match="inside torch.inference_mode.*pass `copy.deepcopy"):
-        prune_model(fixed, config(), tokenizer(), inplace=True)
-    prune_model(fixed, config(), tokenizer())
+        prune_model(model, config(), tokenizer(), inplace=True)
+    prune_model(model, config(), tokenizer())
+
+
+def test_an_export_to_gguf_needs_a_tokenizer(tmp_path):
     with pytest.raises(StructPruneError, match="Pass the model's own"):
         export_gguf(build("llama-tied"), tmp_path / "m.gguf", None)
+
+
+def test_a_perplexity_needs_samples_and_a_causal_model():
     with pytest.raises(StructPruneError, match="at least one sample of two tokens"):
         perplexity(build("llama-tied"), torch.zeros(0, 8, dtype=torch.long))
+
     for case in ("bert", "t5"):
         with pytest.raises(StructPruneError, match="(Bert|T5)For.* does not predict the next token"):
             perplexity(build(case), IDS)
+
+
+def test_a_dry_run_needs_a_config():
+    compiled = torch.compile(build("llama-tied"), backend="eager")
     for model, kind in ((compiled, "OptimizedModule"), ("a/folder", "str")):
         with pytest.raises(StructPruneError, match=f"config is needed, got {kind}; AutoConfig.from_pretrained"):
             dry_run(model, config())
 
 
-@pytest.mark.parametrize(("scores", "fields"), [
-    *((scores, {}) for scores in (None, np.ones(40), np.float64(3))),
-    (np.ones(40), {"sparsity": 0.2, "allocation": "sensitivity", "round_to": 1}),
-    *((scores, {"widths": {"layer": 1}}) for scores in (None, torch.ones(3), torch.tensor([1.0, torch.nan]))),
-])  # fmt: skip
-def test_odd_criteria_and_names_of_criteria(scores, fields, monkeypatch):
+@pytest.fixture
+def registry(monkeypatch):
+    """Remove the criteria that a test registers."""
     monkeypatch.setattr(CRITERIA, "_entries", dict(CRITERIA._entries))
-    register_criterion("odd", judges="layer" if "widths" in fields else "unit")(lambda *_: scores)
+
+
+ONE_LAYER = {"widths": {"layer": 1}}
+
+
+@pytest.mark.parametrize(("scores", "fields"), [
+    (None, {}),
+    (np.ones(40), {}),
+    (np.float64(3), {}),
+    (np.ones(40), {"sparsity": 0.2, "allocation": "sensitivity", "round_to": 1}),
+    (None, ONE_LAYER),
+    (torch.ones(3), ONE_LAYER),
+    (torch.tensor([1.0, torch.nan]), ONE_LAYER),
+])  # fmt: skip
+def test_a_criterion_must_return_finite_scores(scores, fields, registry):
+    judges = "unit"
+    if "widths" in fields:
+        judges = "layer"
+    register_criterion("odd", judges=judges)(lambda *_: scores)
+
     with pytest.raises(StructPruneError, match=r"'odd' must return \d+ finite scores, one per unit, at model.layers"):
         prune_model(build("llama-tied"), config(criterion="odd", **fields), inputs={"a": IDS})
-    for name in ("", None, 3):
-        with pytest.raises(StructPruneError, match=f"The name of a criterion must be a string, got {name!r}"):
-            register_criterion(name)(lambda weight, *_: weight.sum(0))
 
 
-def test_odd_texts(tmp_path):
-    assert [*read(DomainConfig("a", ["text\ud800"]), 0)] == ["text?"]
+@pytest.mark.parametrize("name", ["", None, 3])
+def test_the_name_of_a_criterion_must_be_a_string(name, registry):
+    with pytest.raises(StructPruneError, match=f"The name of a criterion must be a string, got {name!r}"):
+        register_criterion(name)(lambda weight, *_: weight.sum(0))
+
+
+def test_a_lone_surrogate_is_replaced():
+    assert list(read(DomainConfig("a", ["text\ud800"]), 0)) == ["text?"]
+
+
+def test_an_empty_file_of_a_folder_is_skipped(tmp_path):
     (tmp_path / "empty.csv").write_text("")
     (tmp_path / "full.csv").write_text("text\nmine\n")
-    assert [*read(DomainConfig("a", str(tmp_path)), 0)] == ["mine"]
-    assert [*read(DomainConfig("a", pandas.Series(["x", "y"])), None)] == ["x", "y"]
+    assert list(read(DomainConfig("a", str(tmp_path)), 0)) == ["mine"]
+
+
+def test_a_series_is_a_source():
+    assert list(read(DomainConfig("a", pandas.Series(["x", "y"])), None)) == ["x", "y"]

@@ -1,4 +1,4 @@
-"""A model whose layers are on the disk, or in another memory, is pruned as one that is in memory."""
+"""A model whose layers are on the disk or in another memory is pruned as a model in memory."""
 
 import gc
 import weakref
@@ -25,43 +25,53 @@ from optimum_structprune.system.offloading import bring_in, weight_of
 
 
 def layer_in_memory(model, layer):
-    """What a source does with a layer, here without samples."""
+    """Load the weights of a layer inside `with`, as a source without samples."""
     return Offloaded.at(SimpleNamespace(model=model, arch=describe(model)), layer)
 
 
-def offloaded(case, place, folder):
-    """A model whose layers accelerate has put on the disk or into another memory, all of them or some."""
-    model, main = build(case), torch.device("cpu")
+def is_on_meta(layer):
+    """Return whether no parameter of a layer is in memory."""
+    return all(tensor.is_meta for tensor in layer.parameters())
+
+
+def build_offloaded(case, place, folder):
+    """Return a model of which accelerate offloads some or all layers to the disk or to another memory."""
+    model = build(case)
     arch = describe(model)
+    cpu = torch.device("cpu")
     if place == "memory":
-        return cpu_offload(model, execution_device=main, offload_buffers=True)
+        return cpu_offload(model, execution_device=cpu, offload_buffers=True)
     if place == "disk_offload":
-        return disk_offload(model, folder / "offload", execution_device=main)
+        return disk_offload(model, folder / "offload", execution_device=cpu)
+
     places = layer_device_map(model.config, "cpu", "disk")
     if place != "disk":
         del places[arch.layer_path]
-        places |= {f"{arch.layer_path}.{layer}": ("cpu", "disk")[layer % 2] for layer in range(arch.num_layers)}
+        for layer in range(arch.num_layers):
+            places[f"{arch.layer_path}.{layer}"] = ("cpu", "disk")[layer % 2]
     if place == "dispatch":
         return dispatch_model(model, places, main_device="cpu", offload_dir=folder / "offload")
-    model.save_pretrained(folder / "dense", max_shard_size="20KB")
-    settings = {"offload_folder": folder / "offload", "dtype": model.dtype}
+
+    settings = {"device_map": places, "offload_folder": folder / "offload", "dtype": model.dtype}
     if place == "auto":
-        layer = sum(tensor.nbytes for tensor in layer_list(model, arch)[0].parameters())
+        layer_size = sum(tensor.nbytes for tensor in layer_list(model, arch)[0].parameters())
         size = sum(tensor.nbytes for tensor in model.parameters())
-        settings["max_memory"] = {"cpu": size - layer // 2}
-        places = "auto"
-    return AutoModelForCausalLM.from_pretrained(folder / "dense", device_map=places, **settings).eval()
+        settings["device_map"] = "auto"
+        settings["max_memory"] = {"cpu": size - layer_size // 2}
+    model.save_pretrained(folder / "dense", max_shard_size="20KB")
+    return AutoModelForCausalLM.from_pretrained(folder / "dense", **settings).eval()
 
 
-def pruned(model, **fields):
+def prune_in_place(model, **fields):
+    """Return the pruner and the pruned model."""
     pruner = StructPruner(config(**fields))
     return pruner, pruner.prune_model(model, tokenizer(), inplace=True)
 
 
 @cache
-def in_memory(case):
-    """The pruner and the model of the same run with a model in memory, which the tests only read."""
-    return pruned(build(case), **RUNS[case])
+def run_in_memory(case):
+    """Return the pruner and the pruned model of a run with a model in memory. Tests must not change them."""
+    return prune_in_place(build(case), **RUNS[case])
 
 
 RUNS = {
@@ -77,90 +87,112 @@ RUNS = {
     "granite": {"widths": {"layer": 1, "mlp": 24}},
     "llama-tied": {"widths": None, "budget": {"parameters": 0.9}},
 }
-PLACES = [*((case, "disk") for case in RUNS), ("llama-bias", "memory"), ("mixtral", "memory"), ("mixtral", "auto")]
+PLACES = [(case, "disk") for case in RUNS]
+PLACES += [("llama-bias", "memory"), ("mixtral", "memory"), ("mixtral", "auto")]
 PLACES += [("llama-tied", place) for place in ("half", "memory", "disk_offload", "dispatch", "auto")]
+SHORT = ["llama-bias", "llama-tied", "llama-untied", "mixtral", "qwen2"]
 
 
-@pytest.mark.parametrize(
-    ("case", "place"), with_long(PLACES, ["llama-bias", "llama-tied", "llama-untied", "mixtral", "qwen2"])
-)
-def test_it_is_pruned_as_in_memory(case, place, tmp_path):
-    theirs, expected = in_memory(case)
-    model = offloaded(case, place, tmp_path)
+@pytest.mark.parametrize(("case", "place"), with_long(PLACES, SHORT))
+def test_an_offloaded_model_is_pruned_as_in_memory(case, place, tmp_path):
+    expected_pruner, expected = run_in_memory(case)
+    model = build_offloaded(case, place, tmp_path)
     assert is_offloaded(model)
-    ours, small = pruned(model, **RUNS[case])
-    *_, last = layer_list(small, describe(small))
-    assert is_offloaded(small) and all(tensor.is_meta for tensor in last.parameters())
-    assert ours.plan.to_dict() == theirs.plan.to_dict()
+
+    pruner, small = prune_in_place(model, **RUNS[case])
+
+    assert is_offloaded(small)
+    assert is_on_meta(layer_list(small, describe(small))[-1])
+    assert pruner.plan.to_dict() == expected_pruner.plan.to_dict()
     for name, tensor in expected.state_dict().items():
         torch.testing.assert_close(weight_of(small, name), tensor, rtol=1e-5, atol=1e-5)
-    for _ in range(2):  # the hooks go on with what has gone back
+    for _ in range(2):  # the second pass reads the weights that the hooks offloaded after the first
         torch.testing.assert_close(logits(small), logits(expected), rtol=1e-4, atol=1e-5)
-    for name, domain in theirs.report.domains.items():
-        perplexities = pytest.approx(domain.perplexity.by_model(), rel=1e-4)
-        assert ours.report.domains[name].perplexity.by_model() == perplexities
-    assert (ours.report.dense, ours.report.pruned) == (theirs.report.dense, theirs.report.pruned)
-    ours.save(small, tmp_path / "small", tokenizer())
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
-    torch.testing.assert_close(logits(again), logits(expected), rtol=1e-4, atol=1e-5)
-    assert sum(tensor.numel() for tensor in again.parameters()) == expected.num_parameters()
+
+    for name, domain in expected_pruner.report.domains.items():
+        perplexities = pruner.report.domains[name].perplexity.by_model()
+        assert perplexities == pytest.approx(domain.perplexity.by_model(), rel=1e-4)
+    assert pruner.report.dense == expected_pruner.report.dense
+    assert pruner.report.pruned == expected_pruner.report.pruned
+
+    pruner.save(small, tmp_path / "small", tokenizer())
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    torch.testing.assert_close(logits(reloaded), logits(expected), rtol=1e-4, atol=1e-5)
+    assert sum(tensor.numel() for tensor in reloaded.parameters()) == expected.num_parameters()
 
 
-def test_no_layer_but_the_one_in_use_is_in_memory(tmp_path):
-    model = offloaded("llama-untied", "disk", tmp_path)
-    arch = describe(model)
-    layers = layer_list(model, arch)
-    for layer in range(arch.num_layers):
-        with layer_in_memory(model, layer):
-            assert not any(tensor.is_meta for tensor in layers[layer].parameters())
-            others = [each for each in layers if each is not layers[layer]]
-            assert all(tensor.is_meta for each in others for tensor in each.parameters())
+def test_only_the_layer_in_use_is_in_memory(tmp_path):
+    model = build_offloaded("llama-untied", "disk", tmp_path)
+    layers = list(layer_list(model, describe(model)))
+    for number, layer in enumerate(layers):
+        with layer_in_memory(model, number):
+            assert not any(tensor.is_meta for tensor in layer.parameters())
+            assert all(is_on_meta(unused) for unused in layers if unused is not layer)
+
     with pytest.raises(KeyboardInterrupt), layer_in_memory(model, 0):
         raise KeyboardInterrupt
-    assert all(tensor.is_meta for layer in layers for tensor in layer.parameters())
+    assert all(is_on_meta(layer) for layer in layers)
 
 
-def test_a_card_holds_what_is_read_from_the_disk_once():
+def test_a_gpu_holds_weights_from_the_disk_once():
     class Disk(dict):
         def __getitem__(self, name):
             return torch.empty(64, 64, device=CARD)
 
     layer = nn.Linear(64, 64, bias=False, device="meta")
-    with card() as found:
+    with card() as memory:
         hook = AlignDevicesHook(execution_device=CARD, offload=True, weights_map=Disk())
         bring_in(add_hook_to_module(layer, hook))
-    assert found.peak == found.now() == 4 * 64 * 64
+
+    assert memory.peak == 4 * 64 * 64
+    assert memory.now() == 4 * 64 * 64
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
-    model = offloaded("llama-untied", "disk", tmp_path)
+    model = build_offloaded("llama-untied", "disk", tmp_path)
     for file in (tmp_path / "dense").glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:100])
+
     with pytest.raises(StructPruneError, match=r"offloaded .*model\.layers\.0.* cannot be read"):
         with layer_in_memory(model, 0):
             pass
 
 
+def references_to_layers(model):
+    """Return weak references to the modules of all layers."""
+    references = []
+    for layer in layer_list(model, describe(model)):
+        references += [weakref.ref(module) for module in layer.modules()]
+    return references
+
+
 @pytest.mark.parametrize("place", ["disk", "memory"])
-def test_a_layer_is_gone_once_a_smaller_one_has_taken_its_place(place, tmp_path):
-    """Without a garbage collection: a model that streams must not come to hold all of its layers."""
-    model = offloaded("llama-untied", place, tmp_path)
-    parts = [weakref.ref(module) for layer in layer_list(model, describe(model)) for module in layer.modules()]
+def test_a_replaced_layer_is_freed_at_once(place, tmp_path):
+    """Without a garbage collection, an offloaded model must not hold all of its layers in memory."""
+    model = build_offloaded("llama-untied", place, tmp_path)
+    references = references_to_layers(model)
+
     gc.collect()
     gc.disable()
     try:
-        pruned(model, widths={"mlp": 24, "attention": 2})
-        assert not [part() for part in parts if part() is not None]
+        prune_in_place(model, widths={"mlp": 24, "attention": 2})
+        assert not [reference() for reference in references if reference() is not None]
     finally:
         gc.enable()
 
 
 def test_text_of_two_lengths_is_measured_as_in_memory(tmp_path):
-    rows = {"a": token_ids(4, 24), "b": token_ids(3, 40)}
-    whole, away = build("llama-untied"), offloaded("llama-untied", "disk", tmp_path)
-    domains = [Domain("a", 1.0, rows["a"], rows["a"])]
-    both = (Measure(model, domains, describe(model), 480, unseen=[*rows["b"]]) for model in (whole, away))
-    expected, found = (measure.dense_losses for measure in both)
-    assert {len(row) for row in rows["b"]} == {40} and expected.keys() == found.keys()
-    for name, losses in expected.items():
-        torch.testing.assert_close(found[name], losses)
+    held_out = token_ids(4, 24)
+    unseen = list(token_ids(3, 40))
+    domains = [Domain("a", 1.0, held_out, held_out)]
+    assert {len(row) for row in unseen} == {40}
+
+    def dense_losses(model):
+        return Measure(model, domains, describe(model), 480, unseen=unseen).dense_losses
+
+    expected = dense_losses(build("llama-untied"))
+    losses = dense_losses(build_offloaded("llama-untied", "disk", tmp_path))
+
+    assert losses.keys() == expected.keys()
+    for name, domain_losses in expected.items():
+        torch.testing.assert_close(losses[name], domain_losses)

@@ -1,4 +1,4 @@
-"""Other text is none that a run reads, is measured beside the kinds that it reads, and says where it comes from."""
+"""Other text is text that a run does not calibrate on. It is measured like a domain, and its source is reported."""
 
 from unittest.mock import Mock, patch
 
@@ -18,12 +18,13 @@ from optimum_structprune.sources.other import other_text, respelled
 
 @pytest.fixture(scope="module")
 def writer():
+    """Return a model that writes text, and its tokenizer."""
     return real_text_model()
 
 
 @pytest.fixture(autouse=True)
 def short(tmp_path, monkeypatch):
-    """Few tokens are written and kept, in a folder of this test, and the Hub is not asked."""
+    """Let models write few tokens, and store them in a folder of this test. Do not use the Hub."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name, number in {"MIN_BATCH": 4, "MAX_BATCH": 8, "MAX_TOKENS": 40, "MIN_TOKENS": 8}.items():
@@ -32,95 +33,142 @@ def short(tmp_path, monkeypatch):
         monkeypatch.setattr(other, name, number)
 
 
-def settings(**fields) -> StructPruneConfig:
-    return StructPruneConfig(**{"sparsity": 0.2, "num_samples": 12, "seq_length": 64, **fields})
+def settings(sparsity=0.2, **fields) -> StructPruneConfig:
+    return StructPruneConfig(sparsity=sparsity, num_samples=12, seq_length=64, **fields)
 
 
-def read(writer, **fields):
+def read_other_text(writer, **fields):
+    """Return the domains of a run with these settings, and its other text."""
     model, tokenizer = writer
     config = settings(**fields)
     domains = load_domains(config, tokenizer, model)
-    return (config, model, tokenizer, domains), other_text(config, model, tokenizer, domains)
+    return domains, other_text(config, model, tokenizer, domains)
 
 
-@pytest.mark.parametrize("reads", [0, 10**9], ids=["model-written", "built-in"])
+@pytest.mark.parametrize("min_tokens", [0, 10**9], ids=["model-written", "built-in"])
 @pytest.mark.parametrize("source", ["builtin:math", "builtin:general", "self:any"])
-def test_other_text_is_none_that_calibrates_or_chooses(writer, monkeypatch, reads, source):
-    monkeypatch.setattr(other, "MIN_TOKENS_READ", reads)
-    domains = [DomainConfig(name="a", source=source)]
-    (_, _, tokenizer, loaded), (where, rows, (entry,)) = read(writer, domains=domains, general_share=0.0)
-    assert where == ("built-in" if reads else "model-written")
-    assert len(rows) >= MIN_DOCUMENTS and {len(row) for row in rows} == {other.DOCUMENT_TOKENS}
-    assert len({tuple(row.tolist()) for row in rows}) == len(rows)
-    assert not {*entry.heldout_documents} & {name for of in loaded for name in (*of.documents, *of.heldout_documents)}
-    chose = " ".join(tokenizer.decode(ids) for of in loaded for ids in torch.cat([of.samples, of.probe_or_heldout]))
-    assert [text for row in rows if (text := tokenizer.decode(row[1:])) in chose] == []
+def test_unseen_text_is_excluded_from_calibration(writer, monkeypatch, min_tokens, source):
+    monkeypatch.setattr(other, "MIN_TOKENS_READ", min_tokens)
+    texts = [DomainConfig(name="a", source=source)]
+    domains, unseen = read_other_text(writer, domains=texts, general_share=0.0)
+
+    if min_tokens:
+        assert unseen.source == "built-in"
+    else:
+        assert unseen.source == "model-written"
+    assert len(unseen.rows) >= MIN_DOCUMENTS
+    assert {len(row) for row in unseen.rows} == {other.DOCUMENT_TOKENS}
+    assert len({tuple(row.tolist()) for row in unseen.rows}) == len(unseen.rows)
+
+    (entry,) = unseen.entries
+    documents_of_run = set()
+    for domain in domains:
+        documents_of_run.update(domain.documents, domain.heldout_documents)
+    assert not documents_of_run & set(entry.heldout_documents)
+
+    tokenizer = writer[1]
+    samples_of_run = []
+    for domain in domains:
+        samples = torch.cat([domain.samples, domain.probe_or_heldout])
+        samples_of_run += [tokenizer.decode(ids) for ids in samples]
+    text_of_run = " ".join(samples_of_run)
+    unseen_texts = [tokenizer.decode(row[1:]) for row in unseen.rows]
+    assert [text for text in unseen_texts if text in text_of_run] == []
 
 
-def test_a_model_that_loses_nothing_reads_other_text_as_the_dense_one_does(writer):
+def test_a_model_that_loses_nothing_has_the_dense_perplexity_on_unseen_text(writer):
     model, tokenizer = writer
     pruner = StructPruner(settings(sparsity=None, widths={"mlp": model.config.intermediate_size}))
     pruner.prune_model(model, tokenizer)
+
     unseen = pruner.report.unseen
-    assert unseen.perplexity.ratio == pytest.approx(1, rel=1e-6)
-    assert (unseen.source, unseen.documents) == ("model-written", MIN_DOCUMENTS)
-    assert unseen.perplexity.margin == pytest.approx(UNSEEN / MIN_DOCUMENTS, rel=1e-3)
+    assert unseen.source == "model-written"
+    assert unseen.documents == MIN_DOCUMENTS
     assert unseen.tokens == MIN_DOCUMENTS * (other.DOCUMENT_TOKENS - 1)
+    assert unseen.perplexity.ratio == pytest.approx(1, rel=1e-6)
+    assert unseen.perplexity.margin == pytest.approx(UNSEEN / MIN_DOCUMENTS, rel=1e-3)
     assert "unseen text (sampled from the original model)  1.00×" in str(pruner.report)
 
 
-def test_nothing_is_chosen_by_other_text(writer, monkeypatch):
-    def pruned():
+def test_unseen_text_changes_no_weights(writer, monkeypatch):
+    def prune():
         pruner = StructPruner(settings(sparsity=None, widths={"vocab": 350, "mlp": 1024}))
-        return pruner.prune_model(*writer).state_dict(), pruner.report, pruner.manifest
+        small = pruner.prune_model(*writer)
+        return small.state_dict(), pruner
 
-    before, with_text, manifest = pruned()
-    monkeypatch.setattr(other, "TRIES_PER_DOCUMENT", 0)  # no document of any source
-    after, without, _ = pruned()
-    assert all(torch.equal(of, after[name]) for name, of in before.items())
-    used = manifest.domains
-    (judged,) = ({*of.heldout_documents} for of in used if of.use == "judged by")
-    assert judged and not any(judged & {*of.documents} for of in used)
-    assert 0 < with_text.unseen.split_words < 1 and "Words now split into more tokens: " in str(with_text)
-    assert respelled([["some words of a text"]], writer[1], writer[1]) == 0 == respelled([], writer[1], writer[1])
-    assert without.unseen is None and "unseen text" not in str(without)
-    assert "Unseen text was not measured, because none was available." in [*details(without)]
+    weights, pruner = prune()
+    monkeypatch.setattr(other, "TRIES_PER_DOCUMENT", 0)  # no source has a document then
+    weights_without, pruner_without = prune()
+
+    assert all(torch.equal(tensor, weights_without[name]) for name, tensor in weights.items())
+
+    entries = pruner.manifest.domains
+    (unseen_documents,) = (set(entry.heldout_documents) for entry in entries if entry.use == "judged by")
+    assert unseen_documents
+    assert not any(unseen_documents & set(entry.documents) for entry in entries)
+    assert 0 < pruner.report.unseen.split_words < 1
+    assert "Words now split into more tokens: " in str(pruner.report)
+
+    report_without = pruner_without.report
+    assert report_without.unseen is None
+    assert "unseen text" not in str(report_without)
+    assert "Unseen text was not measured, because none was available." in list(details(report_without))
 
 
-def test_what_comes_first_is_the_hub_then_the_model_then_built_in_text(writer, monkeypatch):
-    asked = []
-    texts = [
-        f"Text number {n} of the Hub, and it is long enough to be of use: {n * n} and {n**3}. " * 2 for n in range(120)
-    ]
+def test_the_same_tokenizer_splits_no_words(writer):
+    tokenizer = writer[1]
+    assert respelled([["some words of a text"]], tokenizer, tokenizer) == 0
+    assert respelled([], tokenizer, tokenizer) == 0
 
-    def documents(domain, *more):
-        asked.append(domain.source)
-        return iter(texts[len(asked) * 9 :][:9])
+
+def test_unseen_text_comes_from_the_hub_first_and_is_stored(writer, monkeypatch):
+    sentence = "Text number {} of the Hub, and it is long enough to be of use: {} and {}. "
+    texts = [sentence.format(n, n * n, n**3) * 2 for n in range(120)]
+    sources = []
+
+    def read_nine_documents(domain, *args):
+        sources.append(domain.source)
+        start = 9 * len(sources)
+        return iter(texts[start : start + 9])
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    with monkeypatch.context() as patch:
-        patch.setattr(other, "documents", documents)
-        patch.setattr("huggingface_hub.HfApi.dataset_info", lambda *a, **k: None)
-        _, (where, rows, _) = read(writer)
-        assert where == "from the Hub" and len(asked) == 10
-        _, (_, again, _) = read(writer)  # it is kept on the disk
-        assert len(asked) == 10 and all(map(torch.equal, rows, again))
-        # Text of the Hub is in no language that was named.
-        assert read(writer, languages=["de"])[1][0] == "model-written"
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *args, **kwargs: None)
+    monkeypatch.setattr(other, "documents", read_nine_documents)
+    _, unseen = read_other_text(writer)
+    assert unseen.source == "from the Hub"
+    assert len(sources) == 10
 
-    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", other.constants.HF_HOME + "-2")
+    # A second run reads the stored text.
+    _, stored = read_other_text(writer)
+    assert len(sources) == 10
+    assert all(map(torch.equal, unseen.rows, stored.rows))
+
+    # The language of text of the Hub is unknown.
+    _, german = read_other_text(writer, languages=["de"])
+    assert german.source == "model-written"
+
+
+def test_without_the_hub_the_model_writes_unseen_text_or_it_is_built_in(writer, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", Mock(side_effect=OSError("no network")))
-    assert read(writer)[1][0] == "model-written"
-    monkeypatch.setattr(generated, "MIN_TOKENS", 10**6)  # nothing that it writes is of use
-    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", other.constants.HF_HOME + "-3")
-    _, (where, rows, _) = read(writer)
-    assert where == "built-in" and rows
-    assert any("simpler than most" in line for line in details(results.report([1.0], unseen_ratio=1.0, source=where)))
+    _, model_written = read_other_text(writer)
+    assert model_written.source == "model-written"
+
+    monkeypatch.setattr(generated, "MIN_TOKENS", 10**6)  # all text of the model is too short
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "empty"))
+    _, builtin = read_other_text(writer)
+    assert builtin.source == "built-in"
+    assert builtin.rows
+
+    report = results.report([1.0], unseen_ratio=1.0, source=builtin.source)
+    assert any("simpler than most" in line for line in details(report))
 
 
-def test_what_a_model_writes_begins_in_the_languages_to_keep(writer):
-    with patch.object(generated, "self_documents", wraps=generated.self_documents) as written:
-        read(writer, languages=["de"])
-    openings = written.call_args.args[-1]
+def test_a_model_writes_unseen_text_in_the_languages_to_keep(writer):
+    with patch.object(generated, "self_documents", wraps=generated.self_documents) as self_documents:
+        read_other_text(writer, languages=["de"])
+
+    openings = self_documents.call_args.args[-1]
     assert all(len(opening.split()) <= 2 for opening in openings)
-    assert any("Guten" in opening for opening in openings) and len(set(openings)) > 4
+    assert any("Guten" in opening for opening in openings)
+    assert len(set(openings)) > 4
