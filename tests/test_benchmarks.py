@@ -104,20 +104,20 @@ def texts_and_marks(path: Path) -> tuple[list[str], list[float]]:
     return texts, marks
 
 
-def test_the_picture_of_the_readme_shows_the_figures_of_the_docs(tmp_path):
-    texts, marks = texts_and_marks(ROOT / "docs" / "pictures" / "quality.svg")
+@pytest.mark.parametrize("name", ["quality.svg", "recovery.svg"])
+def test_the_pictures_show_the_figures_of_the_docs(name, tmp_path):
+    texts, marks = texts_and_marks(ROOT / "docs" / "pictures" / name)
     assert len(marks) > 20
 
-    picture = tmp_path / "quality.svg"
-    main_of("draw_quality")(["--output", str(picture)])
-    current_texts, current_marks = texts_and_marks(picture)
+    main_of("draw_pictures")(["--output", str(tmp_path)])
+    current_texts, current_marks = texts_and_marks(tmp_path / name)
     assert texts == current_texts
-    assert marks == pytest.approx(current_marks, abs=0.5), "run python examples/benchmarks/draw_quality.py"
+    assert marks == pytest.approx(current_marks, abs=0.5), "run python examples/benchmarks/draw_pictures.py"
 
     figures = (ROOT / "docs" / "figures.yaml").read_text()
     (tmp_path / "figures.yaml").write_text(figures.replace("heldout: 1.", "heldout: 2."))
-    main_of("draw_quality")(["--figures", str(tmp_path / "figures.yaml"), "--output", str(picture)])
-    changed_texts, changed_marks = texts_and_marks(picture)
+    main_of("draw_pictures")(["--figures", str(tmp_path / "figures.yaml"), "--output", str(tmp_path)])
+    changed_texts, changed_marks = texts_and_marks(tmp_path / name)
     assert changed_texts != texts
     assert changed_marks != marks
 

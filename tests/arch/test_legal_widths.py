@@ -85,7 +85,7 @@ def test_the_legal_widths_of_a_huge_config_are_not_listed(size):
         assert space.name == "mlp"
         assert space.after == pytest.approx(width, rel=1e-3)
 
-    with pytest.raises(StructPruneError, match=f"the nearest legal choice is {size}"):
+    with pytest.raises(StructPruneError, match=f"The nearest legal choice is {size}"):
         dry_run(model_config, config(widths={"mlp": size + 1}))
 
 

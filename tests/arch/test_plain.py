@@ -116,7 +116,7 @@ def test_the_message_for_an_injected_adapter_has_the_code_that_merges_it():
 def test_a_model_with_prompt_tuning_is_refused_and_its_base_model_is_pruned():
     plain = build("llama-tied")
     model = get_peft_model(plain, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    with pytest.raises(StructPruneError, match=r"pass `model.get_base_model\(\)` instead"):
+    with pytest.raises(StructPruneError, match=r"Pass `model.get_base_model\(\)` instead"):
         prune_model(model, config(), tokenizer())
 
     assert model.get_base_model() is plain

@@ -81,4 +81,4 @@ def test_a_full_disk_is_reported_with_the_file_and_leaves_the_page_unchanged(fol
 def test_a_page_with_speeds_needs_the_dense_model(folder, capsys):
     assert main(["evaluate", str(folder / "small"), "--html", "--speed"]) == 2
 
-    assert "name it by --against" in error_line(capsys)
+    assert "Pass the original model with --against" in error_line(capsys)

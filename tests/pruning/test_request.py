@@ -322,7 +322,7 @@ def test_a_perplexity_needs_samples_and_a_causal_model():
 def test_a_dry_run_needs_a_config():
     compiled = torch.compile(build("llama-tied"), backend="eager")
     for model, kind in ((compiled, "OptimizedModule"), ("a/folder", "str")):
-        with pytest.raises(StructPruneError, match=f"config is needed, got {kind}; AutoConfig.from_pretrained"):
+        with pytest.raises(StructPruneError, match=f"config is needed, got {kind}. Pass `AutoConfig.from_pretrained"):
             dry_run(model, config())
 
 

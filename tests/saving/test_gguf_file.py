@@ -369,7 +369,7 @@ def test_the_command_prune_writes_a_file_next_to_its_folder(tmp_path, monkeypatc
         (["--gguf", "q4k"], "Did you mean 'q4_k_m'"),
         (["--gguf", "q4_k_m"], "use q4_0"),
         (["--gguf", "f16"], "other-F16.gguf exists"),
-        (["--gguf", "q8_0", "--offload", "disk"], "leave out either"),
+        (["--gguf", "q8_0", "--offload", "disk"], "Leave out either"),
     ):
         assert main(command + arguments) == 2
         assert reason in capsys.readouterr().err

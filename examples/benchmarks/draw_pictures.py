@@ -1,15 +1,16 @@
-"""Draw the picture of the README from docs/figures.yaml: quality against size, and against other tools.
+"""Draw the pictures of the docs from docs/figures.yaml.
 
-    python examples/benchmarks/draw_quality.py [--figures docs/figures.yaml] [--output docs/pictures/quality.svg]
+    python examples/benchmarks/draw_pictures.py [--figures docs/figures.yaml] [--output docs/pictures]
 
-The SVG has a light and a dark colour scheme.
+`quality.svg` shows the quality by size and against other tools, and `recovery.svg` the quality by training tokens. The
+pictures have a light and a dark colour scheme.
 """
 
 from __future__ import annotations
 
 import re
 from argparse import ArgumentParser
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,13 @@ BARS = {
 }
 # Larger ratios are cut off.
 WIDEST = 3.0
+# The figure of each point of the recovery, by its label on the axis.
+RECOVERY = {"0": "channels10", "50,000": "channels10_50k", "400,000": "channels10_400k"}
+# The field, the colour and the style of a curve of the recovery, by its label.
+RECOVERY_CURVES = {"unseen": ("unseen", FLAP, "s--"), "held-out": ("heldout", OURS, "o-")}
+# The number of questions, and the number that the original model answers right in bfloat16.
+QUESTIONS = 60
+ORIGINAL_RIGHT = 56
 
 
 def curve(figures: Mapping[str, Mapping[str, Any]], prefix: str) -> dict[int, float]:
@@ -94,8 +102,55 @@ def draw_bars(axes: Axes, figures: Mapping[str, Mapping[str, Any]]) -> None:
     axes.set_title("against other tools, 30 samples")
 
 
-def picture(figures: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the SVG, with a variable for each colour."""
+def draw_quality(figure: Figure, figures: Mapping[str, Mapping[str, Any]]) -> None:
+    """Draw the quality by size and against other tools."""
+    left, right = figure.subplots(1, 2)
+    figure.subplots_adjust(0.06, 0.15, 0.98, 0.82, wspace=0.5)
+    figure.suptitle("Perplexity of SmolLM2-135M after pruning, relative to the original model (held-out text)")
+    left.set_facecolor("none")
+    right.set_facecolor("none")
+    draw_curves(left, figures)
+    draw_bars(right, figures)
+
+
+def draw_recovery(figure: Figure, figures: Mapping[str, Mapping[str, Any]]) -> None:
+    """Draw perplexity and correct answers by the number of training tokens."""
+    left, right = figure.subplots(1, 2)
+    figure.subplots_adjust(0.06, 0.15, 0.98, 0.82, wspace=0.25)
+    figure.suptitle("Recovery of SmolLM2-135M without 17% of its FFN channels")
+    points = [figures[name] for name in RECOVERY.values()]
+
+    for label, (field, colour, style) in RECOVERY_CURVES.items():
+        ratios = [point[field] for point in points]
+        left.plot(range(len(ratios)), ratios, style, color=colour, label=label, gid=f"curve {label}")
+        for place, ratio in enumerate(ratios):
+            left.annotate(
+                f"{ratio:.2f}", (place, ratio), (0, 6), textcoords="offset points", color=colour, ha="center"
+            )
+
+    left.set(xlim=(-0.3, 2.3), ylim=(1, 1.5), xlabel="training tokens")
+    left.set_yticks([1, 1.2, 1.4], ["1×", "1.2×", "1.4×"])
+    left.grid(axis="y")
+    left.set_title("perplexity, relative to the original model")
+    left.legend(frameon=False, loc="lower left", labelcolor=INK)
+
+    numbers = [point["right"] for point in points]
+    for place, (label, number) in enumerate(zip(RECOVERY, numbers, strict=True)):
+        right.bar(place, number, width=0.5, color=OURS, gid=f"bar {label}")
+        right.annotate(f"{number}", (place, number), (0, 4), textcoords="offset points", ha="center")
+
+    right.axhline(ORIGINAL_RIGHT, color=TAYLOR, linestyle=":")
+    right.annotate(f"original: {ORIGINAL_RIGHT}", (-0.45, ORIGINAL_RIGHT), (0, 3), textcoords="offset points")
+    right.set(xlim=(-0.5, 2.5), ylim=(0, 65), xlabel="training tokens")
+    right.set_title(f"correct answers to {QUESTIONS} questions")
+
+    for axes in (left, right):
+        axes.set_facecolor("none")
+        axes.set_xticks(range(len(RECOVERY)), list(RECOVERY))
+
+
+def picture(figures: Mapping[str, Mapping[str, Any]], draw: Callable[..., None]) -> str:
+    """Return an SVG, with a variable for each colour."""
     settings: dict[str, Any] = {
         "axes.edgecolor": LINE,
         "grid.color": LINE,
@@ -110,13 +165,7 @@ def picture(figures: Mapping[str, Mapping[str, Any]]) -> str:
 
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(8.6, 3.4), facecolor=CARD)
-        left, right = figure.subplots(1, 2)
-        figure.subplots_adjust(0.06, 0.15, 0.98, 0.82, wspace=0.5)
-        figure.suptitle("Perplexity of SmolLM2-135M after pruning, relative to the original model (held-out text)")
-        left.set_facecolor("none")
-        right.set_facecolor("none")
-        draw_curves(left, figures)
-        draw_bars(right, figures)
+        draw(figure, figures)
         drawing = StringIO()
         figure.savefig(drawing, format="svg", metadata={"Date": None, "Creator": None})
 
@@ -130,13 +179,19 @@ def picture(figures: Mapping[str, Mapping[str, Any]]) -> str:
     return re.sub(r"(<svg [^>]*>\n)", lambda match: match[0] + style, svg, count=1)
 
 
+PICTURES = {"quality.svg": draw_quality, "recovery.svg": draw_recovery}
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Read the figures and write the picture."""
+    """Read the figures and write the pictures."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "figures.yaml")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "pictures" / "quality.svg")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "pictures", help="the folder of the pictures")
     args = parser.parse_args(argv)
-    args.output.write_text(picture(yaml.safe_load(args.figures.read_text())["figures"]))
+
+    figures = yaml.safe_load(args.figures.read_text())["figures"]
+    for name, draw in PICTURES.items():
+        (args.output / name).write_text(picture(figures, draw))
 
 
 if __name__ == "__main__":
