@@ -125,7 +125,7 @@ def draw_recovery(figure: Figure, figures: Mapping[str, Mapping[str, Any]]) -> N
         left.plot(range(len(ratios)), ratios, style, color=colour, label=label, gid=f"curve {label}")
         for place, ratio in enumerate(ratios):
             left.annotate(
-                f"{ratio:.2f}", (place, ratio), (0, 6), textcoords="offset points", color=colour, ha="center"
+                f"{ratio:.3f}", (place, ratio), (0, 6), textcoords="offset points", color=colour, ha="center"
             )
 
     left.set(xlim=(-0.3, 2.3), ylim=(1, 1.5), xlabel="training tokens")
