@@ -19,6 +19,8 @@ TRAINING = {
     "report_to": "none",
 }
 
+# The ways to initialize an adapter that do not change the weights of the model, unlike PiSSA and OLoRA.
+INITS = (True, False, "gaussian", "orthogonal")
 LEARNING_RATES = {"lora": 1e-3, "full": 1e-4}
 
 
@@ -103,6 +105,13 @@ class RecoveryConfig(Config):
         if self.lora and self.train != "lora":
             raise StructPruneError(
                 f"lora={self.lora} needs train='lora', got train={self.train!r}. Remove one of the two."
+            )
+        init = self.lora.get("init_lora_weights", True)
+        if init not in INITS:
+            legal = ", ".join(map(repr, INITS))
+            raise StructPruneError(
+                f"`lora` has init_lora_weights={init!r}, but only {legal} leave the weights of the model as they are. "
+                "Others could not be undone after an interruption. Choose one of them."
             )
 
     def without_output_dir(self) -> RecoveryConfig:

@@ -198,7 +198,8 @@ def read_lines(path: Path, parse: Callable[[str], T], form: str) -> list[T]:
         StructPruneError: If the file cannot be read or a line cannot be parsed.
     """
     try:
-        lines = path.expanduser().read_text(encoding="utf-8-sig").splitlines()
+        # `splitlines` would also split at characters that JSON allows in a string.
+        lines = path.expanduser().read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise StructPruneError(f"{path} cannot be read: {one_line(error)}") from error
 

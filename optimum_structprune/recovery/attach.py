@@ -133,6 +133,13 @@ def _check_trainer(trainer: Trainer, student: Any) -> None:
             f"`attach_teacher` trains causal language models, and {type(student).__name__} is not one."
         )
 
+    adapter = getattr(trainer.model, "active_peft_config", None)
+    if adapter is not None and adapter.is_prompt_learning:
+        raise StructPruneError(
+            f"The student has an adapter of type {adapter.peft_type.value}, whose prompts change the positions of the "
+            "tokens. Use an adapter that changes weights, such as LoRA, or train all weights."
+        )
+
     if isinstance(getattr(trainer.compute_loss, "__self__", None), TeacherLoss):
         raise StructPruneError("The Trainer has a teacher already. Attach one teacher to one Trainer.")
 
@@ -317,9 +324,12 @@ class TeacherLoss:
             output = model(**inputs).logits
         if self._plain_head is None:
             same_shape = len(returned) == 1 and output.shape == returned[0].shape
-            self._plain_head = same_shape and torch.equal(output.detach().to(returned[0].device), returned[0].detach())
+            is_plain = same_shape and torch.equal(output.detach().to(returned[0].device), returned[0].detach())
+            # Losses of zero stay zero if a model scales or caps the output of its head, so they show nothing.
+            if not is_plain or returned[0].any():
+                self._plain_head = is_plain
 
-        if not self._plain_head:
+        if self._plain_head is False:
             return None
         # The gradient must flow through the outputs of the wrappers around the model.
         places = batch.positions.to(output.device)

@@ -70,14 +70,16 @@ def _filled_templates(entry: dict[str, Any]) -> list[str]:
 def read_prompts(path: str) -> list[Messages]:
     """Read conversations from a file: JSON lines with `messages` or a `prompt`, or a question in each line.
 
+    A line is JSON if the name of the file says so, or if it begins like a JSON object.
+
     Raises:
         StructPruneError: If a line is not a prompt, or the file has fewer than two.
     """
-    is_json = path.endswith((".jsonl", ".json"))
+    has_json_name = path.lower().endswith((".jsonl", ".json", ".ndjson"))
 
     def conversation(line: str) -> Messages:
         row: Any = {"prompt": line}
-        if is_json:
+        if has_json_name or line.startswith('{"'):
             row = json.loads(line)
         messages = question_messages(row)
         while messages and messages[-1]["role"] == "assistant":  # the teacher answers the last question

@@ -230,8 +230,11 @@ class Recovery:
         kept_step = 0
         if is_better:
             kept_step = trainer.state.best_global_step or steps
+        seq_length = data.stream.text.config.seq_length
+        # The last batch may not be full.
+        num_samples = min(steps * _samples_per_step(arguments), config.tokens // seq_length)
         report = RecoveryReport(
-            tokens=steps * _samples_per_step(arguments) * data.stream.text.config.seq_length,
+            tokens=num_samples * seq_length,
             steps=steps,
             seconds=seconds,
             kept_step=kept_step,

@@ -207,7 +207,7 @@ def _tokens_of_user(keep_tokens: str, vocabulary: Vocabulary) -> set[int]:
 
 def _tokens_in_file(path: str, vocabulary: Vocabulary) -> set[int]:
     """Return the tokens in a file whose lines are tokens or texts."""
-    lines = [line for line in Path(path).read_text("utf-8-sig").splitlines() if line]
+    lines = [line for line in Path(path).read_text("utf-8-sig").split("\n") if line]
     if not lines:
         return set()
 

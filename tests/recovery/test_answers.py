@@ -18,7 +18,7 @@ from optimum_structprune.forward.generation import sampled_continuations
 from optimum_structprune.recovery import answers as module
 from optimum_structprune.recovery.answers import AnswerFile, Answers, write_answers
 from optimum_structprune.recovery.measure import measure_samples
-from optimum_structprune.recovery.prompts import OPENING_TOKENS, builtin_prompts, prompts_of
+from optimum_structprune.recovery.prompts import OPENING_TOKENS, builtin_prompts, prompts_of, read_prompts
 from optimum_structprune.recovery.samples import SampleCollator, SamplePacker, text_sample
 from optimum_structprune.recovery.teacher import Teacher
 from optimum_structprune.vocabulary.token_alignment import TokenAlignment
@@ -73,6 +73,17 @@ def test_prompts_of_a_file_are_distinct_and_exclude_built_in_questions(tmp_path)
     expected = ["<s>user\nHi</s>\n<s>assistant\n", "<s>user\nWhy do apples fall down?</s>\n<s>assistant\n"]
     for name in ("own.jsonl", "own.txt"):
         assert sorted(map(READER.decode, prompts_of_file(tmp_path / name))) == expected
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.ndjson", "a.txt"])
+def test_json_lines_are_prompts_in_a_file_of_any_name(name, tmp_path):
+    """JSON allows a line separator, U+2028, in a string."""
+    prompts = ["one apple\u2028and a pear", "two apples"]
+    lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
+    (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
+
+    conversations = read_prompts(str(tmp_path / name))
+    assert [messages[0]["content"] for messages in conversations] == prompts
 
 
 def test_files_without_usable_prompts_are_refused(tmp_path):

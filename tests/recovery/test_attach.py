@@ -10,7 +10,7 @@ from accelerate import cpu_offload
 from datasets import Dataset, IterableDataset
 from helpers import on_two_ranks, ran, same_weights
 from models import build, documents, token_ids, tokenizer
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import cross_entropy, kl_div
@@ -117,6 +117,25 @@ def test_loss_and_gradients_equal_the_formula(case, lora, tmp_path, monkeypatch)
     assert computed.keys() == gradients(student).keys()
     for name, gradient in gradients(student).items():
         torch.testing.assert_close(computed[name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("case", ["llama-tied", "cohere"])
+def test_a_first_batch_without_counted_tokens_changes_no_later_loss(case, tmp_path):
+    """Losses of zero do not show whether the model scales the output of its head."""
+    losses = []
+    for starts_with_ignored_batch in (False, True):
+        student = build(case)
+        trainer = trainer_for(student, tmp_path)
+        attach_teacher(trainer, build(case, seed=1))
+
+        batch = batch_of(labelled_rows(4))
+        if starts_with_ignored_batch:
+            ignored = torch.full_like(batch["labels"], -100)
+            assert trainer.compute_loss(student, batch | {"labels": ignored}) == 0
+        losses.append(trainer.compute_loss(student, batch))
+
+    assert losses[0] == losses[1]
+    assert losses[0] > 0
 
 
 def test_a_loaded_teacher_has_the_attention_implementation_of_the_model(tmp_path):
@@ -343,6 +362,11 @@ def test_trainers_that_cannot_have_a_teacher_are_refused(tmp_path):
     trainer.compute_loss_func = print
     with pytest.raises(StructPruneError, match="compute_loss_func"):
         attach_teacher(trainer, teacher)
+
+    prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    prompted = get_peft_model(build("llama-tied"), prompts)
+    with pytest.raises(StructPruneError, match="adapter of type PROMPT_TUNING.* such as LoRA"):
+        attach_teacher(trainer_for(prompted, tmp_path), teacher)
 
     with pytest.raises(StructPruneError, match="causal language models, and BertFor"):
         attach_teacher(trainer_for(build("bert"), tmp_path), teacher)

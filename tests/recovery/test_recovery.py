@@ -321,11 +321,20 @@ def test_a_refused_training_leaves_the_model_unchanged(pruned, small):
     assert same_weights(pruned, small)
 
 
+def test_a_batch_that_is_not_full_counts_its_own_tokens():
+    training = {"per_device_train_batch_size": 7, "save_strategy": "no"}
+    recovery = Recovery(recovery_config(tokens=480, answer_share=0.0, training=training))
+    recovery.recover_model(build("llama-tied"), tokenizer(), build("llama-tied", seed=1))
+    assert recovery.report.steps == 3
+    assert recovery.report.tokens == 480
+
+
 @pytest.mark.parametrize(("fields", "message"), [
     ({"answer_share": -0.5}, "`answer_share` must be at least 0 and at most 1, got -0.5"),
     ({"tokens": 0}, "`tokens` must be at least 1, got 0"),
     ({"domains": []}, "`domains` must not be empty"),
     ({"train": "full", "lora": {"r": 4}}, "needs train='lora', got train='full'"),
+    ({"lora": {"init_lora_weights": "pissa"}}, "init_lora_weights='pissa', but only True, False, 'gaussian'"),
     ({"merge": False}, "has no field 'merge'"),
 ])  # fmt: skip
 def test_bad_fields_are_refused(fields, message):
