@@ -142,6 +142,9 @@ class StructPruneCallback(TrainerCallback):
         StructPruneError: If a Trainer does not support the config.
     """
 
+    # `attach_teacher` looks for this attribute.
+    prunes_model = True
+
     def __init__(
         self,
         config: StructPruneConfig,

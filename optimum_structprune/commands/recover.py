@@ -106,8 +106,12 @@ def recover_and_save(
     else:
         pruning_report.recovery = report
         lines = report_lines(pruning_report)
-        dense = args.teacher or pruning_report.model.name or "ORIGINAL"
-        suggestion = next_command(judge(pruning_report), dense, args.output, is_recovered=True)
+        name = pruning_report.model.name or ""
+        # A report has the id of a model on the Hub, but not the path of a local folder.
+        original = args.teacher or "ORIGINAL"
+        if args.teacher is None and "/" in name:
+            original = name
+        suggestion = next_command(judge(pruning_report), original, args.output, is_recovered=True)
 
     lines += result_lines(args.output, recovered.config, recovery.pruning.arch_file)
     values = report.to_dict()

@@ -19,8 +19,8 @@ TRAINING = {
     "report_to": "none",
 }
 
-# The ways to initialize an adapter that do not change the weights of the model, unlike PiSSA and OLoRA.
-INITS = (True, False, "gaussian", "orthogonal")
+# The ways to initialize an adapter that do not change the model. PiSSA and OLoRA change weights, and False outputs.
+INITS = (True, "gaussian")
 LEARNING_RATES = {"lora": 1e-3, "full": 1e-4}
 
 
@@ -108,10 +108,10 @@ class RecoveryConfig(Config):
             )
         init = self.lora.get("init_lora_weights", True)
         if init not in INITS:
-            legal = ", ".join(map(repr, INITS))
+            legal = " or ".join(map(repr, INITS))
             raise StructPruneError(
-                f"`lora` has init_lora_weights={init!r}, but only {legal} leave the weights of the model as they are. "
-                "Others could not be undone after an interruption. Choose one of them."
+                f"`lora` has init_lora_weights={init!r}. Choose {legal}, because others change the model, which an "
+                "interrupted training gives back."
             )
 
     def without_output_dir(self) -> RecoveryConfig:

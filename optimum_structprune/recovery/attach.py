@@ -80,8 +80,16 @@ def attach_teacher(
         teacher_dtype = torch.bfloat16
     if tokenizer is None and isinstance(trainer.processing_class, PreTrainedTokenizerBase):
         tokenizer = trainer.processing_class
+    is_pruned_later = any(getattr(callback, "prunes_model", False) for callback in trainer.callback_handler.callbacks)
     loaded = load_teacher(
-        teacher, student, tokenizer, teacher_tokenizer, trust_remote_code, teacher_dtype, teacher_device
+        teacher,
+        student,
+        tokenizer,
+        teacher_tokenizer,
+        trust_remote_code,
+        teacher_dtype,
+        teacher_device,
+        is_pruned_later,
     )
     return attach_loaded_teacher(trainer, loaded, tokenizer, temperature, task_weight)
 
@@ -149,6 +157,12 @@ def _check_trainer(trainer: Trainer, student: Any) -> None:
             "`task_weight` mixes the cross-entropy with the divergence."
         )
 
+    if trainer.args.label_smoothing_factor:
+        raise StructPruneError(
+            f"The Trainer has label_smoothing_factor={trainer.args.label_smoothing_factor}, and `attach_teacher` "
+            "replaces the loss. Set it to 0."
+        )
+
     if trainer.args.n_gpu > 1:
         raise StructPruneError(
             f"The Trainer would use `nn.DataParallel` on {trainer.args.n_gpu} GPUs, and a teacher needs one GPU per "
@@ -185,6 +199,8 @@ class TeacherLoss:
         if trainer.args.torch_compile:
             self._plain_head = False
         self._sums: dict[str, _Sums] = {}
+        # Whether the Trainer reads the logits of an evaluation.
+        self._returns_logits = False
 
     def compute_loss(
         self,
@@ -200,7 +216,7 @@ class TeacherLoss:
             inputs: The batch. Tokens count if their `labels`, shape `(batch, seq_length)`, are not -100. Without
                 labels, all tokens in the `attention_mask` count.
             return_outputs: Whether to return the model's outputs too. They only have logits if the Trainer computes
-                metrics.
+                metrics or predictions.
             num_items_in_batch: The number of counted tokens in the accumulated batch of all processes.
         """
         trainer = self.trainer
@@ -235,7 +251,7 @@ class TeacherLoss:
             return loss
 
         outputs: dict[str, Any] = {"loss": loss, "logits": losses.kl}
-        if trainer.compute_metrics is not None:
+        if self._returns_logits or trainer.compute_metrics is not None:
             with torch.no_grad():
                 outputs["logits"] = model(**student_inputs).logits
         return loss, outputs
@@ -243,7 +259,11 @@ class TeacherLoss:
     def evaluation_loop(self, evaluation_loop: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Evaluate without earlier losses of the model in eval mode, such as the losses of trial steps."""
         self._sums.pop("eval", None)
-        return evaluation_loop(*args, **kwargs)
+        self._returns_logits = not (kwargs.get("prediction_loss_only") or self.trainer.args.prediction_loss_only)
+        try:
+            return evaluation_loop(*args, **kwargs)
+        finally:
+            self._returns_logits = False
 
     def log(self, log: Callable[..., None], logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the mean KL divergence to the Trainer's logs as `kl`, and to evaluations as `eval_kl`."""

@@ -41,6 +41,11 @@ def check_recovery(config: RecoveryConfig, pruning: StructPruneConfig, model: Pr
                 f"{MANY_GPUS}."
             )
 
+    if config.training.get("neftune_noise_alpha"):
+        raise StructPruneError(
+            "`training` has neftune_noise_alpha, whose hook would stay on the model after an interruption. Remove it."
+        )
+
     seq_length = sample_length(config, model)
     _check_model(model, config, seq_length)
     text = text_config(config, pruning, seq_length)

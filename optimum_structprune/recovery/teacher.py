@@ -31,6 +31,7 @@ def load_teacher(
     trust_remote_code: bool = False,
     dtype: torch.dtype | None = None,
     device: str | torch.device | int | None = None,
+    is_pruned_later: bool = False,
 ) -> Teacher:
     """Return the teacher of a model.
 
@@ -44,6 +45,7 @@ def load_teacher(
             loaded in the dtype of `model`. It also gets the attention implementation of `model` if both models have
             the same type, and it is spread over several devices if `model` is.
         device: The device of the teacher; see `place_teacher`.
+        is_pruned_later: Whether the model is pruned in the training. The teacher may have the same weights then.
 
     Raises:
         StructPruneError: If the teacher cannot be loaded, is not a causal language model, is `model` itself, or has
@@ -68,9 +70,10 @@ def load_teacher(
         )
 
     check_movable(teacher, device)
-    if teacher is model or _same_weights(teacher, model):
+    if teacher is model or (not is_pruned_later and _same_weights(teacher, model)):
         raise StructPruneError(
-            "`teacher` and the trained model are the same model. Pass the dense model, or remove `teacher`."
+            "`teacher` and the trained model are the same model. Pass the original model, or remove `teacher`. If the "
+            "model is pruned in this training, pass a copy, and call `attach_pruner` first."
         )
 
     reader, alignment = tokens_of_teacher(teacher, model, tokenizer, teacher_tokenizer, trust_remote_code)

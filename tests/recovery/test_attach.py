@@ -3,13 +3,14 @@
 import json
 import os
 import sys
+from copy import deepcopy
 
 import pytest
 import torch
 from accelerate import cpu_offload
 from datasets import Dataset, IterableDataset
 from helpers import on_two_ranks, ran, same_weights
-from models import build, documents, token_ids, tokenizer
+from models import build, config, documents, token_ids, tokenizer
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -22,7 +23,7 @@ from transformers import (
     default_data_collator,
 )
 
-from optimum_structprune import StructPruneError, attach_teacher
+from optimum_structprune import StructPruneError, attach_pruner, attach_teacher
 from optimum_structprune.arch.meta import is_offloaded
 from optimum_structprune.recovery.teacher import load_teacher
 
@@ -136,6 +137,29 @@ def test_a_first_batch_without_counted_tokens_changes_no_later_loss(case, tmp_pa
 
     assert losses[0] == losses[1]
     assert losses[0] > 0
+
+
+def test_predictions_are_logits(tmp_path):
+    student = build("llama-tied")
+    rows = labelled_rows(4)
+    plain = trainer_for(student, tmp_path).predict(rows)
+
+    trainer = trainer_for(student, tmp_path)
+    attach_teacher(trainer, build("llama-tied", seed=1))
+    prediction = trainer.predict(rows)
+    torch.testing.assert_close(torch.tensor(prediction.predictions), torch.tensor(plain.predictions))
+
+
+def test_the_teacher_of_a_model_that_is_pruned_later_may_have_its_weights(tmp_path):
+    model = build("llama-tied")
+    trainer = trainer_for(model, tmp_path, labelled_rows(32, 24))
+    trainer.processing_class = tokenizer()
+    attach_pruner(trainer, config(widths={"mlp": 24}, num_samples=2), start=2)
+    attach_teacher(trainer, deepcopy(model))
+    trainer.train()
+    assert trainer.model.config.intermediate_size == 24
+    assert trainer.state.log_history[0]["kl"] < 1e-5
+    assert trainer.state.log_history[3]["kl"] > 1e-3
 
 
 def test_a_loaded_teacher_has_the_attention_implementation_of_the_model(tmp_path):
@@ -361,6 +385,10 @@ def test_trainers_that_cannot_have_a_teacher_are_refused(tmp_path):
     trainer = trainer_for(model, tmp_path)
     trainer.compute_loss_func = print
     with pytest.raises(StructPruneError, match="compute_loss_func"):
+        attach_teacher(trainer, teacher)
+
+    trainer = trainer_for(model, tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(StructPruneError, match="label_smoothing_factor=0.1.* Set it to 0"):
         attach_teacher(trainer, teacher)
 
     prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)

@@ -41,6 +41,7 @@ def domain(source) -> dict:
     ({"training": {"learning_rat": 1}}, "TrainingArguments has no field 'learning_rat'. Did you mean"),
     ({"training": {"lr_scheduler_type": "sinus"}}, "TrainingArguments: .*sinus"),
     ({"lora": {"r": 0}}, "peft cannot put the adapter on LlamaForCausalLM: .*the value passed is 0"),
+    ({"training": {"neftune_noise_alpha": 5.0}}, "neftune_noise_alpha, whose hook would stay"),
     ({"training": {"deepspeed": "zero3.json"}}, "has deepspeed, but .*attach_teacher"),
     ({"training": {"fsdp": True}}, "has fsdp, but .*attach_teacher"),
     (domain("preset:nothing"), "The preset 'nothing' does not exist"),

@@ -334,7 +334,7 @@ def test_a_batch_that_is_not_full_counts_its_own_tokens():
     ({"tokens": 0}, "`tokens` must be at least 1, got 0"),
     ({"domains": []}, "`domains` must not be empty"),
     ({"train": "full", "lora": {"r": 4}}, "needs train='lora', got train='full'"),
-    ({"lora": {"init_lora_weights": "pissa"}}, "init_lora_weights='pissa', but only True, False, 'gaussian'"),
+    ({"lora": {"init_lora_weights": "pissa"}}, "init_lora_weights='pissa'. Choose True or 'gaussian'"),
     ({"merge": False}, "has no field 'merge'"),
 ])  # fmt: skip
 def test_bad_fields_are_refused(fields, message):
