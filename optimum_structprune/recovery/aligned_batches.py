@@ -149,6 +149,8 @@ class AlignedCollator:
         if mask is None or mask.shape != ids.shape:  # a mask of packed documents has more dimensions
             mask = torch.ones_like(ids)
         is_token = mask.bool()
+        # A row without tokens is read as its padding, whose labels do not count.
+        is_token[~is_token.any(-1)] = True
 
         samples = []
         for row in range(len(ids)):
@@ -177,8 +179,9 @@ class AlignedCollator:
         bounds = []
         if starts is not None:
             bounds = [place for place, is_start in enumerate(starts) if is_start]
-        if not bounds:
-            bounds = [0]
+        # A row may begin inside a document.
+        if not bounds or bounds[0] > 0:
+            bounds.insert(0, 0)
         bounds.append(len(ids))
 
         documents = []

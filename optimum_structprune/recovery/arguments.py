@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from ..config.fields import build
 from ..config.recovery import LEARNING_RATES, TRAINING, RecoveryConfig
+from ..errors import StructPruneError
 from .chunked_loss import device_kind
 
 
@@ -94,6 +95,10 @@ def training_arguments(
 
     epochs = settings.pop("num_train_epochs", 1)
     arguments = build(TrainingArguments, settings)
+    if arguments.per_device_eval_batch_size < 1:
+        raise StructPruneError(
+            f"`per_device_eval_batch_size` must be at least 1, got {arguments.per_device_eval_batch_size}."
+        )
 
     # `nn.DataParallel` would cut the batches of one process for several GPUs, and cannot train with a teacher.
     arguments._n_gpu = min(arguments.n_gpu, 1)

@@ -241,10 +241,11 @@ class TeacherLoss:
         student_inputs = accepted_inputs(bare_model(model), student_inputs)
         batch = _Batch(positions, targets[positions], predictions, aligned)
         losses = self._losses(model, student_inputs, batch)
+        mode = "eval"
         if model.training:
-            self._add("train", losses)
-        else:
-            self._add("eval", losses)
+            mode = "train"
+        # Logs have the divergence per token of the teacher, as reports do.
+        self._add(mode, losses, len(teacher_positions))
 
         loss = self._mean(losses.loss, num_items_in_batch)
         if not return_outputs:
@@ -283,10 +284,10 @@ class TeacherLoss:
         kl, tokens = self.trainer.accelerator.gather(totals).sum(0).tolist()
         logs[name] = round(kl / max(tokens, 1.0), 6)
 
-    def _add(self, mode: str, losses: TokenLosses) -> None:
+    def _add(self, mode: str, losses: TokenLosses, num_tokens: int) -> None:
         device = self.trainer.args.device
         kl = losses.kl.detach().sum().to(device)
-        tokens = torch.tensor(float(len(losses.kl)), device=device)
+        tokens = torch.tensor(float(num_tokens), device=device)
         sums = self._sums.get(mode)
         if sums is not None:
             kl = kl + sums.kl

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -231,10 +232,8 @@ class Recovery:
         if is_better:
             kept_step = trainer.state.best_global_step or steps
         seq_length = data.stream.text.config.seq_length
-        # The last batch may not be full.
-        num_samples = min(steps * _samples_per_step(arguments), config.tokens // seq_length)
         report = RecoveryReport(
-            tokens=num_samples * seq_length,
+            tokens=_samples_read(steps, config.tokens // seq_length, arguments) * seq_length,
             steps=steps,
             seconds=seconds,
             kept_step=kept_step,
@@ -301,9 +300,12 @@ class Recovery:
         save_checked(model, save_directory, tokenizer, overwrite, write, used_paths(self.config, self.pruning))
 
 
-def _samples_per_step(arguments: TrainingArguments) -> int:
+def _samples_read(steps: int, num_samples: int, arguments: TrainingArguments) -> int:
+    """Return the number of samples that a training has read. The last batch of an epoch may not be full."""
     per_process = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-    return per_process * arguments.world_size
+    per_step = per_process * arguments.world_size
+    epochs, further_steps = divmod(steps, ceil(num_samples / per_step))
+    return epochs * num_samples + further_steps * per_step
 
 
 def recover(

@@ -84,6 +84,32 @@ def test_batches_keep_the_students_tokens_and_add_the_teachers(trimmed):
     assert teacher_count < student_count
 
 
+def test_a_row_may_begin_inside_a_document_or_have_no_tokens(trimmed):
+    dense, reader, student, tokenizer = trimmed
+    alignment = TokenAlignment.between(dense, reader, student, tokenizer)
+    ids = torch.tensor([row["input_ids"] for row in make_features(tokenizer, 2)])
+    positions = torch.arange(40).expand_as(ids).clone()
+    positions[:, :10] += 7
+    positions[:, 10:] -= 10
+
+    def collator_inside(rows):
+        return {"input_ids": ids, "labels": ids.clone(), "position_ids": positions}
+
+    batch = AlignedCollator(collator_inside, alignment, reader, tokenizer)(ids)
+    assert (batch["align_rows"][:, [0, 10]] < 0).all()
+    assert (batch["align_rows"][:, 1:10] >= 0).any()
+
+    mask = torch.ones_like(ids)
+    mask[0] = 0
+
+    def collator_without_tokens(rows):
+        return {"input_ids": ids, "labels": ids.masked_fill(mask == 0, -100), "attention_mask": mask}
+
+    batch = AlignedCollator(collator_without_tokens, alignment, reader, tokenizer)(ids)
+    assert (batch["labels"][0] == -100).all()
+    assert (batch["labels"][1] != -100).any()
+
+
 def test_the_loss_is_the_divergence_from_the_teachers_tokens(trimmed, tmp_path):
     dense, reader, student, tokenizer = trimmed
     alignment = TokenAlignment.between(dense, reader, student, tokenizer)
@@ -115,6 +141,12 @@ def test_the_loss_is_the_divergence_from_the_teachers_tokens(trimmed, tmp_path):
             positions += int(is_counted.sum())
     assert loss.item() == pytest.approx(total / positions, rel=1e-4)
     assert total > 0
+
+    # Logs have the divergence per token of the teacher.
+    num_taught = int((batch["teacher_labels"][:, 1:] != -100).sum())
+    logs = trainer.evaluate()
+    assert num_taught < positions
+    assert logs["eval_kl"] == pytest.approx(total / num_taught, rel=1e-4)
 
 
 def test_rows_of_packed_documents_are_numbered_consecutively():

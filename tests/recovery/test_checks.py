@@ -41,6 +41,7 @@ def domain(source) -> dict:
     ({"training": {"learning_rat": 1}}, "TrainingArguments has no field 'learning_rat'. Did you mean"),
     ({"training": {"lr_scheduler_type": "sinus"}}, "TrainingArguments: .*sinus"),
     ({"lora": {"r": 0}}, "peft cannot put the adapter on LlamaForCausalLM: .*the value passed is 0"),
+    ({"training": {"per_device_eval_batch_size": 0}}, "`per_device_eval_batch_size` must be at least 1, got 0"),
     ({"training": {"neftune_noise_alpha": 5.0}}, "neftune_noise_alpha, whose hook would stay"),
     ({"training": {"deepspeed": "zero3.json"}}, "has deepspeed, but .*attach_teacher"),
     ({"training": {"fsdp": True}}, "has fsdp, but .*attach_teacher"),

@@ -328,6 +328,12 @@ def test_a_batch_that_is_not_full_counts_its_own_tokens():
     assert recovery.report.steps == 3
     assert recovery.report.tokens == 480
 
+    training["num_train_epochs"] = 2
+    recovery = Recovery(recovery_config(tokens=480, answer_share=0.0, training=training))
+    recovery.recover_model(build("llama-tied"), tokenizer(), build("llama-tied", seed=1))
+    assert recovery.report.steps == 6
+    assert recovery.report.tokens == 960
+
 
 @pytest.mark.parametrize(("fields", "message"), [
     ({"answer_share": -0.5}, "`answer_share` must be at least 0 and at most 1, got -0.5"),
