@@ -109,6 +109,9 @@ class DomainConfig(Config):
         if not is_text:
             kind = type(self.source).__name__
             self.refuse("source", f"must be a path, a name, a dataset or an iterable of strings, got {kind}")
+        # Iterating over a table yields the names of its columns.
+        if hasattr(self.source, "iterrows") or hasattr(self.source, "iter_rows"):
+            self.refuse("source", "must not be a table. Pass one of its columns, such as table['text']")
         if isinstance(self.source, str) and not self.source:
             self.refuse("source", "must not be empty, got ''")
 

@@ -372,3 +372,9 @@ def test_an_empty_file_of_a_folder_is_skipped(tmp_path):
 
 def test_a_series_is_a_source():
     assert list(read(DomainConfig("a", pandas.Series(["x", "y"])), None)) == ["x", "y"]
+
+
+def test_a_table_is_refused_as_a_source():
+    table = pandas.DataFrame({"text": ["x", "y"]})
+    with pytest.raises(StructPruneError, match=r"`source` must not be a table. Pass one of its columns"):
+        DomainConfig("a", table)
