@@ -23,6 +23,8 @@ SAMPLES_AT_ONCE = {"cpu": 4, "gpu": 8}
 MAX_EVALUATIONS = 8
 EVALUATION_SHARE = 0.1
 EVALUATION_COST = 0.5
+# The values that stand for `no`, by argument.
+YAML_NO = {"save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no", "report_to": "none"}
 
 
 def computes_in_bf16(device_type: str) -> bool:
@@ -61,8 +63,10 @@ def training_arguments(
         scratch: The folder for checkpoints if the config has no `output_dir`.
     """
     own = dict(config.training)
-    if own.get("save_strategy") is False:  # YAML reads `no` as False
-        own["save_strategy"] = "no"
+    # YAML reads `no` as False.
+    for name, value in YAML_NO.items():
+        if own.get(name) is False:
+            own[name] = value
     device = torch.device("cuda")
     if on_cpu:
         device = torch.device("cpu")
@@ -86,6 +90,9 @@ def training_arguments(
     if "output_dir" not in own:
         # No training resumes from a scratch folder.
         settings.update(output_dir=scratch, save_only_model=True)
+
+    if own.get("eval_strategy") == "no":
+        settings["load_best_model_at_end"] = False
 
     settings.update(own)
     if "per_device_train_batch_size" not in own:

@@ -74,6 +74,15 @@ def arguments_of(config, samples=1_000, validation=4, on_cpu=True):
     return training_arguments(config, TrainingSize(samples, 24, validation), 0, on_cpu, "scratch")
 
 
+def test_false_means_no_where_an_argument_takes_no():
+    """YAML reads `no` as false."""
+    arguments = arguments_of(recovery_config(training={"eval_strategy": False, "logging_strategy": False}))
+    assert arguments.eval_strategy == "no"
+    assert arguments.logging_strategy == "no"
+    assert arguments.save_strategy == "steps"
+    assert not arguments.load_best_model_at_end
+
+
 def test_a_false_save_strategy_means_no_checkpoints():
     """YAML reads `no` as false."""
     arguments = arguments_of(recovery_config(training={"save_strategy": False}))
