@@ -150,7 +150,7 @@ class AlignedCollator:
             mask = torch.ones_like(ids)
         is_token = mask.bool()
         # A row without tokens is read as its padding, whose labels do not count.
-        is_token[~is_token.any(-1)] = True
+        is_token = is_token | ~is_token.any(-1, keepdim=True)
 
         samples = []
         for row in range(len(ids)):

@@ -99,15 +99,16 @@ def test_a_row_may_begin_inside_a_document_or_have_no_tokens(trimmed):
     assert (batch["align_rows"][:, [0, 10]] < 0).all()
     assert (batch["align_rows"][:, 1:10] >= 0).any()
 
-    mask = torch.ones_like(ids)
-    mask[0] = 0
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[0] = False
 
     def collator_without_tokens(rows):
-        return {"input_ids": ids, "labels": ids.masked_fill(mask == 0, -100), "attention_mask": mask}
+        return {"input_ids": ids, "labels": ids.masked_fill(~mask, -100), "attention_mask": mask.clone()}
 
     batch = AlignedCollator(collator_without_tokens, alignment, reader, tokenizer)(ids)
     assert (batch["labels"][0] == -100).all()
     assert (batch["labels"][1] != -100).any()
+    assert torch.equal(batch["attention_mask"], mask)
 
 
 def test_the_loss_is_the_divergence_from_the_teachers_tokens(trimmed, tmp_path):
