@@ -143,8 +143,9 @@ def _check_trainer(trainer: Trainer, student: Any) -> None:
 
     adapter = getattr(trainer.model, "active_peft_config", None)
     if adapter is not None and adapter.is_prompt_learning:
+        kind = getattr(adapter.peft_type, "value", adapter.peft_type)
         raise StructPruneError(
-            f"The student has an adapter of type {adapter.peft_type.value}, whose prompts change the positions of the "
+            f"The student has an adapter of type {kind}, whose prompts change the positions of the "
             "tokens. Use an adapter that changes weights, such as LoRA, or train all weights."
         )
 
