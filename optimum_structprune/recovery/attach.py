@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,9 @@ def attach_teacher(
         The loss, which the Trainer calls.
 
     Raises:
-        StructPruneError: If an argument is out of range, the Trainer uses `nn.DataParallel` or its own loss function,
-            the student is not a causal language model, or the teacher does not fit (see `load_teacher`).
+        StructPruneError: If an argument is out of range, the Trainer uses `nn.DataParallel`, label smoothing or its
+            own loss function, the student is not a causal language model or has an adapter of prompts, or the teacher
+            does not fit (see `load_teacher`).
     """
     check_weights(temperature, task_weight)
     student = bare_model(trainer.model)
@@ -120,10 +122,10 @@ def attach_loaded_teacher(
 
 def check_weights(temperature: float, task_weight: float) -> None:
     """Raise `StructPruneError` if a weight of the loss is out of range."""
-    if not temperature > 0:
-        raise StructPruneError(f"`temperature` must be above 0, got {temperature}.")
-    if not 0 <= task_weight <= 1:
-        raise StructPruneError(f"`task_weight` must be between 0 and 1, got {task_weight}.")
+    if not isinstance(temperature, (int, float)) or not 0 < temperature < inf:
+        raise StructPruneError(f"`temperature` must be a number above 0, got {temperature!r}.")
+    if not isinstance(task_weight, (int, float)) or not 0 <= task_weight <= 1:
+        raise StructPruneError(f"`task_weight` must be a number from 0 to 1, got {task_weight!r}.")
 
 
 def bare_model(model: Any) -> Any:

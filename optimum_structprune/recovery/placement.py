@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from copy import deepcopy
 from typing import Any
 
@@ -23,12 +22,16 @@ def check_device(device: str | torch.device | int | None) -> None:
     """Raise `StructPruneError` if `teacher_device` names no device."""
     if device is None or device == OFFLOAD:
         return
-    with suppress(RuntimeError, TypeError):
-        torch.device(device)
-        return
-    raise StructPruneError(
-        f"`teacher_device` must be a device such as 'cuda:1' or 'cpu', or {OFFLOAD!r}, got {device!r}."
-    )
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise StructPruneError(
+            f"`teacher_device` must be a device such as 'cuda:1' or 'cpu', or {OFFLOAD!r}, got {device!r}."
+        ) from error
+
+    num_gpus = torch.cuda.device_count()
+    if found.type == "cuda" and (found.index or 0) >= num_gpus:
+        raise StructPruneError(f"`teacher_device`={device!r} does not exist. The number of GPUs is {num_gpus}.")
 
 
 def check_movable(model: nn.Module, device: str | torch.device | int | None) -> None:

@@ -346,8 +346,11 @@ def test_a_teacher_with_a_device_map_of_one_device_can_be_offloaded(tmp_path):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"temperature": 0.0}, "`temperature` must be above 0, got 0.0"),
-    ({"task_weight": 1.5}, "`task_weight` must be between 0 and 1, got 1.5"),
+    ({"temperature": 0.0}, "`temperature` must be a number above 0, got 0.0"),
+    ({"temperature": float("inf")}, "`temperature` must be a number above 0, got inf"),
+    ({"temperature": "2"}, "`temperature` must be a number above 0, got '2'"),
+    ({"task_weight": 1.5}, "`task_weight` must be a number from 0 to 1, got 1.5"),
+    ({"teacher_device": "cuda:99"}, "`teacher_device`='cuda:99' does not exist. The number of GPUs is"),
     ({"teacher_device": "moon"}, "`teacher_device` must be a device such as 'cuda:1'"),
 ])  # fmt: skip
 def test_arguments_out_of_range_are_refused(options, message, tmp_path):
