@@ -84,6 +84,7 @@ def suspicious_fields():
     return {name for name in names if SUSPECTS.fullmatch(name)}
 
 
+@pytest.mark.slow
 def test_every_field_of_transformers_that_may_hold_token_ids_is_renumbered_or_explained():
     explained = set(" ".join(NO_TOKEN_IDS.values()).split())
     assert not {name for name in explained if holds_token_ids(name)}

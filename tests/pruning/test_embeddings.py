@@ -303,6 +303,7 @@ def figures_of_random_vectors(num_documents, texts_per_document, generator):
     return embedding_figures(dense + amounts * losses, dense, dense[:0], dense[:0], numbers)
 
 
+@pytest.mark.slow
 def test_the_margin_of_a_run_covers_text_of_many_documents():
     """The margin is wider if documents are few, because their texts are alike."""
     generator = torch.Generator().manual_seed(0)

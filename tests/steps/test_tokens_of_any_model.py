@@ -98,10 +98,17 @@ def outputs(model, ids, extra_inputs):
     return model(**inputs)
 
 
-TEXT_MODELS = [(name, model_type, fields, {}) for name, model_type, fields in MODELS]
+# The types of the fast tests: an encoder, a decoder with a classifier, and an encoder-decoder.
+SHORT_TYPES = {"bert", "llama", "t5"}
+TRIMMED_MODELS = []
+for name, model_type, fields in MODELS:
+    marks = () if model_type in SHORT_TYPES else pytest.mark.slow
+    TRIMMED_MODELS.append(pytest.param(name, model_type, fields, {}, marks=marks))
+for case in MULTIMODAL:
+    TRIMMED_MODELS.append(pytest.param(*case, marks=pytest.mark.slow))
 
 
-@pytest.mark.parametrize(("name", "model_type", "fields", "shapes"), TEXT_MODELS + MULTIMODAL)
+@pytest.mark.parametrize(("name", "model_type", "fields", "shapes"), TRIMMED_MODELS)
 @torch.no_grad()
 def test_a_trimmed_model_reloads_and_predicts_kept_tokens_as_before(name, model_type, fields, shapes, tmp_path):
     model = model_of(name, model_type, fields)
