@@ -156,7 +156,7 @@ DATA = SHARED / "data"
 SMALL = {
     "benchmark_recovery": (
         f"{TINY} {DATA} --mlp 96 --seq-length 128 --eval-samples 2 --bf16 --domains stories --tokens 2000",
-        ["pruned", "LoRA, ", "text and answers, ", "KL answers "],
+        ["pruned", "LoRA, ", "text and answers, ", "KL to the original"],
     ),
     "benchmark_scale": (
         "tiny --shape tiny --layers 2 --domains 2 --tokens 512 --seq-length 64",
