@@ -151,7 +151,7 @@ def test_two_processes_train_as_one_process_does(desk):
         environment = os.environ | {"PROCESSES": str(number), "PATH": path, "CUDA_VISIBLE_DEVICES": ""}
         output = ran(command, env=environment, timeout=300)
 
-        assert "recovery: 4,096 tokens" in output
+        assert "Recovery: 4,096 tokens" in output
         assert output.count("best checkpoint: step 16") == 1
         weights.append(load_file(out / "model.safetensors"))
     torch.testing.assert_close(weights[1], weights[0], atol=1e-6, rtol=0)
