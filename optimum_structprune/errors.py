@@ -45,6 +45,11 @@ def one_line(message: object) -> str:
     return " ".join(str(message).split())
 
 
+def capitalized(text: str) -> str:
+    """Return a text with a capital first letter, to begin a sentence. `str.capitalize` lowers all other letters."""
+    return f"{text[:1].upper()}{text[1:]}"
+
+
 def some_of(names: Collection[str]) -> str:
     """Return the first names and the number of further names, such as `"a, b, c and 4 more"`."""
     text = ", ".join(list(names)[:MAX_NAMES])

@@ -533,6 +533,19 @@ def ran(command, **options) -> str:
     return process.stdout
 
 
+def path_with_tests() -> str:
+    """Return a `PYTHONPATH` from which a script can import the modules of the tests."""
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]
+    return os.pathsep.join(path for path in paths if path)
+
+
+def on_one_rank(script: str, folder: Path, *arguments: object) -> str:
+    """Run a script in a process of its own, and return its standard output. It may import what the tests share."""
+    (folder / "script.py").write_text(script)
+    environment = os.environ | {"PYTHONPATH": path_with_tests()}
+    return ran([sys.executable, folder / "script.py", *arguments], env=environment)
+
+
 def on_two_ranks(script: str, folder: Path, *arguments: object) -> subprocess.CompletedProcess:
     """Run a script in two processes of `torchrun`, fail unless it succeeds, and return the process with its output.
 
@@ -543,10 +556,8 @@ def on_two_ranks(script: str, folder: Path, *arguments: object) -> subprocess.Co
     script_path.write_text(script)
     logs = folder / "logs"
 
-    tests = str(Path(__file__).parent)
-    paths = [tests, os.environ.get("PYTHONPATH")]
     environment = dict(os.environ)
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    environment["PYTHONPATH"] = path_with_tests()
     environment["HF_HUB_OFFLINE"] = "1"
     environment["OMP_NUM_THREADS"] = "1"
     environment["CUDA_VISIBLE_DEVICES"] = ""

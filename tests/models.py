@@ -98,6 +98,16 @@ ZAMBA_2 = {
     "use_mem_rope": True,
 }
 
+# The scaled frequencies of Llama 3.
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
 # Causal language models by name: the model type and the config fields.
 CASES: dict[str, tuple[str, dict]] = {
     "llama-tied": ("llama", {**GROUPED, "tie_word_embeddings": True}),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ran
-from models import GROUPED, SLIDING, random_model, real_text_model
+from models import GROUPED, LLAMA3_ROPE, SLIDING, random_model, real_text_model
 from trained import needs_shared, stories_config, stories_model
 from transformers import AutoModelForCausalLM
 
@@ -95,14 +95,6 @@ def test_fewer_bits(stories, tmp_path, kind, error):
     assert loss == pytest.approx(expected, rel=error)
 
 
-ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 1e4,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 BIASED = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}
 DIFFERING = {"per_layer_config": {1: {"intermediate_size": 24}}}
 DIFFERING_HEADS = {
@@ -115,8 +107,8 @@ RANDOM = {
     "llama": ("llama", {}, "llama"),
     "biases": ("llama", BIASED, "llama"),
     "biases-differing": ("llama", {**BIASED, **DIFFERING}, "deci"),
-    "llama3-rope": ("llama", {**DIFFERING, "rope_parameters": ROPE}, "deci"),
-    "linear-rope": ("llama", {"rope_parameters": {**ROPE, "rope_type": "linear", "factor": 2.0}}, "llama"),
+    "llama3-rope": ("llama", {**DIFFERING, "rope_parameters": LLAMA3_ROPE}, "deci"),
+    "linear-rope": ("llama", {"rope_parameters": {**LLAMA3_ROPE, "rope_type": "linear", "factor": 2.0}}, "llama"),
     "mistral": ("mistral", {**DIFFERING, "head_dim": 8}, "deci"),
     "qwen2": ("qwen2", {}, "qwen2"),
     "qwen2-fewer-heads": ("qwen2", FEWER, "deci"),

@@ -20,7 +20,7 @@ TRAINING = {
 }
 
 # The ways to initialize an adapter that do not change the model. PiSSA and OLoRA change weights, and False outputs.
-INITS = (True, "gaussian")
+LORA_INITS = (True, "gaussian")
 LEARNING_RATES = {"lora": 1e-3, "full": 1e-4}
 
 
@@ -33,8 +33,7 @@ class RecoveryConfig(Config):
     Args:
         tokens: The total number of training tokens, including prompts and answers. The domains share them by weight.
         seq_length: The number of tokens in a training sample. By default 512 on a CPU and 1,024 on a GPU; less if the
-            model has fewer positions, or if the training would have fewer than 100 samples, but at
-            least 128.
+            model has fewer positions, or, down to 128, if the training would have fewer than 100 samples.
         domains: The training text, without the documents that the perplexity is measured on. The default is the
             domains of the pruning, without general text that the model wrote for it.
         train: The weights to train: `lora` trains a low-rank adapter, `full` all weights.
@@ -107,11 +106,11 @@ class RecoveryConfig(Config):
                 f"lora={self.lora} needs train='lora', got train={self.train!r}. Remove one of the two."
             )
         init = self.lora.get("init_lora_weights", True)
-        if init not in INITS:
-            legal = " or ".join(map(repr, INITS))
+        if init not in LORA_INITS:
+            legal = " or ".join(map(repr, LORA_INITS))
             raise StructPruneError(
-                f"`lora` has init_lora_weights={init!r}. Choose {legal}, because others change the model, which an "
-                "interrupted training gives back."
+                f"`lora` has init_lora_weights={init!r}. Choose {legal}. Other values change the model, and an "
+                "interrupted training could not restore it."
             )
 
     def without_output_dir(self) -> RecoveryConfig:

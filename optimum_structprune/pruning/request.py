@@ -24,7 +24,7 @@ from ..arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, Widths
 from ..config.pruning import LOSS, RunOptions, StructPruneConfig
 from ..criteria import CRITERIA, DEFAULT_CRITERIA
 from ..domains.manifest import check_kinds, check_tokens
-from ..errors import StructPruneError, one_line, warn
+from ..errors import StructPruneError, capitalized, one_line, warn
 from ..forward.metrics import outputs_for, random_inputs
 from ..widths.allocation import widths_of
 from ..widths.budget import UnreachableBudgetError
@@ -280,7 +280,7 @@ def resolve_request(
         advice = error.advice or "prune another model"
         raise StructPruneError(
             f"budget {LOSS}={loss} finds nothing to remove: no smaller widths of targets={targets} remove a "
-            f"thousandth of the parameters. {advice[0].upper()}{advice[1:]}."
+            f"thousandth of the parameters. {capitalized(advice)}."
         ) from error
     return request
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..arch.spec import LAYER, MODEL, VOCAB
 from ..config.pruning import LANGUAGES
+from ..errors import capitalized
 from ..forward.metrics import MANY_DOCUMENTS
 from .answers import answers_line, answers_warning
 from .figures import (
@@ -124,7 +125,7 @@ def width_phrases(report: Report) -> dict[str, str]:
 
         change = percent_change(sum(widths) / (full * len(widths)))
         phrase = f"{UNITS.get(kind, kind)}: {full:,} → {number(widths)} ({change})"
-        phrase = phrase[:1].upper() + phrase[1:]
+        phrase = capitalized(phrase)
 
         if kind == LAYER and report.removed_layers:
             phrase += f": layers {', '.join(map(str, report.removed_layers))} removed"
@@ -155,7 +156,7 @@ def target_line(target: float, sparsity: float, removed: float) -> str:
     text = f"requested {target:.1%} of the layer parameters, removed {sparsity:.1%} ({removed:.1%} of the whole model)"
 
     if abs(sparsity - target) <= MAX_DEVIATION * target:
-        return f"{text[:1].upper()}{text[1:]}."
+        return f"{capitalized(text)}."
     return f"warning: {text}; a smaller round_to or other targets may come nearer"
 
 

@@ -11,7 +11,7 @@ from shlex import quote
 from ..config.pruning import CONFIG_NAME
 from ..domains.manifest import CALIBRATED, TRAINED
 from ..domains.sources import FORMATS
-from ..errors import one_line
+from ..errors import capitalized, one_line
 from ..record.answers import answers_line, answers_warning, outcome, sample_questions
 from ..record.evaluation import MeasuredModel, Measurement
 from ..record.figures import DENSE, AnsweredQuestion
@@ -291,7 +291,7 @@ def _evaluate_command(records: Records, folder: str, dense: str) -> list[str]:
 
 def sentence(text: str) -> str:
     """Return a remark as a sentence: with a capital letter and a full stop."""
-    return f"{text[:1].upper()}{text[1:].rstrip('.')}."
+    return f"{capitalized(text).rstrip('.')}."
 
 
 def short_name(source: str) -> str:

@@ -21,7 +21,7 @@ from ..arch.modules import layer_list
 from ..arch.spec import HIDDEN, VOCAB, ArchSpec, Widths
 from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA
-from ..errors import StructPruneError
+from ..errors import StructPruneError, capitalized
 from ..forward.metrics import evaluating
 from ..method.layers import Batch, InMemory, NotSequentialError
 from ..system.offloading import bring_in, put_back
@@ -120,9 +120,7 @@ def check_offloaded(config: StructPruneConfig, described: ModelInfo, widths: Wid
     advice = "load the model in memory, or over several devices"
 
     if described.quantized:
-        raise StructPruneError(
-            f"{name} is offloaded and quantized, and is unpacked in memory. {advice[0].upper()}{advice[1:]}."
-        )
+        raise StructPruneError(f"{name} is offloaded and quantized, and is unpacked in memory. {capitalized(advice)}.")
 
     if CRITERIA.get(config.scored_by).whole_model_statistics is not None:
         raise StructPruneError(

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ..arch.meta import is_offloaded, shrunk_skeleton
 from ..arch.spec import LAYER, MODEL, VOCAB, ArchSpec, Widths
 from ..config.pruning import CACHE, StructPruneConfig
-from ..errors import StructPruneError
+from ..errors import StructPruneError, capitalized
 from ..system.stages import saved_bytes
 
 
@@ -135,7 +135,7 @@ def check_reach(config: StructPruneConfig, budget: Budget, smallest: float, name
             advice = f"target {' or '.join(repr(kind) for kind in untargeted)}"
         raise UnreachableBudgetError(
             f"{label} is not met by the original model, which has {budget.dense:,}, and targets="
-            f"{list(config.targets_or_default)} do not change that. {advice[0].upper()}{advice[1:]}.",
+            f"{list(config.targets_or_default)} do not change that. {capitalized(advice)}.",
             advice,
         )
 

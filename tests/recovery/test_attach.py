@@ -1,15 +1,13 @@
 """A Trainer with a teacher minimises the KL divergence from the teacher, in one process and in several."""
 
 import json
-import os
-import sys
 from copy import deepcopy
 
 import pytest
 import torch
 from accelerate import cpu_offload
 from datasets import Dataset, IterableDataset
-from helpers import on_two_ranks, ran, same_weights
+from helpers import on_one_rank, on_two_ranks, same_weights
 from models import build, config, documents, token_ids, tokenizer
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
@@ -464,14 +462,7 @@ def read_results(folder):
 
 def train_in_one_process(folder, case, lora):
     folder.mkdir()
-    script = folder / "script.py"
-    script.write_text(SCRIPT)
-    paths = [os.path.dirname(os.path.dirname(__file__))]
-    if os.environ.get("PYTHONPATH"):
-        paths.append(os.environ["PYTHONPATH"])
-
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    ran([sys.executable, script, "one", case, lora, folder], env=env)
+    on_one_rank(SCRIPT, folder, "one", case, lora, folder)
     return read_results(folder)
 
 

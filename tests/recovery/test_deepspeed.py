@@ -2,12 +2,11 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import on_two_ranks, ran
+from helpers import on_one_rank, on_two_ranks
 from models import build
 from safetensors.torch import load_file
 
@@ -89,12 +88,10 @@ def test_two_processes_with_sharded_weights_train_like_one_process(case, lora, t
 
     single = tmp_path / "single"
     single.mkdir()
-    (single / "script.py").write_text(SCRIPT)
-    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    ran([sys.executable, single / "script.py", "none", case, lora, teacher, single], env=environment)
+    on_one_rank(SCRIPT, single, "none", case, lora, teacher, single)
 
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(DEEPSPEED), *paths]))
+    paths = [str(DEEPSPEED), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(OPERATORS))
     sharded = tmp_path / "sharded"

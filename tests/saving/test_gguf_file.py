@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import save_with_tokenizer
-from models import GROUPED, build, config, full_disk, tokenizer
+from models import GROUPED, LLAMA3_ROPE, build, config, full_disk, tokenizer
 from tokenizers import Regex, Tokenizer
 from tokenizers import pre_tokenizers as steps
 from tokenizers.decoders import ByteFallback, Fuse, Replace, Sequence
@@ -209,15 +209,7 @@ def test_the_context_is_no_longer_than_a_sliding_window(tmp_path):
 
 
 def test_scaled_frequencies_agree_with_transformers(tmp_path):
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": 1e4,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 32,
-    }
-    model = AutoModelForCausalLM.from_config(grouped_config("llama", rope_parameters=rope))
+    model = AutoModelForCausalLM.from_config(grouped_config("llama", rope_parameters=LLAMA3_ROPE))
     export_gguf(model, tmp_path / "out.gguf", byte_tokenizer())
 
     tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
