@@ -17,7 +17,7 @@ from models import PLAIN, build, config, real_text_model, token_ids, tokenizer
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from optimum_structprune import RunOptions, StructPruner
+from optimum_structprune import RunOptions, StructPruneConfig, StructPruner
 from optimum_structprune.domains.load import given_domains
 from optimum_structprune.domains.sources import builtin_documents
 from optimum_structprune.sources.data import batches_of
@@ -143,6 +143,7 @@ def test_every_example_prints_its_usage():
 @pytest.mark.nightly
 def test_two_processes_train_as_one_process_does(desk):
     weights = []
+    first_steps = []
     for number in (1, 2):
         out = desk / f"trained-by-{number}"
         command = ["bash", str(EXAMPLES / "distributed.sh"), str(desk / "model"), str(out)]
@@ -153,8 +154,33 @@ def test_two_processes_train_as_one_process_does(desk):
 
         assert "Recovery: 4,096 tokens" in output
         assert output.count("best checkpoint: step 16") == 1
+        first_steps.append(re.search(r"'loss': '([^']+)', 'grad_norm': '([^']+)'", output).groups())
         weights.append(load_file(out / "model.safetensors"))
-    torch.testing.assert_close(weights[1], weights[0], atol=1e-6, rtol=0)
+
+    (first_loss, first_norm), (second_loss, second_norm) = first_steps
+    assert float(second_loss) == pytest.approx(float(first_loss), rel=1e-3)
+    assert float(second_norm) == pytest.approx(float(first_norm), rel=2e-3)
+
+    # Adam's first steps follow the sign of each gradient. Rounding decides the sign of a gradient near zero, so single
+    # weights differ by about the learning rate. Processes that do not share their gradients differ by as much as the
+    # training changes the weights.
+    pruned = pruned_weights(desk / "model")
+    change = distance(weights[0], pruned)
+    assert distance(weights[1], weights[0]) < 0.05 * change
+
+
+def pruned_weights(folder):
+    """Return the weights that `distributed.sh` begins the training with."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    reader = AutoTokenizer.from_pretrained(folder)
+    pruner = StructPruner(StructPruneConfig(sparsity=0.2, num_samples=6))
+    return pruner.prune_model(model, reader).state_dict()
+
+
+def distance(weights, others) -> float:
+    """Return the Euclidean distance between two models."""
+    squares = [(weights[name] - others[name]).double().square().sum() for name in weights]
+    return torch.stack(squares).sum().sqrt().item()
 
 
 @pytest.mark.slow
