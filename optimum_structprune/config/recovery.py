@@ -105,6 +105,11 @@ class RecoveryConfig(Config):
             raise StructPruneError(
                 f"lora={self.lora} needs train='lora', got train={self.train!r}. Remove one of the two."
             )
+        if "resume_from_checkpoint" in self.training:
+            raise StructPruneError(
+                "`training` must not have `resume_from_checkpoint`. Set `output_dir` there, and resume with "
+                "`resume=True` or `--resume`."
+            )
         init = self.lora.get("init_lora_weights", True)
         if init not in LORA_INITS:
             legal = " or ".join(map(repr, LORA_INITS))

@@ -300,14 +300,30 @@ def _checked_object(value: Any, where: str) -> Row:
 
 def _csv_rows(path: Path) -> Iterator[Row]:
     """Yield the rows of a CSV file with a header."""
-    csv.field_size_limit(MAX_CSV_FIELD)
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, restkey="")
-        for row in reader:
+        for row in _with_long_fields(reader):
             # The key "" holds fields without a header.
             if "" in row and "" not in (reader.fieldnames or ()):
                 raise StructPruneError(f"line {reader.line_num} has more fields than the header")
             yield row
+
+
+def _with_long_fields(reader: Iterator[Row]) -> Iterator[Row]:
+    """Yield the rows of a CSV reader, and allow fields of any length only while a row is read.
+
+    The limit of the `csv` module is one value for the whole program.
+    """
+    while True:
+        limit = csv.field_size_limit(MAX_CSV_FIELD)
+        try:
+            row = next(reader, None)
+        finally:
+            csv.field_size_limit(limit)
+
+        if row is None:
+            return
+        yield row
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:

@@ -175,13 +175,19 @@ def _content_of(fields: Row) -> Any:
 
 
 def question_messages(row: Any) -> list[dict[str, Any]]:
-    """Return the messages of a row with `messages` or with a `prompt`."""
+    """Return the messages of a row with `messages` or with a `prompt`.
+
+    Raises:
+        ValueError: If the row is not an object, or its text has half a character, which no tokenizer reads.
+    """
+    if not isinstance(row, Mapping):
+        raise ValueError("each line must be an object")
+
     if "messages" in row:
         messages = messages_of(row["messages"])
     else:
         messages = messages_of([{"role": "user", "content": row["prompt"]}])
 
-    # This raises `ValueError` for half a character, which no tokenizer reads.
     "".join(message["content"] for message in messages).encode()
     return messages
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -10,6 +11,7 @@ from math import nan
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -278,9 +280,10 @@ def own_settings() -> Iterator[None]:
     """Use torch's default settings inside `with` or in a decorated function, and restore the caller's settings.
 
     The defaults are fp32 as the default dtype, new tensors on the CPU, no autocast, no inference mode, gradients, and
-    fp32 products in full precision.
+    fp32 products in full precision. The states of the random number generators are restored too.
     """
     with ExitStack() as stack:
+        stack.enter_context(_own_random_numbers())
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
 
@@ -294,6 +297,23 @@ def own_settings() -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_full_precision())
         yield
+
+
+@contextmanager
+def _own_random_numbers() -> Iterator[None]:
+    """Restore the random states of Python, NumPy and torch after `with`. The Trainer and peft use these generators."""
+    devices = []
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        devices = list(range(torch.cuda.device_count()))
+
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def attach_teacher(
     temperature: float = 1.0,
     task_weight: float = 0.0,
     teacher_device: str | torch.device | int | None = None,
-    teacher_dtype: torch.dtype | None = None,
+    teacher_dtype: torch.dtype | str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
@@ -60,8 +60,9 @@ def attach_teacher(
         task_weight: The weight of the cross-entropy with `labels`, from 0 to 1.
         teacher_device: The device of the teacher, such as `"cuda:1"`. `"offload"` keeps the weights in CPU memory and
             moves each layer to the Trainer's device while it runs. The default is the Trainer's device.
-        teacher_dtype: The dtype of the teacher's weights. By default, a teacher is loaded in bfloat16 if the Trainer
-            trains in bf16, and in the dtype of the student otherwise. A model in memory keeps its dtype.
+        teacher_dtype: The dtype of the teacher's weights, such as `torch.bfloat16` or `"bfloat16"`. By default, a
+            teacher is loaded in bfloat16 if the Trainer trains in bf16, and in the dtype of the student otherwise. A
+            model in memory keeps its dtype.
         tokenizer: The tokenizer of the student. The default is the Trainer's `processing_class`.
         teacher_tokenizer: The tokenizer of the teacher. By default it is read from the teacher's folder.
         trust_remote_code: Whether a teacher that is loaded may run code from its folder.
@@ -78,8 +79,9 @@ def attach_teacher(
     student = bare_model(trainer.model)
     _check_trainer(trainer, student)
 
-    if teacher_dtype is None and trainer.args.bf16 and isinstance(teacher, (str, Path)):
-        teacher_dtype = torch.bfloat16
+    dtype = _checked_dtype(teacher_dtype)
+    if dtype is None and trainer.args.bf16 and isinstance(teacher, (str, Path)):
+        dtype = torch.bfloat16
     if tokenizer is None and isinstance(trainer.processing_class, PreTrainedTokenizerBase):
         tokenizer = trainer.processing_class
     is_pruned_later = any(getattr(callback, "prunes_model", False) for callback in trainer.callback_handler.callbacks)
@@ -89,7 +91,7 @@ def attach_teacher(
         tokenizer,
         teacher_tokenizer,
         trust_remote_code,
-        teacher_dtype,
+        dtype,
         teacher_device,
         is_pruned_later,
     )
@@ -126,6 +128,19 @@ def check_weights(temperature: float, task_weight: float) -> None:
         raise StructPruneError(f"`temperature` must be a number above 0, got {temperature!r}.")
     if not isinstance(task_weight, (int, float)) or not 0 <= task_weight <= 1:
         raise StructPruneError(f"`task_weight` must be a number from 0 to 1, got {task_weight!r}.")
+
+
+def _checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Return a dtype or the dtype with a name. Raise `StructPruneError` if it is not a floating-point dtype."""
+    if dtype is None:
+        return None
+
+    value: object = dtype
+    if isinstance(dtype, str):
+        value = getattr(torch, dtype, None)
+    if not isinstance(value, torch.dtype) or not value.is_floating_point:
+        raise StructPruneError(f'`teacher_dtype` must be a floating-point dtype, such as "bfloat16", got {dtype!r}.')
+    return value
 
 
 def bare_model(model: Any) -> Any:

@@ -70,7 +70,8 @@ def _filled_templates(entry: dict[str, Any]) -> list[str]:
 def read_prompts(path: str) -> list[Messages]:
     """Read conversations from a file: JSON lines with `messages` or a `prompt`, or a question in each line.
 
-    A line is JSON if the name of the file says so, or if it begins like a JSON object.
+    A line is JSON if the name of the file says so, or if it begins like a JSON object. Rows without a question are
+    skipped.
 
     Raises:
         StructPruneError: If a line is not a prompt, or the file has fewer than two.
@@ -79,7 +80,7 @@ def read_prompts(path: str) -> list[Messages]:
 
     def conversation(line: str) -> Messages:
         row: Any = {"prompt": line}
-        if has_json_name or line.startswith('{"'):
+        if has_json_name or re.match(r'\s*\{\s*"', line):
             row = json.loads(line)
         messages = question_messages(row)
         while messages and messages[-1]["role"] == "assistant":  # the teacher answers the last question
@@ -87,7 +88,10 @@ def read_prompts(path: str) -> list[Messages]:
         return messages
 
     message = 'is not a prompt, which has a "prompt" or "messages"'
-    conversations = [messages for messages in read_lines(Path(path), conversation, message) if messages]
+    conversations = []
+    for messages in read_lines(Path(path), conversation, message):
+        if messages and messages[-1]["content"].strip():
+            conversations.append(messages)
 
     if len(conversations) < 2:
         count = "no prompts"

@@ -1,5 +1,6 @@
 """Documents of every kind of source, and their packing into samples."""
 
+import csv
 import itertools
 import json
 import os
@@ -256,8 +257,10 @@ def test_columns_other_than_the_text_are_ignored(tmp_path):
 ], ids=["jsonl", "csv", "list", "dataset"])  # fmt: skip
 def test_a_long_row_is_cut_before_it_is_tokenized(tmp_path, make_source):
     long_text = " ".join(itertools.islice(itertools.cycle(WORDS), 100_000))
+    field_size_limit = csv.field_size_limit()
 
     parts = read(make_source(tmp_path, TEXTS + [long_text]))
+    assert csv.field_size_limit() == field_size_limit
 
     assert len(parts) > 100 + len(TEXTS)
     assert max(map(len, parts)) <= 2 * sources.SECTION_CHARACTERS

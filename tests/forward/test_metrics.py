@@ -135,6 +135,11 @@ def expected_run():
     return pruner.prune_model(build("llama-tied"), tokenizer()), pruner
 
 
+def random_states():
+    """Return the states of the random number generators as text."""
+    return repr((random.getstate(), numpy.random.get_state(), torch.get_rng_state().tolist()))
+
+
 def switches():
     """Return the switches of torch that the modes set."""
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
@@ -176,8 +181,10 @@ def test_settings_of_the_caller_do_not_change_a_recovery_or_an_evaluation():
     for mode in MODES.values():
         model = build("llama-tied")
         torch.set_default_dtype(torch.bfloat16)
+        states = random_states()
         with mode():
             recovered, figures = recover_and_evaluate(model)
+        assert random_states() == states
         torch.set_default_dtype(torch.float32)
 
         assert same_weights(recovered, expected)

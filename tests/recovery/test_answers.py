@@ -77,9 +77,11 @@ def test_prompts_of_a_file_are_distinct_and_exclude_built_in_questions(tmp_path)
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.ndjson", "a.txt"])
 def test_json_lines_are_prompts_in_a_file_of_any_name(name, tmp_path):
-    """JSON allows a line separator, U+2028, in a string."""
+    """JSON allows a line separator, U+2028, in a string. Rows without a question are skipped."""
     prompts = ["one apple\u2028and a pear", "two apples"]
     lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
+    lines[1] = lines[1].replace('{"', '{ "')
+    lines += ['{"messages": null}', '{"prompt": " "}']
     (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
 
     conversations = read_prompts(str(tmp_path / name))
@@ -89,12 +91,14 @@ def test_json_lines_are_prompts_in_a_file_of_any_name(name, tmp_path):
 def test_files_without_usable_prompts_are_refused(tmp_path):
     (tmp_path / "bad.jsonl").write_text('\n{"question": "Why?"}')
     (tmp_path / "number.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": 3}]}))
+    (tmp_path / "list.json").write_text('["Why?", "When?"]')
     (tmp_path / "none.txt").write_text("\n")
     (tmp_path / "one.txt").write_text("Why?\n")
 
     for name, message in (
         ("bad.jsonl", "line 2, is not a prompt"),
         ("number.jsonl", "line 1, is not a prompt.*a message needs a role and a text"),
+        ("list.json", "line 1, is not a prompt.*each line must be an object"),
         ("none.txt", "no prompts"),
         ("one.txt", "one prompt. Add some"),
     ):

@@ -307,7 +307,7 @@ def test_the_sft_trainer_of_trl_streams_and_packs(settings, tmp_path):
 def test_a_teacher_in_bfloat16_or_offloaded_predicts_nearly_the_same(tmp_path):
     batch = batch_of(labelled_rows(4))
     losses = []
-    for options in ({}, {"teacher_dtype": torch.bfloat16}, {"teacher_device": "offload"}):
+    for options in ({}, {"teacher_dtype": "bfloat16"}, {"teacher_device": "offload"}):
         model = build("llama-tied").eval()
         trainer = trainer_for(model, tmp_path)
         attach_teacher(trainer, build("llama-tied", seed=1), **options)
@@ -349,6 +349,7 @@ def test_a_teacher_with_a_device_map_of_one_device_can_be_offloaded(tmp_path):
     ({"temperature": "2"}, "`temperature` must be a number above 0, got '2'"),
     ({"task_weight": 1.5}, "`task_weight` must be a number from 0 to 1, got 1.5"),
     ({"teacher_device": "cuda:99"}, "`teacher_device`='cuda:99' does not exist. The number of GPUs is"),
+    ({"teacher_dtype": "int8"}, "`teacher_dtype` must be a floating-point dtype, such as \"bfloat16\", got 'int8'"),
     ({"teacher_device": "moon"}, "`teacher_device` must be a device such as 'cuda:1'"),
 ])  # fmt: skip
 def test_arguments_out_of_range_are_refused(options, message, tmp_path):

@@ -340,6 +340,7 @@ def test_a_batch_that_is_not_full_counts_its_own_tokens():
     ({"tokens": 0}, "`tokens` must be at least 1, got 0"),
     ({"domains": []}, "`domains` must not be empty"),
     ({"train": "full", "lora": {"r": 4}}, "needs train='lora', got train='full'"),
+    ({"training": {"resume_from_checkpoint": True}}, "must not have `resume_from_checkpoint`.*`resume=True`"),
     ({"lora": {"init_lora_weights": "pissa"}}, "init_lora_weights='pissa'. Choose True or 'gaussian'"),
     ({"merge": False}, "has no field 'merge'"),
 ])  # fmt: skip
