@@ -574,7 +574,13 @@ def _trim_details(trimmed: TrimResult) -> Iterator[str]:
 def _by_count(scripts: Mapping[str, int]) -> str:
     """Return the scripts with the largest counts."""
     largest = sorted(scripts.items(), key=lambda item: -item[1])
-    text = ", ".join(f"{name.title()} {count:,}" for name, count in largest[:MAX_SCRIPTS])
+    parts = []
+    for name, count in largest[:MAX_SCRIPTS]:
+        if name != "CJK":
+            name = name.title()
+        parts.append(f"{name} {count:,}")
+
+    text = ", ".join(parts)
 
     num_others = len(largest) - MAX_SCRIPTS
     if num_others > 0:
