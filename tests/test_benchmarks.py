@@ -73,8 +73,8 @@ def test_pick_yours_measures_each_row_once(tmp_path, capsys, monkeypatch):
     def fail(*arguments):
         raise AssertionError("the row was measured again")
 
-    monkeypatch.setattr("pick_yours.measured", fail)
-    monkeypatch.setattr("pick_yours.time_", fail)
+    monkeypatch.setattr("pick_yours.measure_row", fail)
+    monkeypatch.setattr("pick_yours.measure_speeds", fail)
     main_of("pick_yours")(command + ["--row", flags])
     assert capsys.readouterr().out.splitlines()[-1] == pruned_line
 

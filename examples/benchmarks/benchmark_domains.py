@@ -1,18 +1,18 @@
-"""Does it help to mix domains, to weigh them, and to prune in rounds? A grid of cells over seeds and widths.
+"""Compare calibration text, numbers of rounds and methods in a grid of cells over seeds and FFN widths.
 
     python examples/benchmarks/benchmark_domains.py run MODEL DATA out.json [--cells "mix, *" ...] [--seeds 0 1 2]
     python examples/benchmarks/benchmark_domains.py run MODEL DATA left.json --leave-one-out [--cells "mix*, *" ...]
     python examples/benchmarks/benchmark_domains.py table out.json [more.json ...]
 
-DATA is as for `benchmark_table.py`. A cell is a calibration text, a number
-of rounds and a method, such as `mix, one-shot, wanda + refit`; `run … --list` names them all. Every cell gets the same
-number of calibration tokens. `run` leaves out what `out.json` already holds, so it can be interrupted and go on, and
-`table` shows what is there so far: means ± standard deviations over seeds. Several files of the same settings, such as
-those of runs side by side, make one table.
+DATA has the structure that `benchmark_table.py` describes. A cell is a calibration text, a number of rounds and a
+method, such as `mix, one-shot, wanda + refit`. `run … --list` prints all names. All cells have the same number of
+calibration tokens. `run` skips the results that `out.json` already contains, so an interrupted run can continue.
+`table` prints the results: means ± standard deviations over seeds. Files with the same settings make one table.
 
-With `--leave-one-out`, each cell calibrates on all kinds of text but one and looks at that one, for every kind in
-turn. Only DATA/calibration is read, and a fifth of its documents is set aside to look at, so that a choice can be made
-without the evaluation text. Built-in and self-written text of about the same kind is left out with it.
+With `--leave-one-out`, each cell calibrates on all kinds of text except one and is evaluated on that kind. This is
+repeated for every kind. The script then reads DATA/calibration only and holds a fifth of its documents out for the
+evaluation, so that a choice needs no look at the evaluation text. Built-in and generated text of a similar kind is
+left out too.
 """
 
 from __future__ import annotations
@@ -20,27 +20,29 @@ from __future__ import annotations
 import json
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from math import exp, log
 from pathlib import Path
 from statistics import fmean, geometric_mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 from quality import (
     DOMAINS,
     SEQ_LENGTH,
     add_arguments,
-    begin,
-    calibration,
+    calibration_domains,
     evaluation_texts,
-    load,
-    pruned_by,
-    show,
+    load_model,
+    load_results,
+    matches,
+    print_head,
+    print_row,
+    prune_with,
+    read_samples,
     write_json,
 )
-from set_aside import divided
+from set_aside import split_lines
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
@@ -49,15 +51,16 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.config.domains import BUILTIN
 from optimum_structprune.domains.load import texts_of
 from optimum_structprune.domains.sources import builtin_kinds
-from optimum_structprune.evaluation.heldout import read_heldout
 
 
-sys.path.append(str(Path(__file__).parents[1] / "sisters"))  # where that package is not installed
-import structprune_sisters  # noqa: E402, F401, I001  # registers the methods of other papers
+# The folder of the sister package, if the package is not installed.
+sys.path.append(str(Path(__file__).parents[1] / "sisters"))
+# The import registers the methods of other papers.
+import structprune_sisters  # noqa: E402, F401, I001
 
 
 SELF = ("self:prose", "self:code", "self:math", "self:dialogue", "self:reasoning")
-# What each part of a cell's name adds to the config. `domains` are names in DATA/calibration, or sources of their own.
+# The fields of the config for each part of a cell's name. `domains` are names in DATA/calibration, or sources.
 MIXES: dict[str, dict[str, Any]] = {
     "mix": {},
     "self-generated": {"domains": SELF},
@@ -97,7 +100,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "allocation": "sensitivity",
     },
 }
-# Sources that are left out together with a domain: `prose` is the docstrings of the files that `code` is made of.
+# The sources that are left out together with a domain. `prose` has the docstrings of the files in `code`.
 NEAR = {
     "wiki": ("encyclopedia", "countries", "self:prose"),
     "code": ("code", "programs", "prose", "self:code"),
@@ -108,259 +111,359 @@ NEAR = {
 }
 
 
-def cells(domains: list[str]) -> dict[str, dict[str, Any]]:
-    """Every cell: its name and its part of the config."""
-    alone = {f"{name} only": {"domains": (name,)} for name in domains}
-    # A domain beside n others of weight 1 has a fifth of the tokens with the weight n / 4, and two fifths with 2n / 3.
-    few, many = (f"self:any@{weight * len(domains)}" for weight in (1 / 4, 2 / 3))
-    written = {
-        "mix + self": {"domains": (*domains, *SELF)},
-        "mix + a fifth self:any": {"domains": (*domains, few)},
-        "mix + two fifths self:any": {"domains": (*domains, many)},
-    }
-    texts = {**alone, **MIXES, **written}
-    return {
-        f"{text}, {rounds}, {method}": {"domains": tuple(domains), **texts[text], **ROUNDS[rounds], **METHODS[method]}
-        for text in texts
-        for rounds in ROUNDS
-        for method in METHODS
-        if rounds != "10 rounds" or "pip" in method
-    }
+class Job(NamedTuple):
+    """One run of a cell: the removed share of the FFN channels in percent, the seed, and the kind that is left out."""
+
+    cell: str
+    removed: int
+    seed: int
+    left_out: str | None
 
 
-def chosen(args: Namespace) -> dict[str, dict[str, Any]]:
-    """The cells that match one of the patterns."""
-    every = cells(args.domains)
-    return {name: cell for name, cell in every.items() if any(fnmatchcase(name, pattern) for pattern in args.cells)}
+def all_cells(domains: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the fields of the config of every cell, by its name."""
+    names = tuple(domains)
+    texts: dict[str, dict[str, Any]] = {f"{name} only": {"domains": (name,)} for name in names}
+    texts.update(MIXES)
+    texts["mix + self"] = {"domains": names + SELF}
+    # Of n domains with weight 1 and one with weight n / 4, the last one has a fifth of the tokens.
+    texts["mix + a fifth self:any"] = {"domains": names + (f"self:any@{1 / 4 * len(names)}",)}
+    texts["mix + two fifths self:any"] = {"domains": names + (f"self:any@{2 / 3 * len(names)}",)}
+
+    cells = {}
+    for text, text_fields in texts.items():
+        for rounds, rounds_fields in ROUNDS.items():
+            for method, method_fields in METHODS.items():
+                # Only PIP prunes in ten rounds.
+                if rounds == "10 rounds" and "pip" not in method:
+                    continue
+                fields: dict[str, Any] = {"general_share": 0.0, "domains": names}
+                for part in (text_fields, rounds_fields, method_fields):
+                    fields.update(part)
+                cells[f"{text}, {rounds}, {method}"] = fields
+
+    return cells
 
 
-def keys(results: dict[str, Any]) -> set[tuple]:
-    """What is there already."""
-    return {(row["cell"], row["removed"], row["seed"], row.get("left_out")) for row in results["runs"]}
+def select_cells(args: Namespace) -> dict[str, dict[str, Any]]:
+    """Return the cells that match a pattern of the arguments."""
+    return {name: cell for name, cell in all_cells(args.domains).items() if matches(name, args.cells)}
 
 
 def config_of(
     args: Namespace, cell: dict[str, Any], width: int, seed: int, left_out: str | None = None
 ) -> StructPruneConfig:
-    """Return the whole config of one run."""
-    # A cell has the text that its name says, and no other beside it.
-    fields = {"num_samples": args.samples, "seq_length": args.seq_length, "seed": seed, "widths": {"mlp": width}}
-    cell = {"general_share": 0.0, **cell}
-    config = StructPruneConfig.from_dict({**cell, **fields, "domains": calibration(args, cell["domains"])})
-    return config if left_out is None else without(args, config, left_out)
+    """Return the config of one run."""
+    domains = calibration_domains(args, cell["domains"])
+    fields = dict(cell, domains=domains, num_samples=args.samples, seq_length=args.seq_length, seed=seed)
+    fields["widths"] = {"mlp": width}
+    config = StructPruneConfig.from_dict(fields)
+    if left_out is not None:
+        config = config_without(args, config, left_out)
+    return config
 
 
-def without(args: Namespace, config: StructPruneConfig, left_out: str) -> StructPruneConfig:
-    """The same config without one kind of text, and without the documents that are set aside of the others."""
+def config_without(args: Namespace, config: StructPruneConfig, left_out: str) -> StructPruneConfig:
+    """Return the config without one kind of text and without the held-out documents of the other kinds."""
     near = NEAR.get(left_out, ())
-    own = [domain for domain in config.domains or () if domain.name != left_out]
+    remaining = [domain for domain in config.domains or () if domain.name != left_out]
+
     domains = []
-    for domain in texts_of(replace(config, domains=own)):
+    for domain in texts_of(replace(config, domains=remaining)):
         if domain.source.startswith(BUILTIN):
-            names = [name for name in builtin_kinds(domain.source.removeprefix(BUILTIN)) if name not in near]
-            domains += [replace(domain, source=BUILTIN + "+".join(names))] if names else []
+            kinds = builtin_kinds(domain.source.removeprefix(BUILTIN))
+            names = [name for name in kinds if name not in near]
+            if names:
+                domains.append(replace(domain, source=BUILTIN + "+".join(names)))
         elif domain.name in args.domains:
-            domains.append(replace(domain, source=aside(args, domain.name)[0]))
+            calibration, _ = split_documents(args, domain.name)
+            domains.append(replace(domain, source=calibration))
         elif domain.source not in near:
             domains.append(domain)
+
     return replace(config, domains=domains, general_share=0.0, general_text=None)
 
 
-def aside(args: Namespace, name: str) -> tuple[list[str], list[str]]:
-    """The documents of a calibration file to calibrate on, and those that are set aside."""
-    parts = divided(Path(args.data) / "calibration" / f"{name}.jsonl")
-    return tuple([json.loads(line)["text"] for line in part] for part in parts)
+def split_documents(args: Namespace, name: str) -> tuple[list[str], list[str]]:
+    """Return the documents of a calibration file to calibrate on, and the held-out documents."""
+    calibration, heldout = split_lines(Path(args.data, "calibration", f"{name}.jsonl"))
+    return [json.loads(line)["text"] for line in calibration], [json.loads(line)["text"] for line in heldout]
 
 
-def aside_texts(args: Namespace, tokenizer) -> dict[str, Tensor]:
-    """The first samples of what is set aside of every calibration file."""
-    texts = [DomainConfig(name, aside(args, name)[1]) for name in args.domains]
-    return {text.name: read_heldout(text, tokenizer, args.seq_length, args.eval_samples).samples for text in texts}
+def heldout_texts(args: Namespace, tokenizer) -> dict[str, Tensor]:
+    """Return the first samples of the held-out documents of every calibration file."""
+    domains = []
+    for name in args.domains:
+        _, heldout = split_documents(args, name)
+        domains.append(DomainConfig(name, heldout))
+    return read_samples(domains, tokenizer, args.seq_length, args.eval_samples)
+
+
+def list_jobs(args: Namespace, cells: dict[str, dict[str, Any]]) -> list[Job]:
+    """Return all runs of the cells. The seed changes last, so that an interrupted run has results of every cell."""
+    kinds: list[str | None] = [None]
+    if args.leave_one_out:
+        kinds = args.domains
+
+    jobs = []
+    for seed in args.seeds:
+        for removed in args.removed:
+            for name, cell in cells.items():
+                for left_out in kinds:
+                    # A cell with one domain has no text without this domain.
+                    if cell["domains"] != (left_out,):
+                        jobs.append(Job(name, removed, seed, left_out))
+
+    return jobs
 
 
 def run(args: Namespace) -> None:
-    """Prune and evaluate what is missing."""
-    names = chosen(args)
+    """Prune and evaluate every run that has no result."""
+    cells = select_cells(args)
     if args.list:
-        print("\n".join(names))
+        print("\n".join(cells))
         return
-    for cell in names.values():
-        config_of(args, cell, 1, 0)  # an illegal cell shows before hours have gone by
-    same = ("model", "data", "dtype", "domains", "samples", "eval_samples", "seq_length")
-    results = begin(args.out, args, (*same, "leave_one_out"), runs=[])
-    model, tokenizer = load(args)
-    size = describe(model).of("mlp")[0].size
-    texts, unseen = (
-        (aside_texts(args, tokenizer), []) if args.leave_one_out else evaluation_texts(args, args.domains, tokenizer)
-    )
+    for cell in cells.values():
+        # An invalid cell fails here, before the first long run.
+        config_of(args, cell, width=1, seed=0)
 
-    def measured(measured_model) -> dict[str, Any]:
-        return {"perplexity": {name: perplexity(measured_model, samples) for name, samples in texts.items()}}
+    names = ["model", "data", "dtype", "domains", "samples", "eval_samples", "seq_length", "leave_one_out"]
+    results = load_results(args.out, args, names, runs=[])
+
+    model, tokenizer = load_model(args)
+    if args.leave_one_out:
+        texts = heldout_texts(args, tokenizer)
+        unseen = []
+    else:
+        texts, unseen = evaluation_texts(args, args.domains, tokenizer)
 
     if "dense" not in results:
-        results |= {"unseen": unseen, "dense": measured(model)}
-    # Seeds come last, so that an interrupted run has a first answer to everything.
-    todo = [
-        (seed, removed, name, left)
-        for seed in args.seeds
-        for removed in args.removed
-        for name in names
-        for left in (args.domains if args.leave_one_out else [None])
-        if names[name]["domains"] != (left,)
-    ]
-    for seed, removed, name, left in todo:
-        if (name, removed, seed, left) in keys(results):
+        results["unseen"] = unseen
+        results["dense"] = {"perplexity": perplexities(model, texts)}
+    finished = {Job(row["cell"], row["removed"], row["seed"], row.get("left_out")) for row in results["runs"]}
+    for job in list_jobs(args, cells):
+        if job in finished:
             continue
-        width = 8 * round(size * (100 - removed) / 100 / 8)
-        pruned, seconds = pruned_by(model, tokenizer, config_of(args, names[name], width, seed, left))
-        about = {"cell": name, "removed": removed, "width": width, "seed": seed, "parameters": pruned.num_parameters()}
-        row = {**about, "seconds": seconds, **measured(pruned)}
-        row |= {} if left is None else {"left_out": left}
+
+        row = measure(args, job, cells[job.cell], model, tokenizer, texts)
         results["runs"].append(row)
         write_json(args.out, results)
-        kind = "" if left is None else f" without {left}"
-        print(f"{name}{kind}, {removed} %, seed {seed}: {summary(results, row)}", flush=True)
+
+        label = job.cell
+        if job.left_out is not None:
+            label += f" without {job.left_out}"
+        print(f"{label}, {job.removed} %, seed {job.seed}: {summary(results, row)}", flush=True)
 
 
-def columns(results: dict[str, Any], row: dict[str, Any]) -> dict[str, float]:
-    """What a row of the table says about one run: multiples of the dense perplexity."""
-    ratio = {name: value / results["dense"]["perplexity"][name] for name, value in row["perplexity"].items()}
-    unseen = [row["left_out"]] if "left_out" in row else results["unseen"]
-    held = {name: value for name, value in ratio.items() if name not in unseen}
-    means = {"held-out": geometric_mean(held.values()), "worst": max(held.values())}
+def measure(
+    args: Namespace, job: Job, cell: dict[str, Any], model, tokenizer, texts: dict[str, Tensor]
+) -> dict[str, Any]:
+    """Prune once and return the result."""
+    size = describe(model).of("mlp")[0].size
+    width = 8 * round(size * (100 - job.removed) / 100 / 8)
+    config = config_of(args, cell, width, job.seed, job.left_out)
+    pruned, seconds = prune_with(model, tokenizer, config)
+
+    row = {
+        "cell": job.cell,
+        "removed": job.removed,
+        "width": width,
+        "seed": job.seed,
+        "parameters": pruned.num_parameters(),
+        "seconds": seconds,
+        "perplexity": perplexities(pruned, texts),
+    }
+    if job.left_out is not None:
+        row["left_out"] = job.left_out
+    return row
+
+
+def perplexities(model, texts: dict[str, Tensor]) -> dict[str, float]:
+    """Return the perplexity on each text."""
+    return {name: perplexity(model, samples) for name, samples in texts.items()}
+
+
+def columns_of(results: dict[str, Any], row: dict[str, Any]) -> dict[str, float]:
+    """Return the values of one run: perplexities relative to the original model, and the seconds."""
+    dense = results["dense"]["perplexity"]
+    ratios = {name: value / dense[name] for name, value in row["perplexity"].items()}
+    unseen = results["unseen"]
+    if "left_out" in row:
+        unseen = [row["left_out"]]
+
+    heldout = [ratio for name, ratio in ratios.items() if name not in unseen]
+    columns = {"held-out": geometric_mean(heldout), "worst": max(heldout)}
     if unseen:
-        means["unseen"] = geometric_mean(ratio[name] for name in unseen)
-    return {**means, **ratio, "seconds": row["seconds"]}
+        columns["unseen"] = geometric_mean(ratios[name] for name in unseen)
+    columns.update(ratios)
+    columns["seconds"] = row["seconds"]
+    return columns
 
 
 def summary(results: dict[str, Any], row: dict[str, Any]) -> str:
-    """The first columns in a line."""
-    values = columns(results, row)
-    return ", ".join(f"{name} {values[name]:.3f}" for name in ("held-out", "worst", "unseen") if name in values)
+    """Return the main values of one run as one line."""
+    columns = columns_of(results, row)
+    return ", ".join(f"{name} {columns[name]:.3f}" for name in ("held-out", "worst", "unseen") if name in columns)
 
 
-def groups(results: dict[str, Any], removed: int) -> Iterator[tuple[str, list[dict[str, float]]]]:
-    """Cells with their runs of all seeds, the best on held-out text first."""
-    runs_by_cell: dict[str, list[dict[str, float]]] = {}
-    for row in results["runs"]:
-        if row["removed"] == removed:
-            runs_by_cell.setdefault(row["cell"], []).append(columns(results, row))
-    yield from sorted(runs_by_cell.items(), key=lambda cell: fmean(run["held-out"] for run in cell[1]))
+def merge(files: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the results of several files as one.
 
-
-def merged(files: list[dict[str, Any]]) -> dict[str, Any]:
-    """The runs of several files together."""
+    Raises:
+        StructPruneError: If the files have different settings.
+    """
     first = files[0]
-    for other in files[1:]:
-        if differing := [name for name, value in first["setting"].items() if other["setting"].get(name) != value]:
-            raise StructPruneError(f"the files were made with different settings: {', '.join(differing)}")
-    return {**first, "runs": [row for file in files for row in file["runs"]]}
+    runs = []
+    for file in files:
+        differences = [name for name, value in first["setting"].items() if file["setting"].get(name) != value]
+        if differences:
+            raise StructPruneError(f"The files have different settings: {', '.join(differences)}.")
+        runs += file["runs"]
+
+    return dict(first, runs=runs)
 
 
-def table(args: Namespace) -> None:
-    """One Markdown table for each share of channels removed."""
-    results = merged([json.loads(Path(path).read_text()) for path in args.out])
+def print_tables(args: Namespace) -> None:
+    """Print one Markdown table for each removed share of the channels."""
+    results = merge([json.loads(Path(path).read_text()) for path in args.out])
     for removed in sorted({row["removed"] for row in results["runs"]}):
         print(f"\n{removed} % of the FFN channels removed\n")
         if results["setting"]["leave_one_out"]:
-            left_out_table(results, removed, args.against)
-            continue
-        rows = list(groups(results, removed))
-        names = list(rows[0][1][0])
-        show("cell", ["seeds", *names])
-        show("---", ["---"] * (len(names) + 1))
-        dense = dict.fromkeys(results["dense"]["perplexity"], 1.0)
-        show("dense", ["", *(dense.get(name, "") for name in names)])
-        for cell, runs in rows:
-            show(cell, [str(len(runs)), *(spread([values[name] for values in runs]) for name in names)])
+            print_left_out_table(results, removed, args.against)
+        else:
+            print_table(results, removed)
 
 
-def left_out_table(results: dict[str, Any], removed: int, against: str) -> None:
-    """One row for each cell: the loss on the kinds that were left out and on those that were not.
+def print_table(results: dict[str, Any], removed: int) -> None:
+    """Print one row for each cell. The first row is best on held-out text."""
+    runs_by_cell: dict[str, list[dict[str, float]]] = {}
+    for row in results["runs"]:
+        if row["removed"] == removed:
+            runs_by_cell.setdefault(row["cell"], []).append(columns_of(results, row))
+    cells = sorted(runs_by_cell, key=lambda cell: mean_of(runs_by_cell[cell], "held-out"))
 
-    A loss is the mean logarithm of the multiples of the dense perplexity. "Of the reference's" compares the same kinds
-    and seeds, and its spread is over these.
+    names = list(runs_by_cell[cells[0]][0])
+    print_head("cell", ["seeds"] + names)
+    dense = dict.fromkeys(results["dense"]["perplexity"], 1.0)
+    print_row("dense", [""] + [dense.get(name, "") for name in names])
+
+    for cell in cells:
+        runs = runs_by_cell[cell]
+        values = [str(len(runs))]
+        for name in names:
+            values.append(spread([columns[name] for columns in runs]))
+        print_row(cell, values)
+
+
+def print_left_out_table(results: dict[str, Any], removed: int, against: str) -> None:
+    """Print one row for each cell: the loss on the kinds that were left out and on the kinds of the calibration.
+
+    A loss is the mean logarithm of the perplexities relative to the original model. "Of the reference's" compares
+    runs of the same kind and seed, and its standard deviation is over these runs.
     """
     losses = left_out_losses(results, removed)
-    kinds_left = results["setting"]["domains"]
-    show("cell", ["runs", "left out", "of the reference's", "own", "of the reference's", *kinds_left, "seconds"])
-    show("---", ["---"] * (len(kinds_left) + 6))
-    for cell, found in sorted(losses.items(), key=lambda item: fmean(run["left out"] for run in item[1].values())):
-        values: list[str | float] = [str(len(found))]
+    reference = losses.get(against, {})
+    kinds = results["setting"]["domains"]
+    head = ["runs", "left out", "of the reference's", "own", "of the reference's"]
+    print_head("cell", head + kinds + ["seconds"])
+
+    for cell in sorted(losses, key=lambda name: mean_of(losses[name].values(), "left out")):
+        runs = losses[cell]
+        values: list[str | float] = [str(len(runs))]
         for column in ("left out", "own"):
-            pairs = [
-                (run[column], losses[against][key][column])
-                for key, run in found.items()
-                if key in losses.get(against, {})
-            ]
-            values.append(exp(fmean(run[column] for run in found.values())))
-            values.append(compared(pairs))
-        for kind in kinds_left:
-            left = [run["left out"] for (left, _), run in found.items() if left == kind]
-            values.append(exp(fmean(left)) if left else "")
-        show(cell, [*values, f"{fmean(run['seconds'] for run in found.values()):.0f}"])
+            values.append(exp(mean_of(runs.values(), column)))
+            pairs = [(run[column], reference[key][column]) for key, run in runs.items() if key in reference]
+            values.append(share_of_reference(pairs))
+
+        for kind in kinds:
+            kind_runs = [run for (left_out, _), run in runs.items() if left_out == kind]
+            value: str | float = ""
+            if kind_runs:
+                value = exp(mean_of(kind_runs, "left out"))
+            values.append(value)
+
+        values.append(f"{mean_of(runs.values(), 'seconds'):.0f}")
+        print_row(cell, values)
 
 
 def left_out_losses(results: dict[str, Any], removed: int) -> dict[str, dict[tuple, dict[str, float]]]:
-    """The losses of each cell by the kind that was left out and the seed."""
+    """Return the losses of each cell, by the kind that was left out and the seed."""
     losses: dict[str, dict[tuple, dict[str, float]]] = {}
     dense = results["dense"]["perplexity"]
     for row in results["runs"]:
-        if row["removed"] == removed:
-            loss = {name: log(value / dense[name]) for name, value in row["perplexity"].items()}
-            run_ = {"left out": loss.pop(row["left_out"]), "own": fmean(loss.values()), "seconds": row["seconds"]}
-            losses.setdefault(row["cell"], {})[row["left_out"], row["seed"]] = run_
+        if row["removed"] != removed:
+            continue
+
+        by_kind = {name: log(value / dense[name]) for name, value in row["perplexity"].items()}
+
+        left_out = by_kind.pop(row["left_out"])
+        columns = {"left out": left_out, "own": fmean(by_kind.values()), "seconds": row["seconds"]}
+        losses.setdefault(row["cell"], {})[row["left_out"], row["seed"]] = columns
+
     return losses
 
 
-def compared(pairs: list[tuple[float, float]]) -> str:
-    """The sum of losses as a share of the reference's, and the standard deviation of the shares."""
+def mean_of(runs, name: str) -> float:
+    """Return the mean of one column over runs."""
+    return fmean(columns[name] for columns in runs)
+
+
+def share_of_reference(pairs: Sequence[tuple[float, float]]) -> str:
+    """Return the sum of the losses relative to the reference, and the standard deviation of the ratios."""
     if not pairs:
         return ""
+
     share = sum(loss for loss, _ in pairs) / sum(reference for _, reference in pairs)
-    apart = f" ± {stdev(loss / reference for loss, reference in pairs):.3f}" if len(pairs) > 1 else ""
-    return f"{share:.3f}{apart}"
+    if len(pairs) == 1:
+        return f"{share:.3f}"
+    return f"{share:.3f} ± {stdev(loss / reference for loss, reference in pairs):.3f}"
 
 
-def spread(values: list[float]) -> str:
-    """Mean and, where there are several, standard deviation."""
-    return f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+def spread(values: Sequence[float]) -> str:
+    """Return the mean and, of several values, the standard deviation."""
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{fmean(values):.3f} ± {stdev(values):.3f}"
 
 
 def add_grid_arguments(parser: ArgumentParser, patterns: str, samples: int) -> None:
-    """Which cells of a grid are run, and on how much text.
+    """Add the arguments that select the cells of a grid and the amount of text.
 
     Args:
         parser: The parser of the run.
-        patterns: Patterns that the help gives as examples.
+        patterns: Patterns that the help shows as examples.
         samples: The default number of calibration samples.
     """
     parser.add_argument("--cells", nargs="+", default=["*"], help=f"patterns such as {patterns}")
-    parser.add_argument("--list", action="store_true", help="name the cells and stop")
+    parser.add_argument("--list", action="store_true", help="print the names of the cells and stop")
     parser.add_argument("--domains", nargs="+", default=list(DOMAINS), help="names of files in DATA/calibration")
     parser.add_argument("--removed", nargs="+", type=int, default=[20, 35, 50], help="FFN channels, in percent")
-    parser.add_argument("--samples", type=int, default=samples, help="calibration samples in all")
+    parser.add_argument("--samples", type=int, default=samples, help="total number of calibration samples")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Read the arguments and run or show."""
+    """Read the arguments and run a subcommand."""
     parser = ArgumentParser(description=__doc__)
-    modes = parser.add_subparsers(required=True)
-    running, showing = modes.add_parser("run"), modes.add_parser("table")
-    running.set_defaults(mode=run)
-    showing.set_defaults(mode=table)
+    commands = parser.add_subparsers(required=True)
+
+    running = commands.add_parser("run")
+    running.set_defaults(command=run)
     running.add_argument("model")
     add_arguments(running)
     running.add_argument("out", help="JSON file with the results")
-    showing.add_argument("out", nargs="+", help="JSON files with the results")
-    showing.add_argument("--against", default="mix, one-shot, obs + refit", help="the reference of --leave-one-out")
     add_grid_arguments(running, '"mix, *, wanda*"', samples=60)
     running.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     running.add_argument("--seq-length", type=int, default=SEQ_LENGTH, help="tokens in a calibration sample")
-    running.add_argument("--leave-one-out", action="store_true", help="look at the kind that is not calibrated on")
+    running.add_argument("--leave-one-out", action="store_true", help="evaluate on a kind without calibration text")
+
+    printing = commands.add_parser("table")
+    printing.set_defaults(command=print_tables)
+    printing.add_argument("out", nargs="+", help="JSON files with the results")
+    printing.add_argument("--against", default="mix, one-shot, obs + refit", help="the reference of --leave-one-out")
+
     args = parser.parse_args(argv)
     disable_progress_bar()
-    args.mode(args)
+    args.command(args)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""Measure the whole way of a model on a GPU: prune, save, recover, evaluate, and decode.
+"""Prune, save, recover, evaluate and decode models on a GPU, and measure each stage.
 
     python examples/benchmarks/benchmark_gpu.py [MODEL ...] [--output gpu.json]
 
-By default the models have 0.6, 1.7 and 8 billion parameters. A model is an id of the Hub or a folder. The seconds and
-the peak memory of each stage are measured. All figures, the GPU and the versions of the libraries are written into one
-file of JSON, anew after each model. A stage that fails is recorded with its error, and the next model runs.
+By default the models have 0.6, 1.7 and 8 billion parameters. A model is an id of the Hub or a folder. The script
+measures the seconds and the peak memory of each stage. It writes all figures, the GPU and the versions of the
+libraries into one JSON file, and updates the file after each model. If a stage fails, the script records the error and
+continues with the next model.
 
-All text is built in. Before the models, a small random model is pruned on the CPU and on the GPU, and both results are
-compared. `--device cpu` runs everything on the CPU, without peak memory.
+All text is built in. First, the script prunes a small random model on the CPU and on the GPU, and compares the
+results. `--device cpu` runs everything on the CPU, without peak memory.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from optimum_structprune.commands.loading import Loading
 
 MODELS = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B", "Qwen/Qwen3-8B")
 LIBRARIES = ("optimum-structprune", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors")
-# The text of the evaluation. "warnings" of the result say which of its documents the pruning or the training has read.
+# The text of the evaluation. "warnings" of the result name the documents that the pruning or the training has read.
 EVALUATED = DomainConfig(name="countries", source="builtin:countries")
 SMALL = {
     "hidden_size": 256,
@@ -68,13 +69,14 @@ class Stages:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Measure what runs inside `with`."""
+        """Measure the code inside `with`."""
         on_gpu = self.device.type == "cuda"
         gc.collect()
         if on_gpu:
             torch.cuda.empty_cache()
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
+
         start = perf_counter()
         try:
             yield
@@ -90,123 +92,142 @@ class Stages:
 
 
 def run_model(args: Namespace, name: str, folder: Path) -> dict[str, Any]:
-    """Prune, save, recover and measure one model; return its figures, and the error that ended it if there was one."""
+    """Prune, save, recover and measure one model, and return its figures or the error."""
     stages = Stages(torch.device(args.device))
     result: dict[str, Any] = {"model": name, "stages": stages.figures}
     try:
         measure_model(args, name, folder, stages, result)
-    except Exception as error:  # an error in one model does not lose the figures of the others
+    except Exception as error:  # The other models run after an error.
         result["error"] = f"{type(error).__name__}: {error}"
         print(f"  {result['error']}", file=sys.stderr, flush=True)
+
     return result
 
 
 def measure_model(args: Namespace, name: str, folder: Path, stages: Stages, result: dict[str, Any]) -> None:
     """Run all stages of one model, and enter the figures into `result`."""
     loading = Loading(dtype=args.dtype, device=args.device, attn_implementation=args.attn_implementation)
-    saved, recovered = folder / "pruned", folder / "recovered"
 
     with stages.stage("load"):
         model, tokenizer = loading.model_and_tokenizer(name)
     result["dtype"] = str(model.dtype)
     result["attn_implementation"] = model.config._attn_implementation
 
-    settings = {"num_samples": args.num_samples, "seq_length": args.seq_length}
-    pruning = StructPruneConfig(sparsity=args.sparsity, targets=("mlp",), **settings)
-    pruner = StructPruner(pruning)
+    config = StructPruneConfig(
+        sparsity=args.sparsity, targets=("mlp",), num_samples=args.num_samples, seq_length=args.seq_length
+    )
+    pruner = StructPruner(config)
     with stages.stage("prune"):
-        small = pruner.prune_model(model, tokenizer, inplace=True)
+        pruned = pruner.prune_model(model, tokenizer, inplace=True)
     result["parameters"] = {"dense": pruner.report.dense.parameters, "pruned": pruner.report.pruned.parameters}
     result["pruning_seconds"] = pruner.report.seconds
     result["domains"] = pruner.report.to_dict()["domains"]
+    # Free the memory for the original model.
     del model
 
     with stages.stage("save"):
-        pruner.save(small, saved, tokenizer=tokenizer)
+        pruner.save(pruned, folder / "pruned", tokenizer=tokenizer)
 
     with stages.stage("load dense"):
         dense = loading.model(name)
     with stages.stage("recover"):
         training = {"output_dir": str(folder / "checkpoints"), "save_strategy": "no"}
-        recovery = Recovery(RecoveryConfig(tokens=args.tokens, training=training), pruning, pruned=saved)
-        small = recovery.recover_model(small, tokenizer, dense)
+        recovery_config = RecoveryConfig(tokens=args.tokens, training=training)
+        recovery = Recovery(recovery_config, config, pruned=folder / "pruned")
+        pruned = recovery.recover_model(pruned, tokenizer, dense)
+
     result["recovery"] = {
         "tokens": recovery.report.tokens,
         "steps": recovery.report.steps,
         "domains": recovery.report.to_dict()["domains"],
     }
     with stages.stage("save recovered"):
-        recovery.save(small, recovered, tokenizer=tokenizer)
+        recovery.save(pruned, folder / "recovered", tokenizer=tokenizer)
 
     with stages.stage("evaluate"):
-        size = {"seq_length": args.seq_length, "num_samples": args.eval_samples}
-        evaluation = evaluate(small, tokenizer, [EVALUATED], dense, **size)
-    text = EVALUATED.name
-    figures = evaluation.to_dict()["domains"][text]
-    result["evaluation"] = {"text": text, **figures, "warnings": evaluation.warnings}
+        evaluation = evaluate(
+            pruned, tokenizer, [EVALUATED], dense, seq_length=args.seq_length, num_samples=args.eval_samples
+        )
+
+    result["evaluation"] = {"text": EVALUATED.name}
+    result["evaluation"].update(evaluation.to_dict()["domains"][EVALUATED.name])
+    result["evaluation"]["warnings"] = evaluation.warnings
 
     with stages.stage("speed"):
         speed = measure_speed(
-            {"dense": dense, "pruned": small},
+            {"dense": dense, "pruned": pruned},
             batch_sizes=args.batch_sizes,
             prompts=(args.prompt,),
             new_tokens=args.new_tokens,
             repeats=args.repeats,
         )
+
     result["speed"] = speed.to_dict()
 
 
 def compare_with_cpu(device: str) -> dict[str, float]:
-    """Prune a small random model on the CPU and on a device, and compare the kept units and the weights."""
+    """Prune a small random model on the CPU and on a device, and compare the remaining units and the weights."""
     config = AutoConfig.for_model("qwen2", **SMALL, tie_word_embeddings=False)
     torch.manual_seed(0)
-    on_cpu = AutoModelForCausalLM.from_config(config).eval()
-    on_device = deepcopy(on_cpu).to(device)
+    cpu_model = AutoModelForCausalLM.from_config(config).eval()
+    device_model = deepcopy(cpu_model).to(device)
     ids = torch.randint(SMALL["vocab_size"], (16, 128))
-    pruners = []
-    for model in (on_cpu, on_device):
-        settings = StructPruneConfig(widths={"mlp": 480}, num_samples=len(ids), seq_length=ids.shape[1])
-        pruner = StructPruner(settings)
-        pruner.prune_model(model, inputs={"random": ids}, inplace=True)
-        pruners.append(pruner)
 
-    expected, actual = (pruner.plan.keep for pruner in pruners)
-    other_units = sum(len({*expected[place]} - {*actual[place]}) for place in expected)
-    difference = 0.0
-    for weight, other in zip(on_cpu.state_dict().values(), on_device.state_dict().values(), strict=True):
+    cpu_units = prune_small(cpu_model, ids)
+    device_units = prune_small(device_model, ids)
+
+    other_units = 0
+    for place, units in cpu_units.items():
+        other_units += len(set(units) - set(device_units[place]))
+
+    largest_difference = 0.0
+    device_weights = device_model.state_dict()
+    for name, weight in cpu_model.state_dict().items():
+        difference = float((weight - device_weights[name].cpu()).abs().max())
         largest = float(weight.abs().max().clamp(min=1e-9))
-        difference = max(difference, float((weight - other.cpu()).abs().max()) / largest)
-    return {"other_units": other_units, "largest_difference": difference}
+        largest_difference = max(largest_difference, difference / largest)
+
+    return {"other_units": other_units, "largest_difference": largest_difference}
+
+
+def prune_small(model, ids: torch.Tensor):
+    """Prune the small model in place, and return the units that remain."""
+    config = StructPruneConfig(widths={"mlp": 480}, num_samples=len(ids), seq_length=ids.shape[1])
+    pruner = StructPruner(config)
+    pruner.prune_model(model, inputs={"random": ids}, inplace=True)
+    return pruner.plan.keep
 
 
 def versions() -> dict[str, str | None]:
     """Return the versions of Python, of CUDA and of the libraries."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    numbers: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
     for name in LIBRARIES:
         try:
-            found[name] = version(name)
+            numbers[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
-    return found
+            numbers[name] = None
+
+    return numbers
 
 
 def device_figures(device: str) -> dict[str, Any]:
     """Return the name and the memory of a device."""
     if device == "cpu":
         return {"name": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+
     properties = torch.cuda.get_device_properties(device)
     return {"name": properties.name, "total_bytes": properties.total_memory}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure all models, write the file, and return 1 if a result is wrong or a stage failed."""
+    """Measure all models and write the file. Return 1 if a result is wrong or a stage failed."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", default=list(MODELS), metavar="MODEL", help="Ids or folders.")
     parser.add_argument("--output", default="gpu.json", help="The file for all figures.")
     parser.add_argument("--device", default="cuda", help="cuda, a GPU such as cuda:1, or cpu.")
     parser.add_argument("--dtype", default="auto", help="The dtype; auto uses the dtype of the files.")
     parser.add_argument("--attn-implementation", help="The attention kernels; by default those of transformers.")
-    parser.add_argument("--folder", help="Where results are saved for a while; by default the temporary folder.")
+    parser.add_argument("--folder", help="A folder for temporary files; by default the temporary folder.")
     parser.add_argument("--sparsity", type=float, default=0.25, help="The share of the FFN channels to remove.")
     parser.add_argument("--num-samples", type=int, default=128, help="Calibration samples.")
     parser.add_argument("--seq-length", type=int, default=512, help="Tokens in a sample.")
@@ -216,29 +237,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt", type=int, default=512, help="Tokens in each prompt.")
     parser.add_argument("--new-tokens", type=int, default=64, help="Tokens to decode.")
     parser.add_argument("--repeats", type=int, default=5, help="Timed runs of each model.")
+
     args = parser.parse_args(argv)
+
     if args.device != "cpu" and not torch.cuda.is_available():
         parser.error("There is no GPU here. Run it where `torch.cuda.is_available()`, or pass --device cpu.")
+
     disable_progress_bar()
 
+    settings = dict(vars(args))
+    for name in ("models", "output", "folder"):
+        del settings[name]
     record: dict[str, Any] = {
         "device": device_figures(args.device),
         "versions": versions(),
-        "settings": {name: value for name, value in vars(args).items() if name not in ("models", "output", "folder")},
+        "settings": settings,
         "same_as_cpu": compare_with_cpu(args.device),
         "models": [],
     }
+
     for name in args.models:
         print(name, flush=True)
         with TemporaryDirectory(dir=args.folder) as folder:
             record["models"].append(run_model(args, name, Path(folder)))
         Path(args.output).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
 
-    same = record["same_as_cpu"]
-    is_right = same["other_units"] == 0 and same["largest_difference"] <= TOLERANCE
+    comparison = record["same_as_cpu"]
+    is_right = comparison["other_units"] == 0 and comparison["largest_difference"] <= TOLERANCE
     print(f"as on the CPU: {is_right}; written to {args.output}")
-    failed = any("error" in result for result in record["models"])
-    return 0 if is_right and not failed else 1
+    has_errors = any("error" in result for result in record["models"])
+    return int(has_errors or not is_right)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Peak memory of pruning against the estimate of `structprune plan --cost`: two layers of a Llama of random weights.
+"""Compare the peak memory of pruning with the estimate of `structprune plan --cost`.
 
     python examples/benchmarks/benchmark_memory.py --ffn 8192 --domains 5
 
-Measured is the highest resident set while pruning in place, less what was resident with the model loaded. Linux only,
-because the high-water mark is reset through /proc.
+The model is a Llama with two layers and random weights. The script measures the peak resident set during pruning in
+place, less the resident set with the loaded model. It runs on Linux only, because it resets the high-water mark
+through /proc.
 """
 
 from __future__ import annotations
@@ -21,22 +22,37 @@ from optimum_structprune.pruning.memory import estimate_memory
 from optimum_structprune.pruning.request import PruningRequest
 
 
+VOCABULARY = 1000
+NUM_SAMPLES = 20
+SEQ_LENGTH = 512
+
+
 def run(args: Namespace) -> None:
     """Measure and print."""
     load_libraries()
+
     torch.manual_seed(0)
-    sizes = {"hidden_size": args.hidden, "num_attention_heads": 8, "num_key_value_heads": 8}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=1000, intermediate_size=args.ffn, num_hidden_layers=2, **sizes))
+    sizes = {"hidden_size": args.hidden, "num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, intermediate_size=args.ffn, **sizes))
     model = model.eval().to(getattr(torch, args.dtype))
-    config = StructPruneConfig(widths={"mlp": args.ffn * 2 // 3 // 64 * 64}, num_samples=20, seq_length=512)
-    inputs = {f"domain {i}": torch.randint(1000, (20 // args.domains + 4, 512)) for i in range(args.domains)}
-    found = estimate_memory(PruningRequest(config, ModelInfo.of(model), inputs=inputs))
-    before = resident("VmRSS")
+
+    width = args.ffn * 2 // 3 // 64 * 64
+    config = StructPruneConfig(widths={"mlp": width}, num_samples=NUM_SAMPLES, seq_length=SEQ_LENGTH)
+    # Each domain has more samples than the calibration uses, because the pruning holds some out.
+    count = NUM_SAMPLES // args.domains + 4
+    inputs = {}
+    for number in range(args.domains):
+        inputs[f"domain {number}"] = torch.randint(VOCABULARY, (count, SEQ_LENGTH))
+
+    estimate = estimate_memory(PruningRequest(config, ModelInfo.of(model), inputs=inputs))
+
+    resident_before = resident("VmRSS")
     reset_high_water_mark()
     StructPruner(config).prune_model(model, inputs=inputs, inplace=True)
-    peak = resident("VmHWM") - before
-    print(f"FFN {args.ffn}, {args.domains} domains: estimated {found.above / 1e6:,.0f} MB at its peak")
-    print(f"measured {peak / 1e6:,.0f} MB, so the estimate is {found.above / peak - 1:+.1%} off")
+    peak = resident("VmHWM") - resident_before
+
+    print(f"FFN {args.ffn}, {args.domains} domains: estimated {estimate.above / 1e6:,.0f} MB at its peak")
+    print(f"measured {peak / 1e6:,.0f} MB, so the estimate is {estimate.above / peak - 1:+.1%} off")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -46,8 +62,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ffn", type=int, default=4096)
     parser.add_argument("--domains", type=int, default=5)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+
+    args = parser.parse_args(argv)
     disable_progress_bar()
-    run(parser.parse_args(argv))
+    run(args)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Which FFN widths a device likes: speed of the same model at several widths, in turns, against the first of them.
+"""Measure the speed of the same model at several FFN widths, relative to the first width.
 
     python examples/benchmarks/benchmark_speed.py MODEL [--widths 998 992 1000 1008 1024] [--dtype bfloat16]
 
-The channels that stay are the first ones, since speed does not depend on which they are.
+The models run in turns. Each model has the first channels of every FFN, because speed does not depend on the choice of
+the channels.
 """
 
 from __future__ import annotations
@@ -21,22 +22,25 @@ from optimum_structprune.arch.modules import adopt_config_
 from optimum_structprune.method.shrink import shrink_layer_
 
 
-def narrowed(model, width: int):
-    """The model with the first channels of every FFN."""
-    small, arch = deepcopy(model), describe(model)
+def narrow_copy(model, width: int):
+    """Return a copy of the model with the first channels of every FFN."""
+    narrow = deepcopy(model)
+    arch = describe(model)
     keep = {(space.layer, "mlp"): tuple(range(width)) for space in arch.of("mlp")}
-    smaller = shrunk_skeleton(small, arch, {"mlp": width})
+    skeleton = shrunk_skeleton(narrow, arch, {"mlp": width})
     for layer in range(arch.num_layers):
-        shrink_layer_(small, arch, layer, keep, smaller)
-    adopt_config_(small, smaller)
-    return small
+        shrink_layer_(narrow, arch, layer, keep, skeleton)
+    adopt_config_(narrow, skeleton)
+    return narrow
 
 
 def run(args: Namespace) -> None:
     """Measure and print."""
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).eval().to(args.device)
-    models = {f"mlp={width}": narrowed(model, width) for width in args.widths}
+    models = {f"mlp={width}": narrow_copy(model, width) for width in args.widths}
+    # Free the memory of the original model.
     del model
+
     speed = measure_speed(
         models,
         batch_sizes=args.batch_sizes,
@@ -45,6 +49,7 @@ def run(args: Namespace) -> None:
         repeats=args.repeats,
         clock=args.clock,
     )
+
     print(speed)
     if args.json:
         speed.save(args.json)
@@ -59,12 +64,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", nargs="+", type=int, default=[128])
     parser.add_argument("--new-tokens", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=25)
-    parser.add_argument("--clock", default="wall", help="wall, or cpu where other jobs run too")
+    parser.add_argument("--clock", default="wall", help="wall, or cpu if other jobs run")
     parser.add_argument("--dtype", default="auto", help="auto (as saved), float32, bfloat16 or float16")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", help="a file for all numbers")
+    parser.add_argument("--json", help="file for all results")
+
+    args = parser.parse_args(argv)
     disable_progress_bar()
-    run(parser.parse_args(argv))
+    run(args)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,24 @@
-"""How many tokens of its vocabulary a model needs: quality by number of tokens, with all other weights as they were.
+"""Measure the quality of a model by the number of tokens in its vocabulary. All other weights stay the same.
 
     python examples/benchmarks/benchmark_vocabulary.py MODEL DATA --sizes 156928 131072 94592 [--samples 4] [--speed]
-        [--channels 48]
     python examples/benchmarks/benchmark_vocabulary.py MODEL DATA --folders PRUNED ... [--domains wiki code math]
 
-DATA holds `calibration/`, `heldout/` and `unseen/` with one JSON-lines file per domain. Tokens are chosen on the
-calibration text alone. Perplexity is per token of the dense tokenizer, on the same text, as a multiple of the dense
-model's: held-out text is of the kinds that were counted, unseen text is not. With `--channels N` FFN channels alone go
-instead, for as many parameters: by the defaults, on N samples of the same text. With `--folders` pruned models
-are measured on the same text; `--domains` names the kinds that they were calibrated on.
+DATA contains `calibration/`, `heldout/` and `unseen/` with one JSON-lines file per domain. Only the calibration text
+determines the choice of tokens. Perplexity is per token of the original tokenizer and relative to the original model,
+on the same text: held-out text is of the calibrated kinds, unseen text is of other kinds. With `--folders`, the script
+measures pruned models on the same text. `--domains` names the kinds that these models were calibrated on.
 """
 
 from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import exp
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -31,73 +30,121 @@ from optimum_structprune.evaluation.heldout import read_heldout
 from optimum_structprune.forward.metrics import row_losses
 
 
-def files(args: Namespace, folder: str) -> list[DomainConfig]:
-    """The domains of a folder of DATA; in `calibration` those that `--domains` names."""
-    paths = sorted(Path(args.data, folder).glob("*.jsonl"))
-    named = args.domains if args.domains and folder == "calibration" else [path.stem for path in paths]
-    return [DomainConfig(name=path.stem, source=str(path)) for path in paths if path.stem in named]
+# The values of each text, by folder and name.
+Texts = Mapping[str, Mapping[str, Passages]]
+Losses = Mapping[str, Mapping[str, float]]
 
 
-def text(args: Namespace, samples: int) -> dict:
-    """The fields that name the calibration text."""
-    kinds = files(args, "calibration")
-    return {"domains": kinds, "general_share": 0, "num_samples": samples, "seq_length": args.seq_length}
+def domains_of(args: Namespace, folder: str) -> list[DomainConfig]:
+    """Return the domains in a folder of DATA."""
+    return [DomainConfig(name=path.stem, source=str(path)) for path in sorted(Path(args.data, folder).glob("*.jsonl"))]
 
 
-def passages(args: Namespace, tokenizer) -> dict[str, dict[str, Passages]]:
-    """The first samples of every evaluation file, by folder and name; of `heldout` those of calibrated kinds."""
-    kinds = {domain.name for domain in files(args, "calibration")}
-    texts: dict[str, dict[str, Passages]] = {"heldout": {}, "unseen": {}}
-    for folder, by_name in texts.items():
-        for domain in files(args, folder):
-            if folder == "unseen" or domain.name in kinds:
-                samples = read_heldout(domain, tokenizer, args.seq_length, args.samples).samples
-                by_name[domain.name] = Passages([*samples], tokenizer)
+def calibrated_domains(args: Namespace) -> list[DomainConfig]:
+    """Return the calibration domains that `--domains` names, by default all."""
+    domains = domains_of(args, "calibration")
+    if args.domains:
+        domains = [domain for domain in domains if domain.name in args.domains]
+    return domains
+
+
+def read_texts(args: Namespace, tokenizer) -> Texts:
+    """Return the first samples of the unseen files, and of the held-out files of calibrated kinds."""
+    kinds = {domain.name for domain in calibrated_domains(args)}
+    domains = {
+        "heldout": [domain for domain in domains_of(args, "heldout") if domain.name in kinds],
+        "unseen": domains_of(args, "unseen"),
+    }
+
+    texts: dict[str, dict[str, Passages]] = {}
+    for folder, folder_domains in domains.items():
+        texts[folder] = {}
+        for domain in folder_domains:
+            samples = read_heldout(domain, tokenizer, args.seq_length, args.samples).samples
+            texts[folder][domain.name] = Passages(list(samples), tokenizer)
+
     return texts
 
 
-def losses(model, tokenizer, texts) -> dict[str, dict[str, float]]:
-    """The mean loss of a sample in nats, by folder and file."""
-    return {
-        folder: {name: float(row_losses(model, of.rows(tokenizer, model)).mean()) for name, of in by_name.items()}
-        for folder, by_name in texts.items()
-    }
+def mean_losses(model, tokenizer, texts: Texts) -> Losses:
+    """Return the mean loss of a sample in nats for each text."""
+    losses: dict[str, dict[str, float]] = {}
+    for folder, passages in texts.items():
+        losses[folder] = {}
+        for name, text in passages.items():
+            losses[folder][name] = float(row_losses(model, text.rows(tokenizer, model)).mean())
+    return losses
 
 
-def ratios(args: Namespace, dense, after) -> dict[str, float]:
-    """Perplexity as a multiple of the dense model's, by folder."""
-    return {
-        folder: exp(fmean(after[folder][name] - loss for name, loss in of.items()) / (args.seq_length - 1))
-        for folder, of in dense.items()
-    }
+def relative_perplexities(args: Namespace, losses: Losses, original_losses: Losses) -> dict[str, float]:
+    """Return the perplexity relative to the original model, by folder."""
+    ratios = {}
+    for folder, by_name in original_losses.items():
+        difference = fmean(losses[folder][name] - loss for name, loss in by_name.items())
+        ratios[folder] = exp(difference / (args.seq_length - 1))
+    return ratios
 
 
-def row(args: Namespace, model, tokenizer, number: int, texts, dense) -> dict:
-    """The figures of one number of tokens, or where FFN channels go instead for as many parameters."""
-    parameters = model.num_parameters() - model.get_input_embeddings().weight[number:].numel()
-    amount = {"budget": {"parameters": parameters}, "targets": ("mlp",)} if args.channels else {}
-    amount = amount or {"widths": {"vocab": number}}
-    pruner = StructPruner(StructPruneConfig(**amount, **text(args, args.channels or args.calibration)))
+def trim(args: Namespace, model, tokenizer, size: int, texts: Texts, original_losses: Losses) -> dict[str, Any]:
+    """Trim the vocabulary to a number of tokens, and return the figures."""
+    config = StructPruneConfig(
+        widths={"vocab": size},
+        domains=calibrated_domains(args),
+        general_share=0,
+        num_samples=args.calibration,
+        seq_length=args.seq_length,
+    )
+
+    pruner = StructPruner(config)
     start = perf_counter()
-    small = pruner.prune_model(model, tokenizer)
-    figures = {"seconds": perf_counter() - start, "widths": pruner.report.widths, "tokens": small.config.vocab_size}
-    figures |= {"parameters": small.num_parameters() / model.num_parameters() - 1}
-    figures |= ratios(args, dense, losses(small, pruner.tokenizer, texts))
+    trimmed = pruner.prune_model(model, tokenizer)
+    figures = {
+        "seconds": perf_counter() - start,
+        "widths": pruner.report.widths,
+        "tokens": trimmed.config.vocab_size,
+        "parameters": trimmed.num_parameters() / model.num_parameters() - 1,
+    }
+
+    losses = mean_losses(trimmed, pruner.tokenizer, texts)
+    figures.update(relative_perplexities(args, losses, original_losses))
     if args.speed:
-        torch.set_num_threads(1)
-        speed = measure_speed({"dense": model, "small": small}, prompts=[16], new_tokens=16, repeats=5)
-        ((_, decode),) = speed.decode.items()
-        figures["speed"] = decode["small"].speedup.median
+        figures["speed"] = decoding_speed(model, trimmed)
     return figures
 
 
-def folder_row(args: Namespace, model, folder: str, texts, dense) -> dict:
-    """The figures of a model that is pruned already."""
-    start, tokenizer = perf_counter(), AutoTokenizer.from_pretrained(folder)
-    small = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    figures = {"tokens": len(tokenizer), "parameters": small.num_parameters() / model.num_parameters() - 1}
-    figures |= ratios(args, dense, losses(small, tokenizer, texts))
-    return figures | {"seconds": perf_counter() - start}
+def decoding_speed(model, trimmed) -> float:
+    """Return the speed of decoding on one thread, relative to the original model."""
+    torch.set_num_threads(1)
+    speed = measure_speed({"dense": model, "small": trimmed}, prompts=[16], new_tokens=16, repeats=5)
+    (by_model,) = speed.decode.values()
+    return by_model["small"].speedup.median
+
+
+def measure_folder(args: Namespace, model, folder: str, texts: Texts, original_losses: Losses) -> dict[str, Any]:
+    """Return the figures of a pruned model."""
+    start = perf_counter()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    pruned = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    figures = {"tokens": len(tokenizer), "parameters": pruned.num_parameters() / model.num_parameters() - 1}
+
+    losses = mean_losses(pruned, tokenizer, texts)
+    figures.update(relative_perplexities(args, losses, original_losses))
+    figures["seconds"] = perf_counter() - start
+    return figures
+
+
+def measure(args: Namespace) -> Iterator[dict[str, Any]]:
+    """Yield the figures of each number of tokens or of each folder."""
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    texts = read_texts(args, tokenizer)
+    original_losses = mean_losses(model, tokenizer, texts)
+    if args.folders:
+        for folder in args.folders:
+            yield measure_folder(args, model, folder, texts, original_losses)
+    else:
+        for size in args.sizes:
+            yield trim(args, model, tokenizer, size, texts, original_losses)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -105,31 +152,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("data")
-    of_what = parser.add_mutually_exclusive_group(required=True)
-    of_what.add_argument("--sizes", nargs="+", type=int)
-    of_what.add_argument("--folders", nargs="+", help="models that are pruned already")
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--sizes", nargs="+", type=int, help="numbers of tokens")
+    group.add_argument("--folders", nargs="+", help="pruned models")
     parser.add_argument("--domains", nargs="+", help="names of calibration files; the default is all")
-    parser.add_argument("--calibration", type=int, default=256, help="samples; all text is counted")
+    parser.add_argument("--calibration", type=int, default=256, help="calibration samples; all text is counted")
     parser.add_argument("--samples", type=int, default=4, help="samples of each evaluation file")
     parser.add_argument("--seq-length", type=int, default=256)
-    parser.add_argument("--channels", type=int, help="calibration samples, for FFN channels in place of tokens")
     parser.add_argument("--speed", action="store_true", help="measure decoding at batch size 1 too")
-    parser.add_argument("--json")
+    parser.add_argument("--json", help="file for all results")
+
     args = parser.parse_args(argv)
+
     disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    texts = passages(args, tokenizer)
-    dense, rows = losses(model, tokenizer, texts), []
-    print("tokens | parameters | held-out | unseen | seconds | decoding")
-    for number in args.folders or args.sizes:
-        if args.folders:
-            of = folder_row(args, model, number, texts, dense)
-        else:
-            of = row(args, model, tokenizer, number, texts, dense)
-        rows.append(of)
-        figures = f"{of['parameters']:+.1%} | {of['heldout']:.3f} | {of['unseen']:.3f} | {of['seconds']:.0f}"
-        print(f"{of.get('tokens', len(tokenizer)):,} | {figures} | {of.get('speed', float('nan')):.2f}", flush=True)
+
+    rows = []
+    print("tokens | parameters | held-out | unseen | seconds | decoding", flush=True)
+    for row in measure(args):
+        rows.append(row)
+        cells = [
+            f"{row['tokens']:,}",
+            f"{row['parameters']:+.1%}",
+            f"{row['heldout']:.3f}",
+            f"{row['unseen']:.3f}",
+            f"{row['seconds']:.0f}",
+            f"{row.get('speed', float('nan')):.2f}",
+        ]
+        print(" | ".join(cells), flush=True)
+
     if args.json:
         Path(args.json).write_text(json.dumps({"rows": rows}, indent=2) + "\n")
 

@@ -45,6 +45,8 @@ BARS = {
     "OptiPFair, its default": "peers_maw",
     "Torch-Pruning, its default": "peers_magnitude",
 }
+# The label of this package.
+OUR_LABEL = "this package"
 # Larger ratios are cut off.
 WIDEST = 3.0
 # The figure of each point of the recovery, by its label on the axis.
@@ -89,8 +91,13 @@ def draw_bars(axes: Axes, figures: Mapping[str, Mapping[str, Any]]) -> None:
     for place, (label, name) in enumerate(BARS.items()):
         ratio = figures[name]["heldout"]
         width = min(ratio, WIDEST)
-        colour = OURS if place == 0 else TAYLOR
-        text = f"{ratio:.2f}×" if ratio <= WIDEST else f"{ratio:,.0f}× →"
+        text = f"{ratio:.2f}×"
+        if ratio > WIDEST:
+            text = f"{ratio:,.0f}× →"
+        colour = TAYLOR
+        if label == OUR_LABEL:
+            colour = OURS
+
         axes.barh(place, width - 1, left=1, height=0.6, color=colour, gid=f"bar {label}")
         axes.annotate(text, (width, place), (4, -3), textcoords="offset points")
 
@@ -170,7 +177,7 @@ def picture(figures: Mapping[str, Mapping[str, Any]], draw: Callable[..., None])
         figure.savefig(drawing, format="svg", metadata={"Date": None, "Creator": None})
 
     svg = drawing.getvalue()
-    for placeholder, (name, *_) in COLOURS.items():
+    for placeholder, (name, _, _) in COLOURS.items():
         svg = svg.replace(placeholder, f"var(--{name})")
 
     light = " ".join(f"--{name}: {value};" for name, value, _ in COLOURS.values())
@@ -187,6 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "figures.yaml")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "pictures", help="the folder of the pictures")
+
     args = parser.parse_args(argv)
 
     figures = yaml.safe_load(args.figures.read_text())["figures"]

@@ -7,10 +7,10 @@
 `<!-- figures: NAME -->` and `<!-- figures: end -->`, and `render` replaces the lines in between. `--check` fails if a
 page differs.
 
-The protocol: the first 8 samples of 512 tokens of each file in DATA/heldout (the domains wiki, code, math, dialogue
-and web) and in DATA/unseen. Perplexity is relative to the original model, per token of the original tokenizer, as the
-geometric mean over the files. KL is the mean over the files in nats per token. Answers are to the first 60 built-in
-questions. Speed is decoding at batch size 1 on one thread.
+The protocol uses the first 8 samples of 512 tokens of each file in DATA/heldout (the domains wiki, code, math,
+dialogue and web) and in DATA/unseen. Perplexity is relative to the original model, per token of the original
+tokenizer, as the geometric mean over the files. KL is the mean over the files in nats per token. The models answer the
+first 60 built-in questions. Speed is the speed of decoding at batch size 1 on one thread.
 """
 
 from __future__ import annotations
@@ -55,20 +55,20 @@ def table_text(table: Mapping[str, Any], figures: Mapping[str, Mapping[str, Any]
 
 def command_text(table: Mapping[str, Any], figures: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the commands of the figures that a table shows, as a block of comments in Bash."""
-    cells = " ".join(cell for row in table["rows"] for cell in row)
     commands = []
+    for row in table["rows"]:
+        for name in re.findall(r"\{([\w-]+)\[", " ".join(row)):
+            command = figures[name]["command"].strip()
+            if command not in commands:
+                commands.append(command)
 
-    for name in re.findall(r"\{([\w-]+)\[", cells):
-        command = figures[name]["command"]
-        if command not in commands:
-            commands.append(command)
-
-    lines = "".join(f"# {line}\n" for command in commands for line in command.strip().splitlines())
-    return f"\n```bash\n{lines}```\n"
+    lines = "\n".join(commands).splitlines()
+    comments = "".join(f"# {line}\n" for line in lines)
+    return f"\n```bash\n{comments}```\n"
 
 
-def rendered(page: str, data: Mapping[str, Any]) -> str:
-    """Return the text of a page with its tables written anew."""
+def render_page(page: str, data: Mapping[str, Any]) -> str:
+    """Return the text of a page with its current tables."""
 
     def replacement(match: re.Match[str]) -> str:
         table = data["tables"][match[2]]
@@ -99,7 +99,7 @@ def render(check: bool) -> list[Path]:
 
     for page in pages():
         text = page.read_text()
-        new_text = rendered(text, data)
+        new_text = render_page(text, data)
         if new_text == text:
             continue
 
@@ -114,16 +114,17 @@ def domains_of(data: Path) -> dict[str, list[dict[str, Any]]]:
     """Return the evaluation domains by folder, as arguments of `evaluate`."""
     heldout = [data / "heldout" / f"{name}.jsonl" for name in DOMAINS]
     unseen = sorted((data / "unseen").glob("*.jsonl"))
-    folders = {"heldout": heldout, "unseen": unseen}
-    return {folder: [{"name": path.stem, "source": str(path)} for path in paths] for folder, paths in folders.items()}
+    return {"heldout": as_domains(heldout), "unseen": as_domains(unseen)}
+
+
+def as_domains(paths: list[Path]) -> list[dict[str, Any]]:
+    """Return a domain for each file."""
+    return [{"name": path.stem, "source": str(path)} for path in paths]
 
 
 def measure(args: Namespace) -> Iterator[dict[str, Any]]:
     """Yield the figures of each folder, relative to the original model."""
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from optimum_structprune import evaluate, measure_speed
 
     dense = AutoModelForCausalLM.from_pretrained(args.dense, dtype=args.dtype)
     dense_tokenizer = AutoTokenizer.from_pretrained(args.dense)
@@ -132,49 +133,78 @@ def measure(args: Namespace) -> Iterator[dict[str, Any]]:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=args.dtype)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         parameters = model.num_parameters() / dense.num_parameters() - 1
+
         row: dict[str, Any] = {"folder": Path(folder).name, "parameters": round(100 * parameters, 1)}
         row["megabytes"] = round(2 * model.num_parameters() / 1e6, 1)
-
-        for name, domains in domains_of(Path(args.data)).items():
-            evaluation = evaluate(
-                model,
-                tokenizer,
-                domains,
-                dense,
-                dense_tokenizer=dense_tokenizer,
-                seq_length=SEQ_LENGTH,
-                num_samples=SAMPLES,
-            )
-            results = evaluation.domains.values()
-            ratios = [result.perplexity.ratio for result in results]
-            row[name] = round(exp(fmean(map(log, ratios))), 3)
-            row[f"{name}_worst"] = round(max(ratios), 3)
-            divergences = [result.divergence.pruned for result in results if result.divergence is not None]
-            if divergences:
-                row[f"{name}_kl"] = round(fmean(divergences), 3)
-
+        row.update(quality_figures(args, model, tokenizer, dense, dense_tokenizer))
         if args.answers:
-            evaluation = evaluate(
-                model, tokenizer, dense=dense, dense_tokenizer=dense_tokenizer, answers="builtin", limit=QUESTIONS
-            )
-            questions = evaluation.answers.questions
-            row["right"] = sum(question.answers["pruned"].right for question in questions)
-            row["right_of_dense"] = sum(question.answers["dense"].right for question in questions)
-
+            row.update(answer_figures(model, tokenizer, dense, dense_tokenizer))
         if args.speed:
-            torch.set_num_threads(1)
-            models = {"dense": dense, "model": model}
-            speed = measure_speed(models, prompts=[16], new_tokens=16, repeats=9, clock="cpu")
-            (by_model,) = speed.decode.values()
-            row["speedup"] = round(by_model["model"].speedup.median, 2)
-
+            row["speedup"] = speedup_of(model, dense)
         yield row
+
+
+def quality_figures(args: Namespace, model, tokenizer, dense, dense_tokenizer) -> dict[str, float]:
+    """Return the perplexity relative to the original model and the KL, on held-out and on unseen text."""
+    from optimum_structprune import evaluate
+
+    figures = {}
+    for name, domains in domains_of(Path(args.data)).items():
+        evaluation = evaluate(
+            model,
+            tokenizer,
+            domains,
+            dense,
+            dense_tokenizer=dense_tokenizer,
+            seq_length=SEQ_LENGTH,
+            num_samples=SAMPLES,
+        )
+
+        results = evaluation.domains.values()
+        ratios = [result.perplexity.ratio for result in results]
+        figures[name] = round(exp(fmean(map(log, ratios))), 3)
+        figures[f"{name}_worst"] = round(max(ratios), 3)
+
+        divergences = [result.divergence.pruned for result in results if result.divergence is not None]
+        if divergences:
+            figures[f"{name}_kl"] = round(fmean(divergences), 3)
+
+    return figures
+
+
+def answer_figures(model, tokenizer, dense, dense_tokenizer) -> dict[str, int]:
+    """Return the numbers of correct answers of a model and of the original model."""
+    from optimum_structprune import evaluate
+
+    evaluation = evaluate(
+        model, tokenizer, dense=dense, dense_tokenizer=dense_tokenizer, answers="builtin", limit=QUESTIONS
+    )
+    questions = evaluation.answers.questions
+    return {
+        "right": sum(question.answers["pruned"].right for question in questions),
+        "right_of_dense": sum(question.answers["dense"].right for question in questions),
+    }
+
+
+def speedup_of(model, dense) -> float:
+    """Return the speed of decoding, relative to the original model."""
+    import torch
+
+    from optimum_structprune import measure_speed
+
+    torch.set_num_threads(1)
+
+    models = {"dense": dense, "model": model}
+    speed = measure_speed(models, prompts=[16], new_tokens=16, repeats=9, clock="cpu")
+    (by_model,) = speed.decode.values()
+    return round(by_model["model"].speedup.median, 2)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run a subcommand."""
     parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+
     measuring = commands.add_parser("measure", help="measure pruned models by the protocol of the docs")
     measuring.add_argument("dense", help="the original model")
     measuring.add_argument("data", help="a folder with heldout/ and unseen/")
@@ -182,8 +212,10 @@ def main(argv: list[str] | None = None) -> None:
     measuring.add_argument("--dtype", default="float32")
     measuring.add_argument("--answers", action="store_true", help="ask the built-in questions too")
     measuring.add_argument("--speed", action="store_true", help="measure decoding too")
+
     rendering = commands.add_parser("render", help="write the tables of the README and the docs")
     rendering.add_argument("--check", action="store_true", help="write nothing, and fail if a page differs")
+
     args = parser.parse_args(argv)
 
     if args.command == "measure":

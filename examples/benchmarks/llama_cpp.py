@@ -1,6 +1,6 @@
-"""Run and quantise GGUF files with a real llama.cpp, without compiling one: that of the npm package node-llama-cpp.
+"""Run and quantize GGUF files with a real llama.cpp. The npm package node-llama-cpp contains it in compiled form.
 
-`make llama-cpp` installs it into `node_modules`; the variable NODE_MODULES names another folder.
+`make llama-cpp` installs the package into `node_modules`. The variable NODE_MODULES names another folder.
 """
 
 from __future__ import annotations
@@ -21,66 +21,80 @@ FILE_TYPES = {"Q4_0": 2, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K_M": 
 
 
 class QuantizeParams(ctypes.Structure):
-    """The first fields of llama.cpp's `llama_model_quantize_params`, and room for those that follow."""
+    """Contains the first fields of llama.cpp's `llama_model_quantize_params`, and space for the remaining fields."""
 
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("threads", "file_type", "head_type", "embedding_type")),
-        *((name, ctypes.c_bool) for name in ("requantize", "head", "copy", "pure")),
-        ("rest", ctypes.c_byte * 492),
+        ("threads", ctypes.c_int32),
+        ("file_type", ctypes.c_int32),
+        ("head_type", ctypes.c_int32),
+        ("embedding_type", ctypes.c_int32),
+        ("requantize", ctypes.c_bool),
+        ("head", ctypes.c_bool),
+        ("copy", ctypes.c_bool),
+        ("pure", ctypes.c_bool),
+        ("remaining_fields", ctypes.c_byte * 492),
     ]
 
 
 def modules() -> Path:
-    """The folder that the npm packages are in; it need not exist."""
+    """Return the folder of the npm packages. It may not exist."""
     return Path(os.environ.get("NODE_MODULES", SCRIPT.parents[2] / "node_modules"))
 
 
 def missing() -> str | None:
-    """What llama.cpp lacks to run here; None if nothing."""
+    """Return the reason why llama.cpp cannot run, or None if it can."""
     if shutil.which("node") is None:
         return "node is not installed"
-    if not (modules() / "node-llama-cpp").is_dir() or not [*_binaries()]:
+    if not (modules() / "node-llama-cpp").is_dir() or not _binaries():
         return f"there is no node-llama-cpp in {modules()}; `make llama-cpp` installs it"
     return None
 
 
 def _binaries() -> list[Path]:
-    machine = {"x86_64": "x64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
+    names = {"x86_64": "x64", "aarch64": "arm64"}
+    machine = names.get(platform.machine(), platform.machine())
     return sorted(modules().glob(f"@node-llama-cpp/linux-{machine}/bins/*/libllama.*"))
 
 
 def ask(file: str | Path, **request: Any) -> dict[str, Any]:
-    """What llama.cpp makes of a file; `llama_cpp.mjs` says what can be requested.
+    """Evaluate or tokenize text with llama.cpp.
 
     Args:
         file: The GGUF file.
-        request: The parts of the request.
+        request: The parts of the request; see `llama_cpp.mjs`.
 
     Returns:
         `tokens`, `bos`, `logprobs` and `written`.
     """
-    done = subprocess.run(
-        ["node", SCRIPT, modules(), str(file)], input=json.dumps(request), capture_output=True, text=True
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip() or f"node ended with {done.returncode}")
-    return json.loads(done.stdout)
+    command = ["node", SCRIPT, modules(), str(file)]
+    process = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True)
+    if process.returncode:
+        raise RuntimeError(process.stderr.strip() or f"node ended with {process.returncode}")
+    return json.loads(process.stdout)
 
 
 def quantize(source: str | Path, target: str | Path, kind: str) -> None:
-    """Quantise a file, as `llama-quantize SOURCE TARGET KIND` does; "KIND pure" is its option `--pure`.
+    """Quantize a file, as `llama-quantize SOURCE TARGET KIND` does. "KIND pure" adds the option `--pure`.
 
     Args:
         source: A GGUF file with 16 or 32 bits.
         target: The file to write.
-        kind: One of `FILE_TYPES`, with " pure" behind it for all matrices in that form.
+        kind: One of `FILE_TYPES`, or one of them with " pure" for all matrices in this type.
     """
-    library = ctypes.CDLL(str(_binaries()[0]))
-    silent = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
+    binary = _binaries()[0]
+
+    library = ctypes.CDLL(str(binary))
+    log_function = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+    # The variable keeps the function alive while llama.cpp may call it.
+    silent = log_function(lambda *_: None)
     library.llama_log_set(silent, None)
+
     library.llama_model_quantize_default_params.restype = QuantizeParams
-    library.ggml_backend_load_all_from_path(str(_binaries()[0].parent).encode())
+    library.ggml_backend_load_all_from_path(str(binary.parent).encode())
+
     params = library.llama_model_quantize_default_params()
-    params.threads, params.file_type, params.pure = 1, FILE_TYPES[kind.split()[0]], kind.endswith(" pure")
+    params.threads = 1
+    params.file_type = FILE_TYPES[kind.removesuffix(" pure")]
+    params.pure = kind.endswith(" pure")
     if library.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)):
-        raise RuntimeError(f"llama.cpp could not quantise {source}")
+        raise RuntimeError(f"llama.cpp could not quantize {source}")

@@ -1,10 +1,11 @@
-"""What the benchmarks of quality share: text, the model, a pruned copy of it, and results that a kill leaves whole."""
+"""Share the text, the models and the files of results between the benchmarks of quality."""
 
 from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -21,77 +22,130 @@ DOMAINS = ("wiki", "code", "math", "dialogue", "web")
 SEQ_LENGTH = 512
 
 
-def load(args: Namespace):
-    """The model in the dtype that was asked for, and its tokenizer."""
+def load_model(args: Namespace):
+    """Load the model in the dtype of the arguments, and its tokenizer."""
     if args.dtype == "bfloat16":
-        # Products of fp32 matrices then run on the units for bf16. Second moments of bf16 activations lose nothing,
-        # and what the refit changes about half a percent, as much as storing it in bf16 does.
+        # PyTorch then multiplies fp32 matrices in bf16. The second moments are of bf16 activations and lose nothing.
+        # The refit changes by about half a percent, as it does when its result is stored in bf16.
         torch.set_float32_matmul_precision("medium")
+
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, device_map=args.device)
-    return model, AutoTokenizer.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    return model, tokenizer
 
 
-def evaluation_texts(args: Namespace, domains: Sequence[str], tokenizer) -> tuple[dict[str, Tensor], list[str]]:
-    """The first samples of every evaluation file by name, and which of the names nobody calibrates on."""
-    data = Path(args.data)
-    unseen = sorted(path.stem for path in (data / "unseen").glob("*.jsonl"))
-    paths = [
-        *(data / "heldout" / f"{name}.jsonl" for name in domains),
-        *(data / "unseen" / f"{n}.jsonl" for n in unseen),
-    ]
-    texts = [DomainConfig(name=path.stem, source=str(path)) for path in paths]
-    return {t.name: read_heldout(t, tokenizer, SEQ_LENGTH, args.eval_samples).samples for t in texts}, unseen
+def unseen_files(data: str | Path) -> list[Path]:
+    """Return the files of kinds of text that no benchmark calibrates on."""
+    return sorted(Path(data, "unseen").glob("*.jsonl"))
 
 
-def calibration(args: Namespace, names: Sequence[str]) -> list[DomainConfig]:
-    """Domains by their names in DATA/calibration; a name with a colon is a source of its own, `self:math@2` one of
-    weight 2.
+def read_samples(domains: Sequence[DomainConfig], tokenizer, length: int, count: int) -> dict[str, Tensor]:
+    """Return the first samples of each domain, by its name."""
+    return {domain.name: read_heldout(domain, tokenizer, length, count).samples for domain in domains}
+
+
+def evaluation_domains(data: str | Path, names: Sequence[str]) -> list[DomainConfig]:
+    """Return the held-out text of the named domains and all unseen text."""
+    paths = [Path(data, "heldout", f"{name}.jsonl") for name in names]
+    paths += unseen_files(data)
+    return [DomainConfig(name=path.stem, source=str(path)) for path in paths]
+
+
+def evaluation_texts(args: Namespace, names: Sequence[str], tokenizer) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the first samples of every evaluation file by its name, and the names of the unseen ones."""
+    domains = evaluation_domains(args.data, names)
+    texts = read_samples(domains, tokenizer, SEQ_LENGTH, args.eval_samples)
+    unseen = [path.stem for path in unseen_files(args.data)]
+    return texts, unseen
+
+
+def calibration_domains(args: Namespace, names: Sequence[str]) -> list[DomainConfig]:
+    """Return the calibration domains.
+
+    Args:
+        args: The arguments of the benchmark.
+        names: Names of files in DATA/calibration, or sources with a colon. `self:math@2` has the weight 2.
     """
-    folder = Path(args.data) / "calibration"
+    folder = Path(args.data, "calibration")
     domains = []
     for name in names:
         source, _, weight = name.partition("@")
-        path = source if ":" in source else str(folder / f"{source}.jsonl")
+
+        path = source
+        if ":" not in source:
+            path = str(folder / f"{source}.jsonl")
         domains.append(DomainConfig(name=source.replace(":", "-"), source=path, weight=float(weight or 1)))
+
     return domains
 
 
-def pruned_by(model, tokenizer, config: StructPruneConfig):
-    """A smaller copy of the model and the seconds that it took."""
-    if config.refit == "bias":  # of the sister package, as FLAP has it
+def prune_with(model, tokenizer, config: StructPruneConfig):
+    """Return a pruned copy of the model and the seconds of the pruning."""
+    if config.refit == "bias":
+        # The methods of FLAP are in the sister package.
         from structprune_sisters.flap import with_biases
 
         model = with_biases(model)
+
     start = perf_counter()
     pruned = StructPruner(config).prune_model(model, tokenizer)
     return pruned, perf_counter() - start
 
 
-def begin(path: str | Path, args: Namespace, same: Sequence[str], **empty: Any) -> dict[str, Any]:
-    """The results so far in a file, which have to come from the same settings."""
-    setting = {name: getattr(args, name) for name in same}
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Return whether a name matches one of the patterns."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def load_results(path: str | Path, args: Namespace, names: Sequence[str], **empty: Any) -> dict[str, Any]:
+    """Return the results in a file, or new ones if there is no file.
+
+    Args:
+        path: The file.
+        args: The arguments of the benchmark.
+        names: The arguments that results in one file have in common.
+        empty: The fields of new results.
+
+    Raises:
+        StructPruneError: If the results in the file come from other settings.
+    """
+    setting = {name: getattr(args, name) for name in names}
     if not Path(path).exists():
-        return {"setting": setting, **empty}
+        return dict(setting=setting, **empty)
+
     results = json.loads(Path(path).read_text())
-    if differing := [name for name in same if results["setting"].get(name) != setting[name]]:
-        raise StructPruneError(f"{path} was made with other settings: {', '.join(differing)}; name another place.")
+    differences = [name for name in names if results["setting"].get(name) != setting[name]]
+    if differences:
+        raise StructPruneError(f"{path} has results of other settings: {', '.join(differences)}. Name another place.")
     return results
 
 
 def write_json(path: str | Path, data) -> None:
-    """Replace a file as a whole, so that a kill leaves the former one."""
-    Path(f"{path}.part").write_text(json.dumps(data, indent=2) + "\n")
-    Path(f"{path}.part").replace(path)
+    """Replace a file in one step, so that an interrupted run leaves the former file intact."""
+    part = Path(f"{path}.part")
+    part.write_text(json.dumps(data, indent=2) + "\n")
+    part.replace(path)
 
 
-def show(name: str, values: list) -> None:
-    """One row of a Markdown table."""
-    cells_ = [value if isinstance(value, str) else f"{value:.3f}" for value in values]
-    print(f"| {name} | {' | '.join(cells_)} |", flush=True)
+def print_row(name: str, values: Sequence[str | float]) -> None:
+    """Print one row of a Markdown table."""
+    cells = [name]
+    for value in values:
+        if not isinstance(value, str):
+            value = f"{value:.3f}"
+        cells.append(value)
+
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def print_head(name: str, columns: Sequence[str]) -> None:
+    """Print the head of a Markdown table."""
+    print_row(name, columns)
+    print_row("---", ["---"] * len(columns))
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """What every benchmark of quality takes beside the model."""
+    """Add the arguments that all benchmarks of quality have."""
     parser.add_argument("data")
     parser.add_argument("--dtype", default="auto", help="auto (as saved), float32, bfloat16 or float16")
     parser.add_argument("--device", default="cpu")

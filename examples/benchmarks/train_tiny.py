@@ -1,10 +1,10 @@
-"""Train a tiny language model from scratch, to check on another architecture what was chosen on a larger model.
+"""Train a tiny language model from scratch, to check the choices for a larger model on another architecture.
 
     python examples/benchmarks/train_tiny.py DATA OUT [--family qwen3] [--tokens 3000000]
 
-Reads DATA/calibration/*.jsonl, trains a tokenizer and a model of less than a million parameters on most of each file
-(`set_aside.py` says which part is left out), and writes an ordinary model folder. The model knows all kinds of text
-that the other benchmarks calibrate on and leave out, so they take it in place of MODEL, and a run takes a minute:
+The script reads DATA/calibration/*.jsonl, trains a tokenizer and a model with less than a million parameters on most
+of each file (`set_aside.py` defines the part), and writes an ordinary model folder. The model knows all kinds of text
+that the other benchmarks calibrate on or leave out, so it can replace MODEL there. A run then needs a minute:
 
     python examples/benchmarks/benchmark_domains.py run OUT DATA tiny.json --leave-one-out --samples 60
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from set_aside import divided
+from set_aside import split_lines
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -42,18 +42,22 @@ SHAPE = {
 }
 
 
-def texts_of(folder: Path) -> list[str]:
-    """The documents of all files that nothing is measured on."""
-    parts = [divided(path)[0] for path in sorted(folder.glob("*.jsonl"))]
-    return [json.loads(line)["text"] for part in parts for line in part]
+def read_training_texts(folder: Path) -> list[str]:
+    """Return the documents of all files without the held-out ones."""
+    texts = []
+    for path in sorted(folder.glob("*.jsonl")):
+        lines, _ = split_lines(path)
+        texts += [json.loads(line)["text"] for line in lines]
+    return texts
 
 
-def trained_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer."""
+def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
+
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
     )
@@ -62,14 +66,19 @@ def trained_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerF
 
 
 def rows_of(texts: list[str], tokenizer: PreTrainedTokenizerFast, length: int) -> list[dict[str, torch.Tensor]]:
-    """All documents one after the other, cut into rows of `length` tokens."""
-    ids = [i for text in texts for i in (tokenizer.eos_token_id, *tokenizer(text)["input_ids"])]
-    rows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    """Concatenate all documents, and return rows of `length` tokens."""
+    ids = []
+    for text in texts:
+        ids.append(tokenizer.eos_token_id)
+        ids += tokenizer(text)["input_ids"]
+
+    count = len(ids) // length
+    rows = torch.tensor(ids[: count * length]).view(count, length)
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
 def training_arguments(args: Namespace, **fields: Any) -> TrainingArguments:
-    """How a model is trained from scratch on so many tokens, in the folder `OUT.training`."""
+    """Return the arguments of a training from scratch. Its checkpoints are in the folder `OUT.training`."""
     return TrainingArguments(
         f"{args.out}.training",
         max_steps=max(1, args.tokens // (args.batch_size * args.seq_length)),
@@ -89,19 +98,22 @@ def training_arguments(args: Namespace, **fields: Any) -> TrainingArguments:
 
 
 def run(args: Namespace) -> None:
-    """Train and save."""
+    """Train and save the tokenizer and the model."""
     set_seed(args.seed)
-    texts = texts_of(Path(args.data) / "calibration")
-    tokenizer = trained_tokenizer(texts, args.vocabulary)
+    texts = read_training_texts(Path(args.data, "calibration"))
+    tokenizer = train_tokenizer(texts, args.vocabulary)
     rows = rows_of(texts, tokenizer, args.seq_length)
+
     end = tokenizer.eos_token_id
     config = AutoConfig.for_model(
         args.family, vocab_size=len(tokenizer), bos_token_id=end, eos_token_id=end, pad_token_id=None, **SHAPE
     )
     model = AutoModelForCausalLM.from_config(config)
-    arguments = training_arguments(args, save_strategy="no")
     print(f"{model.num_parameters():,} parameters, {len(rows) * args.seq_length:,} tokens of text")
-    Trainer(model, arguments, train_dataset=rows).train()
+
+    trainer = Trainer(model, training_arguments(args, save_strategy="no"), train_dataset=rows)
+    trainer.train()
+
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
 
@@ -111,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("data")
     parser.add_argument("out")
-    parser.add_argument("--family", default="qwen3", help="a model type of transformers that takes Llama's shapes")
+    parser.add_argument("--family", default="qwen3", help="a model type of transformers with the shapes of Llama")
     parser.add_argument("--tokens", type=int, default=3_000_000, help="training tokens")
     parser.add_argument("--vocabulary", type=int, default=1024)
     parser.add_argument("--seq-length", type=int, default=256)
@@ -119,6 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
+
     run(parser.parse_args(argv))
 
 
