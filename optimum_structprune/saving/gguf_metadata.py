@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+from tokenizers import AddedToken
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import __version__
@@ -223,6 +224,10 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> tuple[list[str
     types: list[int] = []
     text_of_id = {token_id: text for text, token_id in tokenizer.get_vocab().items()}
 
+    # The tokenizer makes both collections anew whenever they are read, and Gemma has thousands of added tokens.
+    added_tokens = tokenizer.added_tokens_decoder
+    special_ids = set(tokenizer.all_special_ids)
+
     for token_id in range(num_rows):
         text = text_of_id.get(token_id)
 
@@ -231,7 +236,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> tuple[list[str
             types.append(gguf.TokenType.UNUSED)
             continue
 
-        token_type = _token_type(tokenizer, token_id, text)
+        token_type = _token_type(text, added_tokens.get(token_id), token_id in special_ids)
         if token_type == gguf.TokenType.USER_DEFINED:
             text = text.replace(SPACE, " ")
         texts.append(text)
@@ -240,11 +245,15 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> tuple[list[str
     return texts, types
 
 
-def _token_type(tokenizer: PreTrainedTokenizerBase, token_id: int, text: str) -> int:
-    """Return the type of a token as llama.cpp's converter chooses it."""
-    added = tokenizer.added_tokens_decoder.get(token_id)
+def _token_type(text: str, added: AddedToken | None, is_special: bool) -> int:
+    """Return the type of a token as llama.cpp's converter chooses it.
 
-    if token_id in tokenizer.all_special_ids:
+    Args:
+        text: The text of the token.
+        added: The token as an added token, or None if it is not one.
+        is_special: Whether it is one of the tokenizer's special tokens.
+    """
+    if is_special:
         return gguf.TokenType.CONTROL
     if added is not None and (added.special or CONTROL.fullmatch(text)):
         return gguf.TokenType.CONTROL
