@@ -162,7 +162,7 @@ def test_an_unknown_data_type_is_refused_with_a_suggestion(uniform_model, tmp_pa
         export_gguf(uniform_model, tmp_path / "out.gguf", byte_tokenizer(), dtype="q4")
 
 
-def test_the_program_of_llama_cpp_quantises_other_types(uniform_model, tmp_path, monkeypatch):
+def test_the_program_of_llama_cpp_quantizes_other_types(uniform_model, tmp_path, monkeypatch):
     """A script replaces `llama-quantize`. It gets the file in 16 bits, the name of the output and the type."""
     out = tmp_path / "out.gguf"
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -263,6 +263,20 @@ def merge_by_score(text, scores):
         if best_place is None:
             return words
         words[best_place : best_place + 2] = [words[best_place] + words[best_place + 1]]
+
+
+def test_the_added_tokens_are_read_once(uniform_model, tmp_path, monkeypatch):
+    """A tokenizer makes them anew at each read. With one read for each token, Gemma's file would take half an hour."""
+    original = PreTrainedTokenizerFast.added_tokens_decoder
+    reads = []
+
+    def added_tokens_decoder(self):
+        reads.append(self)
+        return original.fget(self)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "added_tokens_decoder", property(added_tokens_decoder))
+    export_gguf(uniform_model, tmp_path / "out.gguf", byte_tokenizer())
+    assert 0 < len(reads) < 5
 
 
 def test_the_scores_of_pieces_lead_to_the_merges_of_the_tokenizer(uniform_model, tmp_path):
