@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from .arch.load import ModelInfo, describe
 from .arch.meta import model_class
+from .arch.per_layer import is_non_uniform
 from .arch.spec import CHANNEL, EXPERT, GROUP, VOCAB, ArchSpec, Space, Widths
 from .config.pruning import RunOptions, StructPruneConfig
 from .forward.generation import cached_values
@@ -314,7 +315,7 @@ def _unfit_widths(spaces: Sequence[Space], widths: Widths, number: int) -> list[
 
 def _reload(model: PreTrainedModel, auto: str) -> tuple[str, ...]:
     """Return the ways to load a pruned model."""
-    if not model.config.get_text_config().is_heterogeneous:
+    if not is_non_uniform(model.config):
         return (f"plain transformers, {auto}.from_pretrained",)
     return (
         f"transformers, {auto}.from_pretrained, once optimum_structprune has been imported",

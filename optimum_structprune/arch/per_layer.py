@@ -108,6 +108,16 @@ def disable_heterogeneous() -> None:
         setattr(owner, name, original)
 
 
+def is_non_uniform(config: PretrainedConfig) -> bool:
+    """Return whether the layers of a model differ in a way that stock classes cannot build.
+
+    Some stock configs, such as the config of Gemma 4, also have values for single layers. Their families describe no
+    layer class, because their layers cannot be pruned to different widths.
+    """
+    text_config = config.get_text_config()
+    return text_config.is_heterogeneous and _family().layer_class_name(text_config.model_type) is not None
+
+
 @contextmanager
 def heterogeneous() -> Iterator[None]:
     """Enable the patches inside `with`, and disable them at the end unless they were enabled before."""

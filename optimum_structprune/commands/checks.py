@@ -183,6 +183,11 @@ def _checked_model(name: str) -> str:
     folder = Path(name)
     if folder.is_dir():
         return _checked_folder(folder, name)
+    if folder.is_file():
+        raise StructPruneError(
+            f"{name!r} is a file. A model is a folder or an id, and GGUF files cannot be pruned. Pass the folder of "
+            "the original model, with its safetensors files."
+        )
 
     try:
         hf_hub_download(name, "config.json")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
+from ..arch.per_layer import is_non_uniform
 from ..saving.card import loader_of
 from ..saving.names import PAGE_NAME
 
@@ -20,7 +21,7 @@ def result_lines(output: str, config: PretrainedConfig, arch_file: str | None) -
     """
     loader = loader_of(output, config, arch_file)
     line = f"Saved to {output}; load it with {loader}({output!r})"
-    if config.get_text_config().is_heterogeneous:
+    if is_non_uniform(config):
         line += " after import optimum_structprune, or with trust_remote_code=True"
 
     lines = [line]

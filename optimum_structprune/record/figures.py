@@ -6,7 +6,7 @@ All figures name the models in the same way. `dense` is the original model, `pru
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import exp, hypot, inf, isfinite
 from statistics import fmean, geometric_mean
@@ -24,6 +24,8 @@ TECHNICAL_SPLITS = 2.0
 # The names of the models in a figure, from the first model to the last.
 DENSE, PRUNED, RECOVERED = "dense", "pruned", "recovered"
 MODELS = (DENSE, PRUNED, RECOVERED)
+# A language whose vectors have a lower mean cosine to the vectors of the original model got worse.
+MIN_LANGUAGE_COSINE = 0.98
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,33 @@ class LanguageResult:
     def is_measured(self) -> bool:
         """Return whether the pruned model was measured."""
         return self.cost.ratio is not None
+
+    @property
+    def cosine(self) -> float | None:
+        """Return the mean cosine to the vectors of the original model, for encoders."""
+        if self.vectors is None or self.vectors.cosine is None:
+            return None
+        return self.vectors.cosine.pruned
+
+    @property
+    def badness(self) -> float:
+        """Return a number that orders languages: the loss of cosine for encoders, else the ratio of the costs."""
+        if self.cosine is not None:
+            return 1.0 - self.cosine
+        return self.cost.ratio or 0.0
+
+    def is_worse(self, limit: float) -> bool:
+        """Return whether the language got worse.
+
+        The number of tokens alone does not show a loss: one unknown token replaces many tokens. The vectors of an
+        encoder show it.
+
+        Args:
+            limit: The ratio of the costs above which a language is worse.
+        """
+        if self.cosine is not None and self.cosine < MIN_LANGUAGE_COSINE:
+            return True
+        return (self.cost.ratio or 0.0) > limit
 
     @property
     def is_known(self) -> bool:
@@ -417,14 +446,13 @@ def language_costs(languages: Mapping[str, Mapping[str, Any]]) -> dict[str, Lang
     return {code: LanguageResult.of(costs) for code, costs in languages.items()}
 
 
-def known_languages(languages: Mapping[str, LanguageResult]) -> Iterator[tuple[str, float]]:
-    """Yield the languages that the original model knows with the ratios of their costs, the highest ratio first."""
-    ratios = {}
+def known_languages(languages: Mapping[str, LanguageResult]) -> dict[str, LanguageResult]:
+    """Return the measured languages that the original model knows, the worst result first."""
+    known = {}
     for code, result in languages.items():
-        if result.is_known and result.cost.ratio is not None:
-            ratios[code] = result.cost.ratio
-
-    yield from sorted(ratios.items(), key=lambda item: -item[1])
+        if result.is_known and result.is_measured:
+            known[code] = result
+    return dict(sorted(known.items(), key=lambda item: item[1].badness, reverse=True))
 
 
 def technical_ratio(split_words: float) -> float:

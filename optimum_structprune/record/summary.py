@@ -478,14 +478,28 @@ def language_lines(languages: Mapping[str, LanguageResult]) -> list[str]:
     if requested:
         lines.append(f"Wanted languages ({unit}): {', '.join(requested)}")
 
-    ratios = dict(known_languages(measured))
-    worse = [f"{LANGUAGES[code]} {ratio:.2f}×" for code, ratio in ratios.items() if ratio > LANGUAGE_LIMIT]
-    line = f"Languages checked: {len(ratios)}; {len(worse) or 'none'} got worse by more than {LANGUAGE_LIMIT - 1:.0%}"
-    line += f" ({unit})"
+    known = known_languages(measured)
+    worse = []
+    for code, result in known.items():
+        if result.is_worse(LANGUAGE_LIMIT):
+            worse.append(_worse_language(code, result))
+
+    line = f"Languages checked: {len(known)}; {len(worse) or 'none'} got worse by more than {LANGUAGE_LIMIT - 1:.0%}"
+    if any(result.cosine is not None for result in known.values()):
+        line += " (cosine or tokens)"
+    else:
+        line += f" ({unit})"
     if worse:
         line += f": {', '.join(worse[:MAX_SCRIPTS])}"
     lines.append(line)
     return lines
+
+
+def _worse_language(code: str, result: LanguageResult) -> str:
+    """Return the name of a language with its cosine or its relative cost."""
+    if result.cosine is not None:
+        return f"{LANGUAGES[code]} {result.cosine:.2f}"
+    return f"{LANGUAGES[code]} {result.cost.ratio or 0.0:.2f}×"
 
 
 def _language(code: str, result: LanguageResult) -> str:

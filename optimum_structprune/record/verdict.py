@@ -341,8 +341,8 @@ def _languages(report: Report) -> tuple[list[str], list[str]]:
         limit = max(limit, _worst_bits_ratio(report.domains))
 
     worse = []
-    for code, ratio in known_languages(languages):
-        if ratio > limit and code in judged:
+    for code, result in known_languages(languages).items():
+        if code in judged and result.is_worse(limit):
             worse.append(LANGUAGES[code])
 
     unsupported = [LANGUAGES[code] for code in requested if not languages[code].is_known]

@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .. import __version__
 from ..arch.meta import model_class
+from ..arch.per_layer import is_non_uniform
 from ..arch.spec import VOCAB
 from ..config.fields import read_json
 from ..domains.sources import FORMATS
@@ -209,7 +210,7 @@ def model_card(
         library="sentence_transformers" if kind == loader else "transformers",
         causal=kind == "AutoModelForCausalLM",
         files={path.name for path in folder.iterdir()},
-        heterogeneous=config.get_text_config().is_heterogeneous,
+        heterogeneous=is_non_uniform(config),
         uneven=any(len(set(widths.values())) > 1 for widths in report.widths.values()),
         has_code="auto_map" in read_json(folder / "config.json"),
         trims_vocabulary=VOCAB in report.widths,
@@ -298,7 +299,7 @@ def _is_id(name: Any) -> bool:
 def _llama_cpp(config: PretrainedConfig, report: Report) -> tuple[bool, str]:
     """Return whether a GGUF file requires our own writer, and the reason if llama.cpp cannot run the model."""
     spaces = set(report.widths)
-    is_uniform = not config.get_text_config().is_heterogeneous
+    is_uniform = not is_non_uniform(config)
     if is_uniform and spaces and spaces <= {"mlp", VOCAB}:
         return False, ""
 

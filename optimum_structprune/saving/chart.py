@@ -166,8 +166,9 @@ def _marks(report: Report) -> list[Mark]:
 def _language_marks(report: Report) -> list[Mark]:
     """Return the rows of the languages that got worse, the worst first."""
     marks = []
-    for code, ratio in known_languages(report.languages):
-        if ratio > LANGUAGE_LIMIT:
+    for code, result in known_languages(report.languages).items():
+        ratio = result.cost.ratio
+        if ratio is not None and ratio > LANGUAGE_LIMIT:
             marks.append(Mark("Languages that got worse", LANGUAGES[code], {PRUNED: ratio}))
     return marks[:MAX_LANGUAGES]
 

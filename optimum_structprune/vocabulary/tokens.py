@@ -21,10 +21,18 @@ from .segmenters import KINDS, BPESegmenter, Segmenter, WordPieceSegmenter
 
 SPACE = "▁"  # SentencePiece writes it for a space
 DIGITS = frozenset("0123456789")
-# The roles in the conversations that a chat template is checked on, and a tool.
+# The roles in the conversations that a chat template is checked on.
 ROLES = (("system", "user", "assistant", "user"), ("user", "assistant", "user"), ("user",))
+# A tool, and the end of a conversation that calls it.
 NUMBER = {"type": "object", "properties": {"a": {"type": "number", "description": "A."}}, "required": ["a"]}
 TOOLS: Any = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": NUMBER}}]
+TOOL_CALL = {"type": "function", "id": "call00000", "function": {"name": "add", "arguments": {"a": 0}}}
+TOOL_MESSAGES: Any = [
+    {"role": "assistant", "content": "", "tool_calls": [TOOL_CALL]},
+    {"role": "tool", "name": "add", "tool_call_id": "call00000", "content": "0"},
+]
+# Templates of reasoning models write other text without reasoning.
+THINKING: Any = ({}, {"enable_thinking": True}, {"enable_thinking": False})
 
 
 class Vocabulary:
@@ -284,17 +292,24 @@ def renumber(step: Any, new_ids: Mapping[int, int]) -> None:
 
 
 def chats(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Yield the texts that chat templates write for conversations of the usual roles, in each month."""
+    """Yield the texts that chat templates write for conversations of the usual roles and of a tool, in each month."""
     templates: Any = tokenizer.chat_template or {}
     if not isinstance(templates, dict):
         templates = {"": templates}
 
-    for template, roles, tools in product(templates.values(), ROLES, (None, TOOLS)):
-        chat = [{"role": role, "content": "0"} for role in roles]
+    conversations = []
+    for roles in ROLES:
+        conversations.append([{"role": role, "content": "0"} for role in roles])
+    conversations.append(conversations[-1] + TOOL_MESSAGES)
+
+    for template, chat, tools in product(templates.values(), conversations, (None, TOOLS)):
         dates = DATES
         if "strftime_now" not in template:
             dates = DATES[:1]
+        thinking = THINKING
+        if "enable_thinking" not in template:
+            thinking = THINKING[:1]
 
-        for date in dates:
+        for date, options in product(dates, thinking):
             with suppress(StructPruneError):  # a template may refuse some of the conversations
-                yield chat_text(tokenizer, chat, template, date, tools=tools, add_generation_prompt=True)
+                yield chat_text(tokenizer, chat, template, date, tools=tools, add_generation_prompt=True, **options)

@@ -58,6 +58,7 @@ RECOVER = "recover model out"
 SHARE = f"{PRUNE} --sparsity 0.2"
 # Command lines with a wrong flag, and a part of the error message.
 FLAG_ERRORS = [
+    ("prune run.yaml out --sparsity 0.2", "'run.yaml' is a file. A model is a folder or an id, and GGUF files cannot"),
     ("prune /no/where out --sparsity 0.2", "'/no/where' cannot be loaded: there is no such folder"),
     ("prune full out --sparsity 0.2", "the folder holds no config.json."),
     ("prune parts out --sparsity 0.2", "the folder holds no config.json, and parts/0_Transformer does."),

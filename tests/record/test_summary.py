@@ -5,7 +5,7 @@ import results
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimum_structprune.record.figures import Figure, LanguageResult, TrimResult
+from optimum_structprune.record.figures import Figure, LanguageResult, TrimResult, VectorResult
 from optimum_structprune.record.report import Report
 from optimum_structprune.record.summary import (
     details,
@@ -149,6 +149,20 @@ def test_languages_that_got_worse_are_counted():
         "Languages checked: 2; 1 got worse by more than 2% (bits per byte): German 1.20×",
     ]
     assert language_lines({}) == []
+
+
+def test_a_language_of_unknown_tokens_got_worse_although_it_has_fewer_tokens():
+    def result(tokens, cosine):
+        return LanguageResult(Figure(1.0, tokens), vectors=VectorResult(4, Figure(None, cosine)))
+
+    languages = {"en": result(1.0, 1.0), "de": result(1.1, 0.99), "th": result(0.25, 0.83), "zh": result(0.9, 0.6)}
+    assert language_lines(languages) == [
+        "Languages checked: 4; 3 got worse by more than 2% (cosine or tokens): Chinese 0.60, Thai 0.83, German 0.99"
+    ]
+
+    report = results.report([1.0], asked=results.answers())
+    report.languages.update(languages)
+    assert judge(report).worse_languages == ["Chinese", "Thai", "German"]
 
 
 @pytest.mark.parametrize(("ratio", "command"), [

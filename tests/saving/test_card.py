@@ -21,7 +21,8 @@ from markdown_it import MarkdownIt
 from models import build, config, documents, tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from optimum_structprune import DomainConfig, StructPruner, export_uniform
+from optimum_structprune import DomainConfig, StructPruner, dry_run, export_uniform
+from optimum_structprune.commands.saved import result_lines
 from optimum_structprune.domains.manifest import Manifest
 from optimum_structprune.record.evaluation import Evaluation
 from optimum_structprune.record.figures import (
@@ -184,6 +185,22 @@ def test_the_card_names_the_needs_of_a_non_uniform_result_and_none_of_a_padded_r
     padded = (tmp_path / "padded" / "README.md").read_text().partition("## Size")[0]
     assert "trust_remote_code=True" not in padded
     assert "padded with zeros" in padded
+
+
+def test_a_uniform_result_of_a_config_with_values_for_single_layers_loads_without_this_package(tmp_path):
+    """A stock config of Gemma 4 has such values."""
+    model = build("gemma4_text")
+    settings = config(widths={"mlp": 24})
+    assert model.config.is_heterogeneous
+    assert dry_run(model.config, settings).reload == ("plain transformers, AutoModelForCausalLM.from_pretrained",)
+
+    StructPruner(settings).prune(model, tokenizer()).save(tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "trust_remote_code" not in card
+    assert "differ in width" not in card
+
+    (line, *_) = result_lines(str(tmp_path / "out"), model.config, None)
+    assert "import optimum_structprune" not in line
 
 
 MARKUP = (

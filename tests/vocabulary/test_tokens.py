@@ -257,6 +257,25 @@ def test_special_tokens_digits_bytes_and_the_tokens_of_chats_are_required(kind):
             assert required_tokens.issuperset(vocabulary.parts(token))
 
 
+TOOL_CHAT = (
+    "{% for m in messages %}{% if m.role == 'tool' %}<s>{{ m.content }} everywhere</s>"
+    "{% elif m.tool_calls %}<s>sitzen {{ m.tool_calls[0].function.name }}</s>{% else %}<s>{{ m.content }}</s>"
+    "{% endif %}{% endfor %}{% if enable_thinking is defined and not enable_thinking %}cats naïve{% endif %}"
+)
+
+
+def test_the_tokens_of_tool_calls_and_of_answers_without_thinking_are_required():
+    reader = copy.deepcopy(dense("byte level")[1])
+    reader.chat_template = TOOL_CHAT
+    required_tokens = required(Vocabulary.of(reader))
+
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {}}}]}
+    chat = [{"role": "user", "content": "0"}, call, {"role": "tool", "content": "0"}]
+    ids = reader.apply_chat_template(chat, enable_thinking=False)["input_ids"]
+    assert required_tokens.issuperset(ids)
+    assert not required(dense("byte level")[0]).issuperset(ids)
+
+
 # The special tokens of each class that has a Unigram model.
 UNIGRAM_SPECIALS = {
     "T5Tokenizer": ("<pad>", "</s>", "<unk>"),
