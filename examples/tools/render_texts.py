@@ -320,8 +320,10 @@ def _date(rng: Random, form: str) -> str:
 
 SKIP = frozenset("test tests idlelib lib2to3 site-packages dist-packages encodings pydoc_data __phello__".split())
 NOTICE = re.compile(r"(?i)copyright|licen[sc]e|\(c\) |all rights reserved")
-# A file of code yields one piece, which begins at a random place: at the beginnings of files are mostly imports.
+# The maximum number of characters of a piece of code. A piece begins at a random place of a file, because most files
+# begin with imports.
 LONGEST_CODE = 24_000
+# The minimum number of characters of a text.
 SHORTEST = 200
 
 
