@@ -156,9 +156,9 @@ def budgets_of(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel
     budgets = []
     for space in arch.spaces:
         if space.kind in widths and space.layer not in config.skip_layers:
-            kept = space.width_in(widths) / space.width
-            if kept < 1:
-                budgets.append(Budget((space,), kept))
+            share = space.width_in(widths) / space.width
+            if share < 1:
+                budgets.append(Budget((space,), kept=share))
     return budgets
 
 
@@ -249,11 +249,12 @@ class Gates:
     def penalty(self, done: float) -> Tensor:
         """Return λ₁ v + λ₂ v² + λ₃ mean(s (1 - s)), averaged over all budgets.
 
-        s is the retention, and v = mean(s) - kept is the violation of a budget. Means are weighted by parameters.
+        s is the retention, and v = mean(s) - target is the violation of a budget. The target falls from 1 to the share
+        of the budget. Means are weighted by parameters.
         """
-        kept = 1 - (1 - self.kept) * min(done / RAMP, 1)
+        target = 1 - (1 - self.kept) * min(done / RAMP, 1)
         retention = self.retention(done)
-        violation = self._means(retention) - kept
+        violation = self._means(retention) - target
         indecision = self._means(retention * (1 - retention))
         terms = self.linear[0] * violation + self.squared * violation.square() + self.linear[1] * indecision
         return (terms * self.totals).sum() / self.totals.sum()
