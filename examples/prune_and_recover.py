@@ -1,8 +1,8 @@
-"""Prune a model, train it with the dense one as its teacher, and save it.
+"""Prune a model, train it with the original model as its teacher, and save it.
 
     python examples/prune_and_recover.py MODEL OUTPUT [--sparsity 0.2] [--tokens 200000] [--domain NAME=SOURCE ...]
 
-On several processes, start it with `examples/distributed.sh`.
+`examples/distributed.sh` starts it on several processes.
 """
 
 from argparse import ArgumentParser
@@ -28,21 +28,29 @@ def main(argv: list[str] | None = None) -> None:
     process = PartialState()
     model = AutoModelForCausalLM.from_pretrained(args.model, device_map=process.device)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    domains = [DomainConfig(*pair.split("=", 1)) for pair in args.domain]
+
+    domains = []
+    for pair in args.domain:
+        name, source = pair.split("=", 1)
+        domains.append(DomainConfig(name=name, source=source))
+
+    recovery = RecoveryConfig(
+        tokens=args.tokens,
+        lora={"r": 16},
+        training={"per_device_train_batch_size": args.batch_size},
+    )
     config = StructPruneConfig(
         sparsity=args.sparsity,
         rounds=args.rounds,
         num_samples=args.num_samples,
-        recovery=RecoveryConfig(
-            tokens=args.tokens,
-            lora={"r": 16},
-            training={"per_device_train_batch_size": args.batch_size},
-        ),
+        recovery=recovery,
         domains=domains or None,
     )
+
+    # Every process prunes its own copy. When training begins, all processes take the weights of the first process.
     pruner = StructPruner(config)
-    # Each process prunes for itself; when training begins, all of them take the first one's weights.
     pruned = pruner.prune_model(model, tokenizer)
+
     if process.is_main_process:
         pruner.save(pruned, args.output, tokenizer=tokenizer)
         print(pruner.report)

@@ -1,20 +1,22 @@
-"""Prune a text classifier (BERT, RoBERTa, DistilBERT, ModernBERT …) and show its accuracy before and after.
+"""Prune a text classifier (BERT, RoBERTa, DistilBERT, ModernBERT …) and print its accuracy before and after.
 
     python examples/prune_bert_classifier.py --model MODEL --output OUTPUT --data FILE.csv --sparsity 0.3
 
-FILE is a CSV or JSON-lines file with the columns `text` and `label`; a fifth of it is for testing. Without one, the
-task is to tell the built-in prose, code and word problems apart. `--epochs 0` takes a classifier as it is.
+FILE is a CSV or JSON-lines file with the columns `text` and `label`. A fifth of its rows are the test set. Without a
+file, the model learns to distinguish the built-in prose, code and word problems. `--epochs 0` prunes a model that is a
+classifier already, without fine-tuning.
 """
 
 import sys
 from dataclasses import dataclass, field
 from itertools import islice
 
-from datasets import ClassLabel, Dataset, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
+    EvalPrediction,
     HfArgumentParser,
     Trainer,
     TrainingArguments,
@@ -26,7 +28,7 @@ from optimum_structprune.domains.sources import builtin_documents
 
 @dataclass
 class Arguments:
-    """What the script takes."""
+    """The arguments of the script."""
 
     model: str = field(metadata={"help": "Model id or folder."})
     output: str = field(metadata={"help": "Folder for the pruned classifier."})
@@ -39,74 +41,106 @@ class Arguments:
     seq_length: int = field(default=128, metadata={"help": "Tokens per text and per calibration sample."})
 
 
-def read_data(path: str | None):
-    """The texts, with labels from 0 on, in a training and a test part."""
+def builtin_texts() -> Dataset:
+    """Return built-in texts of three kinds, with their kinds as labels."""
+    texts = []
+    labels = []
+    for kind in ("prose", "code", "math"):
+        for text in islice(builtin_documents(kind), 200):
+            texts.append(text)
+            labels.append(kind)
+    return Dataset.from_dict({"text": texts, "label": labels})
+
+
+def read_data(path: str | None) -> DatasetDict:
+    """Return labelled texts as a training set and a test set. The labels are integers from 0."""
     if path is None:
-        pairs = [(text, kind) for kind in ("prose", "code", "math") for text in islice(builtin_documents(kind), 200)]
-        data = Dataset.from_dict({"text": [text for text, _ in pairs], "label": [kind for _, kind in pairs]})
+        data = builtin_texts()
+    elif path.endswith(".csv"):
+        data = load_dataset("csv", data_files=path, split="train")
     else:
-        data = load_dataset("csv" if path.endswith(".csv") else "json", data_files=path, split="train")
+        data = load_dataset("json", data_files=path, split="train")
+
     data = data.select_columns(["text", "label"])
     if not isinstance(data.features["label"], ClassLabel):
         data = data.class_encode_column("label")
     return data.train_test_split(test_size=0.2, seed=0, stratify_by_column="label")
 
 
-def accuracy(prediction) -> dict[str, float]:
-    """Share of texts whose likeliest label is the right one."""
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+def compute_accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Return the share of texts with a correct label."""
+    labels = prediction.predictions.argmax(-1)
+    is_correct = labels == prediction.label_ids
+    return {"accuracy": float(is_correct.mean())}
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = HfArgumentParser(Arguments).parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)[0]
+    if argv is None:
+        argv = sys.argv[1:]
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
+
     data = read_data(args.data)
     names = data["train"].features["label"].names
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
-    # A head for other labels is made anew where there is training for it.
     model = AutoModelForSequenceClassification.from_pretrained(
-        args.model, **labels, ignore_mismatched_sizes=args.epochs > 0
+        args.model,
+        id2label=dict(enumerate(names)),
+        label2id={name: number for number, name in enumerate(names)},
+        # With fine-tuning, a head for other labels is replaced by a random head.
+        ignore_mismatched_sizes=args.epochs > 0,
     )
-    rows = data.map(
-        lambda batch: tokenizer(batch["text"], truncation=True, max_length=args.seq_length), batched=True
-    ).remove_columns("text")
 
-    def trainer(classifier, epochs: float) -> Trainer:
+    def tokenize(batch):
+        return tokenizer(batch["text"], truncation=True, max_length=args.seq_length)
+
+    tokenized = data.map(tokenize, batched=True).remove_columns("text")
+
+    def build_trainer(classifier, epochs: float) -> Trainer:
+        training_args = TrainingArguments(
+            f"{args.output}.checkpoints",
+            num_train_epochs=epochs,
+            learning_rate=args.learning_rate,
+            per_device_train_batch_size=16,
+            save_strategy="no",
+            report_to="none",
+        )
+
         return Trainer(
-            classifier,
-            TrainingArguments(
-                f"{args.output}.checkpoints",
-                num_train_epochs=epochs,
-                learning_rate=args.learning_rate,
-                per_device_train_batch_size=16,
-                save_strategy="no",
-                report_to="none",
-            ),
-            train_dataset=rows["train"],
-            eval_dataset=rows["test"],
+            model=classifier,
+            args=training_args,
+            train_dataset=tokenized["train"],
+            eval_dataset=tokenized["test"],
             data_collator=DataCollatorWithPadding(tokenizer),
-            compute_metrics=accuracy,
+            compute_metrics=compute_accuracy,
         )
 
-    def fit(classifier, epochs: float, name: str) -> None:
-        run = trainer(classifier, epochs)
-        if epochs:
-            run.train()
-        print(f"{name}: accuracy {run.evaluate()['eval_accuracy']:.3f}, {classifier.num_parameters():,} parameters")
+    def print_accuracy(name: str, trainer: Trainer) -> None:
+        accuracy = trainer.evaluate()["eval_accuracy"]
+        print(f"{name}: accuracy {accuracy:.3f}, {trainer.model.num_parameters():,} parameters")
 
-    fit(model, args.epochs, "dense")
-    pruner = StructPruner(
-        StructPruneConfig(
-            sparsity=args.sparsity,
-            domains=[DomainConfig(name="train", source=data["train"])],
-            num_samples=args.num_samples,
-            seq_length=args.seq_length,
-        )
+    # Fine-tune the original model.
+    trainer = build_trainer(model, args.epochs)
+    if args.epochs:
+        trainer.train()
+    print_accuracy("dense", trainer)
+
+    # Prune it. The training texts are the calibration text.
+    config = StructPruneConfig(
+        sparsity=args.sparsity,
+        domains=[DomainConfig(name="train", source=data["train"])],
+        num_samples=args.num_samples,
+        seq_length=args.seq_length,
     )
+    pruner = StructPruner(config)
     pruned = pruner.prune_model(model.to("cpu"), tokenizer)
-    fit(pruned, 0, "pruned")
+    print_accuracy("pruned", build_trainer(pruned, epochs=0))
+
+    # Fine-tune the pruned model.
     if args.epochs_after:
-        fit(pruned, args.epochs_after, "fine-tuned again")
+        trainer = build_trainer(pruned, args.epochs_after)
+        trainer.train()
+        print_accuracy("fine-tuned again", trainer)
+
     pruner.save(pruned.to("cpu"), args.output, tokenizer=tokenizer)
 
 

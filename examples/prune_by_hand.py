@@ -1,7 +1,9 @@
-"""The default pruning by hand: what `StructPruner.prune_model` does to the FFN of a model, as calls of `method`.
+"""Prune the FFN of a model by hand, with the functions that `StructPruner.prune_model` calls by default.
 
-Copy it to try another score, order or refit. `python examples/prune_by_hand.py MODEL TEXT WIDTH` prunes
-a model by a text with a document in each line. A test holds it against `prune_model`, bit for bit.
+    python examples/prune_by_hand.py MODEL TEXT WIDTH
+
+TEXT is a file with a document in each line. Copy this script to try another score, order or refit. A test checks that
+its weights are equal to the weights of `prune_model`, bit for bit.
 """
 
 from __future__ import annotations
@@ -23,45 +25,74 @@ from optimum_structprune.method.refit import least_squares, ridge_strength
 from optimum_structprune.method.shrink import read_consumer, shrink_layer_, units_to_columns, write_consumer_
 
 
-DAMPING, ERROR_FEEDBACK = 0.08, 0.5
+DAMPING = 0.08
+ERROR_FEEDBACK = 0.5
+NUM_SAMPLES = 128
+SEQ_LENGTH = 256
+BATCH_SIZE = 4
 
 
 @torch.no_grad()
 def prune_by_hand_(model: PreTrainedModel, batches: list[Batch], shares: tuple[float, ...], width: int) -> None:
-    """Leave each layer of a model in eval mode `width` FFN channels; `shares` are the weights of the domains."""
+    """Prune the FFN of every layer to `width` channels, in place.
+
+    Args:
+        model: The model, in eval mode.
+        batches: The calibration samples.
+        shares: The weights of the domains.
+        width: The number of channels that each layer keeps.
+    """
     arch = describe(model)
     smaller = shrunk_skeleton(model, arch, {"mlp": width})
     source = InMemory(model, arch, batches, ERROR_FEEDBACK)
     keep = {}
+
     for layer in range(arch.num_layers):
         source.advance_dense(layer, ["mlp"])
-        (space,) = (space for space in arch.at(layer) if space.kind == "mlp")
+        (space,) = [space for space in arch.at(layer) if space.kind == "mlp"]
         (consumer,) = space.consumers
         weight, bias = read_consumer(model, consumer)
-        # Calibrate: one set of moments of what the consumer reads, over all domains.
-        (moments,) = mixed(source.moments(layer, space, gram=True), shares, [weight])
-        # Score, and choose.
+
+        # Calibrate: collect the moments of the consumer's input, and combine the moments of the domains.
+        domain_moments = source.moments(layer, space, gram=True)
+        (moments,) = mixed(domain_moments, shares, [weight])
+
+        # Score the channels, and choose the channels to keep.
         moments.prior = producer_norms(model, arch, space)
         scores = obs_drive(weight, moments, consumer.per_unit, damping=DAMPING)
         keep[space.key] = best_units(scores, width)
-        # Refit: the kept columns make up for the others, which become zero.
+
+        # Refit: the kept columns compensate for the removed columns, which become zero.
         columns = units_to_columns(keep[space.key], consumer, weight.device)
         ridge = ridge_strength(DAMPING, len(columns), moments.count)
         refitted, bias = least_squares(weight, bias, moments, columns, ridge)
         write_consumer_(model, consumer, columns, refitted, bias)
-        # Shrink, and go on behind the smaller layer.
+
+        # Shrink the layer, and run the samples through the smaller layer.
         with source.same_outputs(layer):
             shrink_layer_(model, arch, layer, keep, smaller)
         source.advance(layer)
+
     adopt_config_(model, smaller)
 
 
-def main(name: str, text: str, width: int) -> None:
-    """Prune a model by the first 128 documents of a file that are long enough."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
-    rows = [tokenizer(line).input_ids[:256] for line in Path(text).read_text(encoding="utf-8").splitlines()]
-    samples = torch.tensor([row for row in rows if len(row) == 256][:128])
-    prune_by_hand_(model, [Batch(0, ids) for ids in samples.split(4)], (1.0,), width)
+def read_samples(path: str, tokenizer) -> torch.Tensor:
+    """Return the beginnings of the first documents that are long enough, shape `(samples, SEQ_LENGTH)`."""
+    samples = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        ids = tokenizer(line).input_ids
+        if len(ids) >= SEQ_LENGTH:
+            samples.append(ids[:SEQ_LENGTH])
+    return torch.tensor(samples[:NUM_SAMPLES])
+
+
+def main(name: str, path: str, width: int) -> None:
+    model = AutoModelForCausalLM.from_pretrained(name).eval()
+    tokenizer = AutoTokenizer.from_pretrained(name)
+
+    samples = read_samples(path, tokenizer)
+    batches = [Batch(0, ids) for ids in samples.split(BATCH_SIZE)]
+    prune_by_hand_(model, batches, shares=(1.0,), width=width)
     print(f"{model.num_parameters():,} parameters, {model.config.intermediate_size} FFN channels in each layer")
 
 

@@ -1,9 +1,9 @@
-"""Train a pruned model towards the dense model in TRL's SFTTrainer, on one process or on many GPUs.
+"""Recover a pruned model in TRL's SFTTrainer with the original model as its teacher, on one process or on many GPUs.
 
     python examples/recover_sft.py PRUNED OUTPUT --teacher DENSE [--dataset ID_OR_FILE.jsonl] [--steps 500]
     accelerate launch --config_file fsdp2.yaml examples/recover_sft.py PRUNED OUTPUT --teacher DENSE ...
 
-docs/recovery_many_gpus.md has the files for `accelerate launch`. Needs `pip install trl`.
+docs/recovery_many_gpus.md has the files for `accelerate launch`. TRL is required: `pip install trl`.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -20,13 +20,13 @@ from optimum_structprune.domains.sources import builtin_documents
 
 
 def builtin_texts():
-    """Yield built-in text, where no dataset is named."""
+    """Yield built-in texts."""
     for text in builtin_documents("general"):
         yield {"text": text}
 
 
-def training_text(args: Namespace) -> IterableDataset:
-    """Stream the dataset, so that no more of it is read than is trained on."""
+def load_texts(args: Namespace) -> IterableDataset:
+    """Return a stream of the training text, which reads only the texts that the training uses."""
     if args.dataset is None:
         return IterableDataset.from_generator(builtin_texts)
     if Path(args.dataset).is_file():
@@ -51,38 +51,53 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--task-weight", type=float, default=0.0, help="weight of the cross-entropy with the text")
     args = parser.parse_args(argv)
 
+    # Weights that are trained have to be in float32. The frozen weights under an adapter may be in bfloat16.
     on_gpu = torch.cuda.is_available()
-    # All weights are trained in float32, and the forward pass computes in bfloat16.
-    dtype = torch.float32 if args.full or not on_gpu else torch.bfloat16
+    if on_gpu and not args.full:
+        dtype = torch.bfloat16
+    else:
+        dtype = torch.float32
     model = AutoModelForCausalLM.from_pretrained(args.pruned, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(args.pruned)
-    adapter = None if args.full else LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+
+    if args.full:
+        lora_config = None
+        default_learning_rate = 1e-4
+    else:
+        lora_config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+        default_learning_rate = 1e-3
+
+    training_args = SFTConfig(
+        args.output,
+        max_steps=args.steps,
+        max_length=args.seq_length,
+        packing=True,
+        packing_strategy="wrapped",
+        per_device_train_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.accumulation,
+        learning_rate=args.learning_rate or default_learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, args.steps // 20),
+        logging_steps=max(1, min(10, args.steps // 10)),
+        save_steps=max(1, args.steps // 4),
+        bf16=on_gpu,  # The forward pass computes in bfloat16.
+        use_cpu=not on_gpu,
+        report_to="none",
+    )
     trainer = SFTTrainer(
         model=model,
+        args=training_args,
+        train_dataset=load_texts(args),
         processing_class=tokenizer,
-        train_dataset=training_text(args),
-        peft_config=adapter,
-        args=SFTConfig(
-            args.output,
-            max_steps=args.steps,
-            max_length=args.seq_length,
-            packing=True,
-            packing_strategy="wrapped",
-            per_device_train_batch_size=args.batch_size,
-            gradient_accumulation_steps=args.accumulation,
-            learning_rate=args.learning_rate or (1e-4 if args.full else 1e-3),
-            lr_scheduler_type="cosine",
-            warmup_steps=max(1, args.steps // 20),
-            logging_steps=max(1, min(10, args.steps // 10)),
-            save_steps=max(1, args.steps // 4),
-            bf16=on_gpu,
-            use_cpu=not on_gpu,
-            report_to="none",
-        ),
+        peft_config=lora_config,
     )
+
+    # The added line: the loss becomes the divergence from the predictions of the original model.
     attach_teacher(trainer, args.teacher, temperature=args.temperature, task_weight=args.task_weight)
+
     trainer.train()
     trainer.save_model(args.output)
+
     if trainer.accelerator.is_main_process:
         kl = [log["kl"] for log in trainer.state.log_history if "kl" in log]
         print(f"saved to {args.output}; KL per token: {kl[0]:.5f} in the first logged steps, {kl[-1]:.5f} in the last")

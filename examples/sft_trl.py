@@ -1,11 +1,12 @@
-"""Prune inside TRL's SFTTrainer.
+"""Fine-tune a model in TRL's SFTTrainer, and prune it during the training.
 
     python examples/sft_trl.py MODEL OUTPUT [--text FILE.jsonl] [--steps 200]
 
-Needs `pip install "trl>=1.16"`.
+TRL is required: `pip install "trl>=1.16"`.
 """
 
 from argparse import ArgumentParser
+from itertools import islice
 
 import torch
 from datasets import Dataset, load_dataset
@@ -13,6 +14,14 @@ from trl import SFTConfig, SFTTrainer
 
 from optimum_structprune import StructPruneConfig, attach_pruner
 from optimum_structprune.domains.sources import builtin_documents
+
+
+def load_texts(path: str | None) -> Dataset:
+    """Return the texts of a JSON-lines file, by default 2,000 built-in word problems."""
+    if path is not None:
+        return load_dataset("json", data_files=path, split="train")
+    texts = list(islice(builtin_documents("math"), 2000))
+    return Dataset.from_dict({"text": texts})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -24,26 +33,26 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=200)
     args = parser.parse_args(argv)
 
-    if args.text:
-        texts = load_dataset("json", data_files=args.text, split="train")
-    else:
-        texts = Dataset.from_dict({"text": [text for _, text in zip(range(2000), builtin_documents("math"))]})  # noqa: B905
+    on_gpu = torch.cuda.is_available()
+    training_args = SFTConfig(
+        args.output,
+        max_steps=args.steps,
+        max_length=256,
+        logging_steps=10,
+        bf16=on_gpu,  # The default is True, which needs a GPU.
+        use_cpu=not on_gpu,
+        report_to="none",
+    )
     trainer = SFTTrainer(
         model=args.model,
-        args=SFTConfig(
-            args.output,
-            max_steps=args.steps,
-            max_length=256,
-            logging_steps=10,
-            report_to="none",
-            # SFTConfig asks for bfloat16 on a GPU unless told otherwise.
-            bf16=torch.cuda.is_available(),
-            use_cpu=not torch.cuda.is_available(),
-        ),
-        train_dataset=texts,
+        args=training_args,
+        train_dataset=load_texts(args.text),
     )
+
+    # The added lines: four removals between a tenth and a half of the training, calibrated on the training text.
     config = StructPruneConfig(sparsity=args.sparsity, rounds=4, num_samples=32, seq_length=256)
     attach_pruner(trainer, config, start=0.1, end=0.5)
+
     trainer.train()
     trainer.save_model(args.output)
     print(f"saved to {args.output}: {trainer.model.num_parameters():,} parameters")

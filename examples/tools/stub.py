@@ -1,8 +1,8 @@
-"""Print a first description of an unknown architecture, for a person to check.
+"""Print a first description of an unknown architecture, which you have to check.
 
     python examples/tools/stub.py MODEL [--trust-remote-code] > mine.yaml
 
-Once it is checked, each command of `structprune` takes the file with `--arch mine.yaml`.
+Check the file, then pass it to any command of `structprune` with `--arch mine.yaml`.
 """
 
 from __future__ import annotations
@@ -33,147 +33,243 @@ UNKNOWN_KEY = "WHICH_CONFIG_KEY"
 
 
 def stub(model: PreTrainedModel) -> str:
-    """Return a file for `arch/families`, made from the model's tensor-parallel plan and the shapes of its weights.
+    """Return a first description of a model, in the format of the files in `arch/families`.
 
-    Without a plan, it is made from the nearest family.
+    The spaces come from the tensor-parallel plan of the model and from the shapes of its weights. Without a plan, they
+    are the spaces of the nearest family. Matrices that belong to no space are listed in comments.
 
-    The package never uses a stub by itself: the plan does not say how rows fall into units or what else is coupled.
-    Matrices that no space takes are listed as comments.
+    The package never uses a stub by itself, because a plan does not say how rows are grouped into units or which other
+    weights are coupled.
     """
     config = model.config.get_text_config()
-    shapes = {
-        name.removeprefix(f"{model.base_model_prefix}."): tuple(tensor.shape)
-        for name, tensor in model.state_dict().items()
-    }
-    near = nearest(config, shapes) or "none"
-    path, tensors = _layer_tensors(shapes)
+    prefix = f"{model.base_model_prefix}."
+    shapes = {name.removeprefix(prefix): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    family = nearest(config, shapes) or "none"
+
+    layer_path, tensors = _layer_tensors(shapes)
     if not tensors:
         raise StructPruneError(
-            f"{config.model_type!r} has no list of layers to make a stub from; the nearest family is {near}, start "
+            f"{config.model_type!r} has no list of layers to make a stub from; the nearest family is {family}, start "
             "from its file in arch/families."
         )
-    roles = _roles(getattr(config, "base_model_tp_plan", None) or {}, tensors)
-    files = [parse_yaml(path.read_text(encoding="utf-8")) for path in FAMILIES_FOLDER.glob("*.yaml")]
-    entries = [entry for described in files for entry in described if near in entry["model_types"]]
-    spaces = dict(_spaces(roles, tensors, config)) or (entries[0].get("spaces", {}) if entries else {})
-    head = [
+
+    plan = getattr(config, "base_model_tp_plan", None) or {}
+    roles = _roles(plan, tensors)
+    spaces = dict(_spaces(roles, tensors, config))
+    if not spaces:
+        spaces = _spaces_of_family(family)
+
+    lines = [
         f"# A stub for {config.model_type}: check every line, then pass the file as --arch.",
-        f"# The nearest family by names and shapes is {near}.",
+        f"# The nearest family by names and shapes is {family}.",
     ]
     if not roles:
-        head.append("# transformers has no tensor-parallel plan of its layers: the spaces are the nearest family's.")
-    taken = {name for space in spaces.values() for name in _names(space)}
-    head += [
-        f"# No space has {name.removesuffix('.weight')}, {' x '.join(map(str, shape))}."
-        for name, shape in tensors.items()
-        if len(shape) > 1 and name.removesuffix(".weight") not in taken
-    ]
-    entry = [{"model_types": [config.model_type], "layer_path": path, "spaces": spaces}]
-    return "\n".join([*head, yaml.safe_dump(entry, sort_keys=False).rstrip()])
+        lines.append("# transformers has no tensor-parallel plan of its layers: the spaces are the nearest family's.")
+    lines.extend(_comments_on_other_matrices(spaces, tensors))
+
+    entry = {"model_types": [config.model_type], "layer_path": layer_path, "spaces": spaces}
+    lines.append(yaml.safe_dump([entry], sort_keys=False).rstrip())
+    return "\n".join(lines)
+
+
+def _spaces_of_family(model_type: str) -> dict[str, Any]:
+    """Return the spaces in the description of a model type, or no spaces if the model type is not described."""
+    for path in FAMILIES_FOLDER.glob("*.yaml"):
+        for entry in parse_yaml(path.read_text(encoding="utf-8")):
+            if model_type in entry["model_types"]:
+                return entry.get("spaces", {})
+    return {}
+
+
+def _comments_on_other_matrices(spaces: Mapping[str, Any], tensors: TensorShapes) -> Iterator[str]:
+    """Yield a comment for each matrix of a layer that belongs to no space."""
+    names_in_spaces: set[str] = set()
+    for space in spaces.values():
+        names_in_spaces.update(_names(space))
+
+    for tensor_name, shape in tensors.items():
+        name = tensor_name.removesuffix(".weight")
+        if len(shape) > 1 and name not in names_in_spaces:
+            sizes = " x ".join(map(str, shape))
+            yield f"# No space has {name}, {sizes}."
 
 
 def _names(space: Mapping[str, Any]) -> list[str]:
-    """The modules and parameters that a space names, from the layer."""
-    prefix = f"{space['experts']}." if "experts" in space and "router" not in space else ""
-    return [f"{prefix}{name}" for name in (*space.get("producers", ()), *space.get("consumers", ()))]
+    """Return the names of the modules and parameters of a space, relative to the layer."""
+    names = list(space.get("producers", ())) + list(space.get("consumers", ()))
+    if "experts" in space and "router" not in space:
+        return [f"{space['experts']}.{name}" for name in names]
+    return names
 
 
 def nearest(config: PretrainedConfig, shapes: TensorShapes) -> str | None:
-    """The described model type most of whose tensors are there in the right shape; None where none fits."""
-    best: tuple[int, str | None] = (0, None)
+    """Return the described model type that shares the most tensors with a model, or None if none shares a tensor."""
+    nearest_type = None
+    most_tensors = 0
+
     for model_type, family in builtin_families().items():
         try:
-            fitting = len({axis.param for space in resolve(family, config, shapes).spaces for axis in space.axes})
-        except Exception:  # a template that does not fit a config may raise anything
+            spaces = resolve(family, config, shapes).spaces
+        except Exception:  # A description of another architecture may raise any error.
             continue
-        best = max(best, (fitting, model_type), key=lambda pair: pair[0])
-    return best[1]
+
+        params: set[str] = set()
+        for space in spaces:
+            params.update(axis.param for axis in space.axes)
+        if len(params) > most_tensors:
+            nearest_type = model_type
+            most_tensors = len(params)
+
+    return nearest_type
 
 
 def _layer_tensors(shapes: TensorShapes) -> tuple[str, dict[str, tuple[int, ...]]]:
-    """The path of the list of layers with the most parameters, and the shape of every tensor that some layer has."""
-    params: Counter[str] = Counter()
+    """Return the path of the largest list of layers, and the shapes of the tensors of its layers by name."""
+    num_params: Counter[str] = Counter()
     tensors: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
-        if match := IN_A_LIST.fullmatch(name):
-            path, _, rest = match.groups()
-            params[path] += prod(shape)
-            tensors.setdefault(path, {}).setdefault(rest, shape)
-    if not params:
+        match = IN_A_LIST.fullmatch(name)
+        if match is not None:
+            path, _, name_in_layer = match.groups()
+            num_params[path] += prod(shape)
+            tensors.setdefault(path, {}).setdefault(name_in_layer, shape)
+
+    if not num_params:
         return "", {}
-    path = params.most_common(1)[0][0]
-    return path, tensors[path]
+    largest_path = num_params.most_common(1)[0][0]
+    return largest_path, tensors[largest_path]
 
 
 def _roles(plan: Mapping[str, str], tensors: TensorShapes) -> Roles:
-    """For each module, the names of its projections that split by rows (producers) and by columns (consumers); modules
-    that lack one of the two are left out.
+    """Return the producers and the consumers of each module that has both.
+
+    Producers are the projections that the plan splits by rows, consumers the projections that it splits by columns.
     """
     roles: Roles = {}
     for pattern, style in plan.items():
+        if "colwise" in style:
+            side = "producers"
+        elif "rowwise" in style:
+            side = "consumers"
+        else:
+            continue
+
         name = pattern.partition(".*.")[2]
-        side = "producers" if "colwise" in style else "consumers" if "rowwise" in style else None
-        if side and (name in tensors or f"{name}.weight" in tensors):
-            roles.setdefault(name.rpartition(".")[0], {"producers": [], "consumers": []})[side].append(name)
-    return {owner: role for owner, role in roles.items() if role["producers"] and role["consumers"]}
+        if name in tensors or f"{name}.weight" in tensors:
+            module = name.rpartition(".")[0]
+            role = roles.setdefault(module, {"producers": [], "consumers": []})
+            role[side].append(name)
+
+    return {module: role for module, role in roles.items() if role["producers"] and role["consumers"]}
 
 
 def _spaces(roles: Roles, tensors: TensorShapes, config: PretrainedConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    for owner, role in roles.items():
-        if role["consumers"][0] in tensors:
-            yield f"{owner.replace('.', '_')}_mlp", _inside_experts(owner, role, tensors, config)
-        elif "attn" in owner or "attention" in owner:
+    """Yield the name and the description of the space of each module."""
+    for module, role in roles.items():
+        consumer = role["consumers"][0]
+        if consumer in tensors:
+            name = f"{module.replace('.', '_')}_mlp"
+            yield name, _inside_experts(module, role, tensors, config)
+        elif "attn" in module or "attention" in module:
             yield "attention", _heads(role, tensors, config)
         else:
-            size = tensors[f"{role['consumers'][0]}.weight"][1]
-            rows = {name: tensors[f"{name}.weight"][0] for name in role["producers"]}
-            yield owner.rpartition(".")[2] or "mlp", _channels(config, size, rows, role["consumers"])
+            name = module.rpartition(".")[2] or "mlp"
+            size = tensors[f"{consumer}.weight"][1]
+            rows = {producer: tensors[f"{producer}.weight"][0] for producer in role["producers"]}
+            yield name, _channels(config, size, rows, role["consumers"])
 
 
 def _heads(role: Mapping[str, list[str]], tensors: TensorShapes, config: PretrainedConfig) -> dict[str, Any]:
+    """Return a space of attention heads in KV groups."""
+    layer_config = config
+    if config.is_heterogeneous:
+        layer_config = config.per_layer_config[0]
     try:
-        heads, groups, head_dim = heads_of(config.per_layer_config[0] if config.is_heterogeneous else config)
+        heads, groups, head_dim = heads_of(layer_config)
     except (AttributeError, TypeError, ZeroDivisionError):
-        heads, groups, head_dim = 1, 1, 0
-    query, packed = heads * head_dim, (heads + 2 * groups) * head_dim
+        heads = 1
+        groups = 1
+        head_dim = 0
 
-    def unit(name: str) -> str | list[str]:
+    query_rows = heads * head_dim
+    key_rows = groups * head_dim
+
+    def unit_of(name: str) -> str | list[str]:
         rows = tensors[f"{name}.weight"][0]
-        if rows == packed:
+        if rows == query_rows + 2 * key_rows:
             return ["q", "kv", "kv"]
-        if rows == 2 * query and heads != groups:
+        if rows == 2 * query_rows and heads != groups:
             return "q_gate"
-        return "q" if rows > groups * head_dim or heads == groups else "kv"
+        if rows > key_rows or heads == groups:
+            return "q"
+        return "kv"
 
     return {
         "size": "num_key_value_heads",
         "also": ["num_attention_heads"],
         "pin": ["head_dim"],
-        "producers": {name: unit(name) for name in role["producers"]},
+        "producers": {name: unit_of(name) for name in role["producers"]},
         "consumers": dict.fromkeys(role["consumers"], "q"),
     }
 
 
 def _inside_experts(
-    owner: str, role: Mapping[str, list[str]], tensors: TensorShapes, config: PretrainedConfig
+    module: str, role: Mapping[str, list[str]], tensors: TensorShapes, config: PretrainedConfig
 ) -> dict[str, Any]:
-    """The space of the channels inside the experts that the parameters of a module stack."""
-    first, into = tensors[role["producers"][0]], tensors[role["consumers"][0]]
-    transposed = first[1] == into[2]  # the residual stream comes first where it is stored (in, out)
-    out = {name.removeprefix(f"{owner}."): tensors[name][2 if transposed else 1] for name in role["producers"]}
-    names = [name.removeprefix(f"{owner}.") for name in role["consumers"]]
-    space = _channels(config, into[1 if transposed else 2], out, names)
-    return {**space, "experts": owner, **({"transposed": True} if transposed else {})}
+    """Return a space of the channels inside experts, whose weights are stacked in the parameters of a module."""
+    producer_shape = tensors[role["producers"][0]]
+    consumer_shape = tensors[role["consumers"][0]]
+
+    # The weights of an expert are stored as (out, in), or transposed as (in, out).
+    is_transposed = producer_shape[1] == consumer_shape[2]
+    if is_transposed:
+        producer_axis = 2
+        consumer_axis = 1
+    else:
+        producer_axis = 1
+        consumer_axis = 2
+
+    rows = {name.removeprefix(f"{module}."): tensors[name][producer_axis] for name in role["producers"]}
+    consumers = [name.removeprefix(f"{module}.") for name in role["consumers"]]
+    space = _channels(config, consumer_shape[consumer_axis], rows, consumers)
+    space["experts"] = module
+    if is_transposed:
+        space["transposed"] = True
+    return space
 
 
-def _channels(config: PretrainedConfig, size: int, rows: Mapping[str, int], into: list[str]) -> dict[str, Any]:
-    """A space of single channels; a producer of twice as many rows has two packed parts."""
-    keys = [key for key, value in config.to_dict().items() if value == size and key != "vocab_size"]
+def _channels(config: PretrainedConfig, size: int, rows: Mapping[str, int], consumers: list[str]) -> dict[str, Any]:
+    """Return a space of single channels.
+
+    Args:
+        config: The config of the model.
+        size: The number of channels.
+        rows: The number of rows of each producer. A producer with twice as many rows packs two projections.
+        consumers: The names of the consumers.
+    """
+    producers: dict[str, str | list[str]] = {}
+    for name, num_rows in rows.items():
+        producers[name] = "unit"
+        if num_rows > size:
+            producers[name] = ["unit"] * (num_rows // size)
+
     return {
-        "size": next((key for key in keys if WIDTH_KEY.search(key)), keys[0] if keys else UNKNOWN_KEY),
-        "producers": {name: ["unit"] * (count // size) if count > size else "unit" for name, count in rows.items()},
-        "consumers": dict.fromkeys(into, "unit"),
+        "size": _width_key(config, size),
+        "producers": producers,
+        "consumers": dict.fromkeys(consumers, "unit"),
     }
+
+
+def _width_key(config: PretrainedConfig, size: int) -> str:
+    """Return the key of a config that has a size as its value. A key that sounds like an FFN width is preferred."""
+    keys = [key for key, value in config.to_dict().items() if value == size and key != "vocab_size"]
+    for key in keys:
+        if WIDTH_KEY.search(key):
+            return key
+
+    if keys:
+        return keys[0]
+    return UNKNOWN_KEY
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -181,8 +277,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("model", help="model id or folder")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     args = parser.parse_args(argv)
+
     config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
-    print(stub(meta_model(config, trust_remote_code=args.trust_remote_code)))
+    model = meta_model(config, trust_remote_code=args.trust_remote_code)
+    print(stub(model))
 
 
 if __name__ == "__main__":

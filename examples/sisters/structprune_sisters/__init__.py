@@ -1,4 +1,4 @@
-"""Methods of others beside those of optimum-structprune, to compare with; importing this registers them all."""
+"""Pruning methods of other papers, for comparisons. The import registers all of them in optimum-structprune."""
 
 from . import flap, gates, gradients, iterative_norm, slimllm
 

@@ -1,4 +1,4 @@
-"""The refit of FLAP: the mean output of the removed units goes into a bias."""
+"""The refit of FLAP, which adds the mean output of the removed units to the bias."""
 
 from __future__ import annotations
 
@@ -16,21 +16,24 @@ from optimum_structprune.method.calibrate import Moments
 def bias_refit(
     weight: Tensor, bias: Tensor | None, moments: Moments, keep: Tensor, damping: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Leave the kept columns as they are, and add the mean output of the removed ones to the bias.
+    """Return the kept columns unchanged, and the bias plus the mean output of the removed columns.
 
     This is eq. 8 of FLAP (An et al. 2023). See `optimum_structprune.method.refit.least_squares` for the arguments.
     """
     assert bias is not None, "refit='bias' needs consumers that have a bias; see `with_biases`"
-    removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-    removed[keep] = False
-    return weight[:, keep], bias + weight[:, removed] @ moments.mean[removed].to(weight)
+    is_removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+    is_removed[keep] = False
+
+    mean = moments.mean[is_removed].to(weight)
+    return weight[:, keep], bias + weight[:, is_removed] @ mean
 
 
 def with_biases(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a Llama whose FFN has biases of zero, which compute nothing yet."""
+    """Return a copy of a Llama with biases of zero in its FFN. The copy has the same outputs."""
     config = deepcopy(model.config)
     config.mlp_bias = True
     copy = type(model)(config).to(model.device, model.dtype)
+
     for parameter in copy.parameters():
         parameter.data.zero_()
     copy.load_state_dict(model.state_dict(), strict=False)

@@ -1,4 +1,4 @@
-"""What the loss says of the input of every consumer, against autograd done by hand."""
+"""Gradients by the input of every consumer, compared with autograd."""
 
 import pytest
 import torch
@@ -15,53 +15,65 @@ pytestmark = pytest.mark.nightly
 DOWN = "model.layers.1.mlp.down_proj"
 
 
-def directly(model, ids, labels):
-    """|x ∂L/∂x| at `DOWN`, summed over tokens, by running the model with x as a leaf."""
-    caught = {}
+def saliency_by_autograd(model, ids):
+    """Return |x ∂L/∂x| at `DOWN`, summed over tokens, from a forward pass in which x is a leaf."""
+    inputs = []
 
-    def catch(module, args):
-        caught["x"] = args[0].detach().requires_grad_()
-        return (caught["x"],)
+    def make_leaf(module, args):
+        x = args[0].detach().requires_grad_()
+        inputs.append(x)
+        return (x,)
 
-    handle = model.get_submodule(DOWN).register_forward_pre_hook(catch)
+    handle = model.get_submodule(DOWN).register_forward_pre_hook(make_leaf)
     logits = model(ids).logits
     handle.remove()
-    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
-    (slope,) = torch.autograd.grad(loss, caught["x"])
-    return (caught["x"] * slope).abs().detach().double().sum((0, 1))
+
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    (x,) = inputs
+    (gradient,) = torch.autograd.grad(loss, x)
+    return (x * gradient).abs().detach().double().sum((0, 1))
 
 
-def test_saliency_is_what_autograd_gives():
+def test_saliencies_equal_the_result_of_autograd():
     model = build("llama-tied")
-    first, second = token_ids(3, 10), token_ids(2, 10, seed=5)
-    batches = [Batch(0, first[:2]), Batch(1, second), Batch(0, first[2:])]
-    found = saliencies(model, describe(model), batches)[DOWN]
-    expected = directly(model, first, first) / (3 * 9)
-    torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-9)
-    expected = directly(model, second, second) / (2 * 9)
-    torch.testing.assert_close(found[1], expected, rtol=1e-4, atol=1e-9)
+    first_ids = token_ids(3, 10)
+    second_ids = token_ids(2, 10, seed=5)
+    batches = [Batch(0, first_ids[:2]), Batch(1, second_ids), Batch(0, first_ids[2:])]
+
+    saliency = saliencies(model, describe(model), batches)[DOWN]
+
+    expected = saliency_by_autograd(model, first_ids) / (3 * 9)
+    torch.testing.assert_close(saliency[0], expected, rtol=1e-4, atol=1e-9)
+    expected = saliency_by_autograd(model, second_ids) / (2 * 9)
+    torch.testing.assert_close(saliency[1], expected, rtol=1e-4, atol=1e-9)
 
 
-def test_a_domain_that_another_process_counts_says_nothing_here():
+def test_a_domain_that_another_process_counts_has_no_saliency():
     model = build("llama-tied")
     batches = [Batch(0, token_ids()), Batch(1, token_ids(), counts=False)]
-    found = saliencies(model, describe(model), batches)[DOWN]
-    assert found[0].min() > 0 and torch.equal(found[1], torch.zeros(40, dtype=torch.float64))
+
+    saliency = saliencies(model, describe(model), batches)[DOWN]
+
+    assert saliency[0].min() > 0
+    assert torch.equal(saliency[1], torch.zeros(40, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_nothing_stays_behind(fails, monkeypatch):
+def test_the_model_is_unchanged_afterwards(fails, monkeypatch):
     model = build("llama-tied")
     frozen = model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
-    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
     if fails:
         monkeypatch.setattr(model.lm_head, "forward", lambda x: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             saliencies(model, describe(model), [Batch(0, token_ids())])
     else:
         saliencies(model, describe(model), [Batch(0, token_ids())])
-    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
-    assert not frozen.requires_grad and all(parameter.grad is None for parameter in model.parameters())
+
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+    assert not frozen.requires_grad
+    assert all(parameter.grad is None for parameter in model.parameters())
     assert count_hooks(model) == 0
 
 
@@ -71,22 +83,34 @@ DENSE = [
 
 
 @pytest.mark.parametrize("case", DENSE)
-def test_every_dense_family_gives_gradients(case):
+def test_every_dense_family_has_gradients(case):
     model = build(case)
     arch = describe(model)
-    found = saliencies(model, arch, [Batch(0, token_ids())])
-    assert set(found) == {axis.module for space in arch.spaces for axis in space.consumers}
-    assert all(one.isfinite().all() and one.sum() > 0 for one in found.values())
+    saliency_by_module = saliencies(model, arch, [Batch(0, token_ids())])
+
+    modules = set()
+    for space in arch.spaces:
+        modules.update(axis.module for axis in space.consumers)
+    assert set(saliency_by_module) == modules
+
+    for saliency in saliency_by_module.values():
+        assert saliency.isfinite().all()
+        assert saliency.sum() > 0
 
 
-def test_taylor_prunes_and_drops_what_the_loss_does_not_need():
+def test_taylor_removes_channels_without_influence_on_the_loss():
     model = build("llama-tied")
+    idle_channels = set(range(5, 20))
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight[:, 5:20] = 0
+
     pruner = StructPruner(config(criterion="taylor", rounds=2))
-    small = pruner.prune_model(model, tokenizer())
-    kept = pruner.plan.keep[0, "mlp"]
-    assert len(kept) == 24 and set(range(5, 20)) & set(kept) == set() and count_hooks(small) == 0
+    pruned = pruner.prune_model(model, tokenizer())
+
+    kept_channels = pruner.plan.keep[0, "mlp"]
+    assert len(kept_channels) == 24
+    assert not idle_channels & set(kept_channels)
+    assert count_hooks(pruned) == 0
 
 
 @pytest.mark.parametrize("case", ["bert", "mixtral"])

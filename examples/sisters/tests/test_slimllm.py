@@ -1,4 +1,4 @@
-"""The refit of `slope`, as SlimLLM has it."""
+"""The refit `slope` of SlimLLM."""
 
 import pytest
 import torch
@@ -12,40 +12,56 @@ from optimum_structprune.method.calibrate import Moments
 pytestmark = pytest.mark.nightly
 
 
-def test_the_slope_is_no_refit_of_what_is_read_all_over_the_model():
+def test_the_slope_is_refused_for_channels_of_the_whole_model():
     fields = config(refit="slope", widths={"hidden": 24})
     with pytest.raises(StructPruneError, match="refit='slope' is for consumers inside the layers"):
         StructPruner(fields).prune_model(build("llama-tied"), tokenizer())
 
 
-def problem(seed: int, n: int = 12, out: int = 5, count: int = 200):
+def random_problem(seed: int, n: int = 12, out: int = 5, count: int = 200):
+    """Return a weight, a bias, and correlated inputs of a nonzero mean."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(n, n, generator=generator)
     x = torch.randn(count, n, generator=generator) @ mix + 0.5
-    return torch.randn(out, n, generator=generator), torch.randn(out, generator=generator), x
+    weight = torch.randn(out, n, generator=generator)
+    bias = torch.randn(out, generator=generator)
+    return weight, bias, x
 
 
 def moments_of(x: torch.Tensor) -> Moments:
     return Moments.empty(x.shape[1], gram=True).update(x)
 
 
+def regression(pruned: torch.Tensor, dense: torch.Tensor, with_intercept: bool) -> list[float]:
+    """Return the slope of the regression of dense outputs on pruned outputs, and the intercept if there is one."""
+    columns = [pruned]
+    if with_intercept:
+        columns.append(torch.ones_like(pruned))
+    return torch.linalg.lstsq(torch.stack(columns, 1), dense[:, None]).solution.flatten().tolist()
+
+
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_the_slope_is_the_regression_of_every_output(with_bias):
-    weight, bias, x = problem(5)
-    bias, keep = bias if with_bias else None, torch.arange(7)
-    new, new_bias = slope_refit(weight, bias, moments_of(x), keep, 0.1)
+    weight, bias, x = random_problem(5)
+    if not with_bias:
+        bias = None
+    keep = torch.arange(7)
+
+    refitted, new_bias = slope_refit(weight, bias, moments_of(x), keep, 0.1)
+
     assert (new_bias is None) == (bias is None)
     for i in range(5):
-        pruned, dense = (x[:, keep] @ weight[i, keep])[:, None], x @ weight[i]
-        pruned = torch.cat([pruned, torch.ones_like(pruned)], 1) if with_bias else pruned
-        slope, *shift = torch.linalg.lstsq(pruned, dense[:, None]).solution.flatten().tolist()
-        torch.testing.assert_close(new[i], slope * weight[i, keep], rtol=1e-3, atol=1e-4)
-        if shift:
-            assert float(new_bias[i] - bias[i]) == pytest.approx(shift[0], rel=1e-2, abs=1e-2)
+        coefficients = regression(x[:, keep] @ weight[i, keep], x @ weight[i], with_bias)
+        torch.testing.assert_close(refitted[i], coefficients[0] * weight[i, keep], rtol=1e-3, atol=1e-4)
+        if with_bias:
+            assert float(new_bias[i] - bias[i]) == pytest.approx(coefficients[1], rel=1e-2, abs=1e-2)
 
 
-def test_an_output_that_is_gone_has_no_slope():
-    weight, _, x = problem(5)
+def test_an_output_that_is_zero_after_pruning_remains_zero():
+    weight, _, x = random_problem(5)
     weight[2, :7] = 0
-    new, _ = slope_refit(weight, None, moments_of(x), torch.arange(7), 0.1)
-    assert new.isfinite().all() and not new[2].any()
+
+    refitted, _ = slope_refit(weight, None, moments_of(x), torch.arange(7), 0.1)
+
+    assert refitted.isfinite().all()
+    assert not refitted[2].any()

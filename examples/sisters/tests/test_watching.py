@@ -1,4 +1,4 @@
-"""The criteria of other papers, against their formulas written out."""
+"""The criteria of other papers, compared with their formulas."""
 
 import pytest
 import torch
@@ -15,7 +15,9 @@ from optimum_structprune.method.layers import Batch
 
 
 pytestmark = pytest.mark.nightly
-DOWN, UP, GATE = (f"model.layers.1.mlp.{name}_proj" for name in ("down", "up", "gate"))
+DOWN = "model.layers.1.mlp.down_proj"
+UP = "model.layers.1.mlp.up_proj"
+GATE = "model.layers.1.mlp.gate_proj"
 NAMES = ["slimllm", "pip", "iterative_norm"]
 
 
@@ -24,129 +26,181 @@ def model():
     return build("llama-tied")
 
 
-def inputs_of(model, name, ids=None, **given):
-    """What a module reads, shape `(batch, seq_length, n)`."""
-    caught = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+def inputs_of(model, name, ids):
+    """Return the input of a module on samples, shape `(batch, seq_length, n)`."""
+    inputs = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     with torch.no_grad():
-        model(ids, **given)
+        model(ids)
     handle.remove()
-    return caught[0]
+    return inputs[0]
 
 
-def case(units, columns):
+def random_problem(units, columns):
+    """Return a weight, correlated inputs of a nonzero mean, and the moments of the inputs."""
     generator = torch.Generator().manual_seed(0)
     n = units * columns
     x = torch.randn(300, n, generator=generator) @ torch.randn(n, n, generator=generator) + 1
-    return torch.randn(7, n, generator=generator), x, Moments.empty(n, gram=True).update(x)
+    weight = torch.randn(7, n, generator=generator)
+    return weight, x, Moments.empty(n, gram=True).update(x)
 
 
-def pearson(left, right):
-    """Over tokens, summed over outputs."""
-    left, right = (y - y.mean(0) for y in (left, right))
-    return float(((left * right).sum(0) / left.norm(dim=0) / right.norm(dim=0)).abs().sum())
+def correlation(first, second):
+    """Return the sum of the absolute correlations over tokens of the outputs."""
+    first = first - first.mean(0)
+    second = second - second.mean(0)
+    correlations = (first * second).sum(0) / first.norm(dim=0) / second.norm(dim=0)
+    return float(correlations.abs().sum())
 
 
 def test_slimllm_scores_channels_in_the_principal_directions_of_the_output():
-    weight, x, moments = case(6, 1)
+    weight, x, moments = random_problem(6, 1)
     moments.prior = torch.rand(6, dtype=torch.float64)
-    found = slimllm(weight, moments, 1, config())
-    values, directions = torch.linalg.eigh(torch.cov((x @ weight.T).T, correction=0))
-    importance = torch.sigmoid(values.abs() / values.abs().mean())
+
+    scores = slimllm(weight, moments, 1)
+
+    eigenvalues, eigenvectors = torch.linalg.eigh(torch.cov((x @ weight.T).T, correction=0))
+    importance = torch.sigmoid(eigenvalues.abs() / eigenvalues.abs().mean())
     for j in range(6):
-        expected = ((weight[:, j] @ directions).abs() * importance).norm() * x[:, j].square().mean().sqrt()
-        assert float(found[j]) == pytest.approx(float(expected + moments.prior[j]), rel=1e-3)
+        norm = ((weight[:, j] @ eigenvectors).abs() * importance).norm()
+        expected = norm * x[:, j].square().mean().sqrt() + moments.prior[j]
+        assert float(scores[j]) == pytest.approx(float(expected), rel=1e-3)
 
 
-def test_slimllm_scores_groups_by_the_similarity_of_what_is_left():
-    weight, x, moments = case(4, 3)
-    found = slimllm(weight, moments, 3, config())
+def test_slimllm_scores_groups_by_the_correlation_of_the_output_without_them():
+    weight, x, moments = random_problem(4, 3)
+
+    scores = slimllm(weight, moments, 3)
+
     for unit in range(4):
-        left = x.clone()
-        left[:, 3 * unit : 3 * unit + 3] = 0
-        assert float(found[unit]) == pytest.approx(-pearson(left @ weight.T, x @ weight.T), rel=1e-3)
+        x_without_unit = x.clone()
+        x_without_unit[:, 3 * unit : 3 * unit + 3] = 0
+        expected = -correlation(x_without_unit @ weight.T, x @ weight.T)
+        assert float(scores[unit]) == pytest.approx(expected, rel=1e-3)
 
 
-def test_inflows_are_the_norms_of_what_drives_a_channel(model):
-    first, second = token_ids(), token_ids(seed=5)
-    found = inflows(model, describe(model), [Batch(0, first), Batch(1, second)])
-    for domain, x in enumerate((inputs_of(model, UP, first), inputs_of(model, UP, second))):
-        size = x.reshape(-1, 32).square().mean(0).sqrt()
-        expected = sum((model.get_submodule(name).weight * size).norm(dim=1) for name in (UP, GATE))
-        torch.testing.assert_close(found[DOWN][domain].float(), expected.detach())
-    assert not found["model.layers.1.self_attn.o_proj"].any()
+def test_inflows_are_the_norms_of_the_producers_of_a_channel(model):
+    samples = [token_ids(), token_ids(seed=5)]
+    norms = inflows(model, describe(model), [Batch(0, samples[0]), Batch(1, samples[1])])
+
+    for domain, ids in enumerate(samples):
+        size = inputs_of(model, UP, ids).reshape(-1, 32).square().mean(0).sqrt()
+        expected = torch.zeros(40)
+        for name in (UP, GATE):
+            expected += (model.get_submodule(name).weight.detach() * size).norm(dim=1)
+        torch.testing.assert_close(norms[DOWN][domain].float(), expected)
+
+    assert not norms["model.layers.1.self_attn.o_proj"].any()
 
 
 @pytest.mark.parametrize("per_unit", [1, 2])
-def test_removal_effects_are_the_norms_of_what_would_be_missing(per_unit):
-    weight, x, _ = case(6, per_unit)
+def test_removal_effects_are_the_norms_of_the_removed_output(per_unit):
+    weight, x, _ = random_problem(6, per_unit)
     removed = [4, 1]
-    found = removal_effects(weight, x, removed, per_unit)
-    for unit in range(6):
-        columns = [per_unit * one + i for one in {*removed} | {unit} for i in range(per_unit)]
+
+    effects = removal_effects(weight, x, removed, per_unit)
+
+    for unit in (0, 2, 3, 5):
+        columns = []
+        for removed_unit in removed + [unit]:
+            start = per_unit * removed_unit
+            columns.extend(range(start, start + per_unit))
         expected = (x[:, columns] @ weight[:, columns].T).norm(dim=1).mean()
-        if unit not in removed:
-            assert float(found[unit]) == pytest.approx(float(expected), rel=1e-3)
+        assert float(effects[unit]) == pytest.approx(float(expected), rel=1e-3)
 
 
-def test_units_go_sample_by_sample_and_domain_by_domain(model):
+def test_each_sample_of_each_domain_removes_units(model):
+    first_ids = token_ids(2)
+    second_ids = token_ids(2, seed=5)
+    orders = removal_orders(model, describe(model), [Batch(0, first_ids), Batch(1, second_ids)])[DOWN]
+    assert torch.equal(orders[0], orders[1])
+
+    # Each of the four samples removes ten of the 40 units.
     weight = model.get_submodule(DOWN).weight.detach()
-    first, second = token_ids(2), token_ids(2, seed=5)
-    found = removal_orders(model, describe(model), [Batch(0, first), Batch(1, second)])[DOWN]
-    assert torch.equal(found[0], found[1])
-    removed: list[int] = []
-    for x in (*inputs_of(model, DOWN, first), *inputs_of(model, DOWN, second)):
-        missing = x[:, removed] @ weight[:, removed].T
-        left = {j: float((missing + x[:, j, None] * weight[:, j]).norm(dim=1).mean()) for j in range(40)}
-        removed += sorted({*left} - {*removed}, key=left.__getitem__)[:10]
-    assert found[0].argsort().tolist() == removed
+    removed = []
+    for x in torch.cat([inputs_of(model, DOWN, first_ids), inputs_of(model, DOWN, second_ids)]):
+        removed_output = x[:, removed] @ weight[:, removed].T
+        effects = {}
+        for unit in range(40):
+            if unit not in removed:
+                output = removed_output + x[:, unit, None] * weight[:, unit]
+                effects[unit] = float(output.norm(dim=1).mean())
+        removed += sorted(effects, key=effects.get)[:10]
+    assert orders[0].argsort().tolist() == removed
+
+
+def gate_gradient(model, embeddings, labels):
+    """Return the gradient of the loss of one sample by gates on the input of `DOWN`."""
+    gates = torch.ones(40, requires_grad=True)
+    handle = model.get_submodule(DOWN).register_forward_pre_hook(lambda module, args: args[0] * gates)
+    logits = model(inputs_embeds=embeddings[None]).logits[0, :-1]
+    handle.remove()
+
+    loss = torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum")
+    return torch.autograd.grad(loss, gates)[0]
 
 
 def test_contrasts_are_the_differences_of_the_gradients_of_gates(model):
     ids = token_ids()
-    found = contrasts(model, describe(model), [Batch(0, ids)])[DOWN][0]
-    plain = model.get_input_embeddings()(ids).detach()
-    noise = torch.randn(plain.shape, generator=torch.Generator().manual_seed(0))
+    contrast = contrasts(model, describe(model), [Batch(0, ids)])[DOWN][0]
+
+    embeddings = model.get_input_embeddings()(ids).detach()
+    noise = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(0))
+    perturbed_embeddings = embeddings + NOISE * embeddings.square().mean(-1, keepdim=True).sqrt() * noise
     expected = torch.zeros(40)
     for row, labels in enumerate(ids):
-        slopes = []
-        for view in (plain, plain + NOISE * plain.square().mean(-1, keepdim=True).sqrt() * noise):
-            gate = torch.ones(40, requires_grad=True)
-            hook = model.get_submodule(DOWN).register_forward_pre_hook(lambda module, args, gate=gate: args[0] * gate)
-            logits = model(inputs_embeds=view[row : row + 1]).logits[0, :-1]
-            hook.remove()
-            loss = torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum")
-            slopes.append(torch.autograd.grad(loss, gate)[0])
-        expected += (slopes[0] - slopes[1]).abs()
-    torch.testing.assert_close(found.float(), expected / (2 * 11), rtol=1e-3, atol=1e-6)
+        gradient = gate_gradient(model, embeddings[row], labels)
+        perturbed_gradient = gate_gradient(model, perturbed_embeddings[row], labels)
+        expected += (gradient - perturbed_gradient).abs()
+
+    torch.testing.assert_close(contrast.float(), expected / (2 * 11), rtol=1e-3, atol=1e-6)
+
+
+def model_with_idle_channels():
+    """Build a model in which the channels 5 to 19 of the first FFN compute nothing."""
+    model = build("llama-tied")
+    mlp = model.model.layers[0].mlp
+    with torch.no_grad():
+        mlp.down_proj.weight[:, 5:20] = 0
+        mlp.gate_proj.weight[5:20] = 0
+        mlp.up_proj.weight[5:20] = 0
+    return model
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("refit", ["none", "least_squares"])
-def test_they_prune_channels_and_groups(name, refit, model):
-    with torch.no_grad():
-        idle = build("llama-tied")
-        idle.model.layers[0].mlp.down_proj.weight[:, 5:20] = 0
-        idle.model.layers[0].mlp.gate_proj.weight[5:20] = idle.model.layers[0].mlp.up_proj.weight[5:20] = 0
+def test_the_criteria_prune_channels_and_groups(name, refit):
     pruner = StructPruner(config(criterion=name, refit=refit, widths={"mlp": 24, "attention": 2}, rounds=2))
-    small = pruner.prune_model(idle, tokenizer())
-    kept = pruner.plan.keep
-    assert len(kept[0, "mlp"]) == 24 and not set(range(5, 20)) & set(kept[0, "mlp"])
-    assert len(kept[1, "attention"]) == 2 and count_hooks(small) == 0
+    pruned = pruner.prune_model(model_with_idle_channels(), tokenizer())
+
+    kept_channels = pruner.plan.keep[0, "mlp"]
+    assert len(kept_channels) == 24
+    assert not set(range(5, 20)) & set(kept_channels)
+    assert len(pruner.plan.keep[1, "attention"]) == 2
+    assert count_hooks(pruned) == 0
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_they_cannot_judge_is_refused_before_anything_runs(name):
+def test_models_with_experts_are_refused_before_anything_runs(name):
     with pytest.raises(StructPruneError, match="choose criterion='obs' or 'wanda'"):
         StructPruner(config(criterion=name)).prune_model(build("mixtral"), tokenizer())
 
 
 @pytest.mark.parametrize("case", ["gpt2-tied", "phi3", "bert"])
-def test_other_layouts_are_watched_too(case):
-    other = build(case)
-    arch = describe(other)
+def test_other_layouts_have_statistics_too(case):
+    model = build(case)
+    arch = describe(model)
+    modules = set()
+    ffn_modules = set()
+    for space in arch.spaces:
+        names = [axis.module for axis in space.consumers]
+        modules.update(names)
+        if space.kind == "mlp":
+            ffn_modules.update(names)
+
     for watch in (inflows, removal_orders):
-        found = watch(other, arch, batches())
-        assert set(found) == {axis.module for space in arch.spaces for axis in space.consumers}
-        channels = [axis.module for space in arch.spaces if space.kind == "mlp" for axis in space.consumers]
-        assert all(found[name].isfinite().all() and found[name].sum() > 0 for name in channels)
+        statistics = watch(model, arch, batches())
+        assert set(statistics) == modules
+        for name in ffn_modules:
+            assert statistics[name].isfinite().all()
+            assert statistics[name].sum() > 0
