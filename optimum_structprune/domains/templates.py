@@ -155,11 +155,13 @@ def messages_of(conversation: Any) -> list[dict[str, Any]]:
 
 
 def _content_of(fields: Row) -> Any:
-    """Return the text of a message. The texts of several parts are joined."""
+    """Return the text of a message, joined from its parts. A message with tool calls needs no text."""
     content = fields.get("content", fields.get("value"))
 
-    if content is None and ("content" in fields or "value" in fields):
-        return ""
+    if content is None:
+        may_be_empty = "content" in fields or "value" in fields or fields.get("tool_calls")
+        if may_be_empty:
+            return ""
     if not isinstance(content, list):
         return content
 

@@ -191,10 +191,14 @@ def test_only_the_text_of_a_message_in_parts_is_read():
 def test_messages_without_content_are_rendered():
     tool_call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
     silent = {"role": "assistant", "content": None}
+    # OpenAI leaves out the content of a message with tool calls.
+    short_tool_call = {"role": "assistant", "tool_calls": tool_call["tool_calls"]}
     tool_template = "{{ messages[0].tool_calls[0].function.name }}"
 
     for message, template, expected in (
         (tool_call, tool_template, "f"),
+        (short_tool_call, tool_template, "f"),
+        (short_tool_call, CHATML, "<|assistant|></s>\n"),
         (silent, CHATML, "<|assistant|></s>\n"),
     ):
         domain = DomainConfig("d", [{"messages": [message]}], template="chat")
