@@ -205,6 +205,22 @@ def test_messages_without_content_are_rendered():
         assert list(documents(domain, 0, tokenizer_with_template(template))) == [expected]
 
 
+def test_reasoning_and_tools_are_rendered(tmp_path):
+    template = (
+        "{% for m in messages %}{{ m.reasoning_content }}{{ m.thinking }}{{ m.content }}{% endfor %}"
+        "{% for tool in tools or [] %}[{{ tool.name }}]{% endfor %}"
+    )
+    thought = {"messages": [{"role": "assistant", "content": "c", "reasoning_content": "r", "thinking": "t"}]}
+    tools_of_rows = [[{"name": "f"}, {"name": "g"}], [], None, "f", ["f"]]
+    rows = [thought | {"tools": tools} for tools in tools_of_rows]
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(rows[0]))
+
+    for source, expected in ((rows + [thought], ["rtc"] * 5 + ["rtc[f][g]"]), (str(path), ["rtc[f][g]"])):
+        domain = DomainConfig("d", source, template="chat")
+        assert sorted(documents(domain, 0, tokenizer_with_template(template))) == expected
+
+
 def test_invalid_rows_and_templates_are_refused():
     invalid_message = "'d': a message needs a role and a text, got "
 
