@@ -9,12 +9,13 @@ from itertools import chain, islice
 from math import log, nan
 
 import torch
+from tokenizers.models import Unigram
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.meta import positions_of
 from ..config.domains import DomainConfig
-from ..errors import StructPruneError
+from ..errors import StructPruneError, one_line
 from .templates import chat_text
 
 
@@ -24,6 +25,8 @@ USED = "used"
 PROBE = "probe"
 # After this number of documents with another role in a row, a stream counts as exhausted, because it may be endless.
 MAX_SKIPPED_DOCUMENTS = 10_000
+# A letter of Egyptian hieroglyphs, which most tokenizers do not know.
+RARE_CHARACTER = "\U00013000"
 
 
 @dataclass(frozen=True)
@@ -176,6 +179,21 @@ class DocumentPool:
         for document in stream:
             self.documents.append(document)
             yield document
+
+
+def check_unknown(tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Raise if a tokenizer fails at a character that it does not know."""
+    if tokenizer is None or not tokenizer.is_fast or not isinstance(tokenizer.backend_tokenizer.model, Unigram):
+        return
+
+    # The library raises an exception without a class of its own.
+    try:
+        tokenizer(RARE_CHARACTER)
+    except Exception as error:
+        raise StructPruneError(
+            f"The tokenizer cannot read all text, because its Unigram model has no unknown token: {one_line(error)}. "
+            "Set `unk_id` in the `model` of its tokenizer.json to the id of a token, such as <unk>."
+        ) from error
 
 
 def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int | None:

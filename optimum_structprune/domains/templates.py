@@ -22,8 +22,8 @@ T = TypeVar("T")
 # Messages have the fields `role` and `content`, or `from` and `value` with other names of the roles.
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
-# The fields of tool calls and of their answers, which a message may have in addition to its text.
-TOOL_FIELDS = ("tool_calls", "tool_call_id", "name")
+# The fields that a message may have in addition to its text: tool calls, their answers, and reasoning.
+MESSAGE_FIELDS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
 # The chat template for models without one.
 TRANSCRIPT = "{% for m in messages %}{{ m['role'].capitalize() }}: {{ m['content'] }}\n\n{% endfor %}"
 # Chat templates may write the date, and calibration text must not depend on the day. These dates cover all months and
@@ -50,7 +50,7 @@ def rendered(row: Row, domain: DomainConfig, tokenizer: PreTrainedTokenizerBase 
     template = None
     if not tokenizer.chat_template:
         template = TRANSCRIPT
-    return chat_text(tokenizer, messages, template, where=f" in the domain {domain.name!r}")
+    return chat_text(tokenizer, messages, template, where=f" in the domain {domain.name!r}", tools=_tools_of(row))
 
 
 def chat_text(
@@ -90,6 +90,17 @@ def chat_text(
             f"The chat template of {name!r} does not accept a conversation with the roles {roles}{where}: "
             f"{one_line(error)}. Set `tokenizer.chat_template` to one that accepts it, or use other text."
         ) from error
+
+
+def _tools_of(row: Row) -> list[dict[str, Any]] | None:
+    """Return the descriptions of tools in the column `tools` of a row, or None if it has none."""
+    tools = row.get("tools")
+
+    if not tools or not isinstance(tools, list):
+        return None
+    if not all(isinstance(tool, dict) for tool in tools):
+        return None
+    return tools
 
 
 def _with_fixed_date(template: str, date: datetime) -> str:
@@ -146,7 +157,7 @@ def messages_of(conversation: Any) -> list[dict[str, Any]]:
             raise StructPruneError(f"a message needs a role and a text, got {item!r:.60}.")
 
         message = {"role": ROLES.get(role, role), "content": content}
-        for name in TOOL_FIELDS:
+        for name in MESSAGE_FIELDS:
             if fields.get(name):
                 message[name] = fields[name]
         messages.append(message)
@@ -155,11 +166,13 @@ def messages_of(conversation: Any) -> list[dict[str, Any]]:
 
 
 def _content_of(fields: Row) -> Any:
-    """Return the text of a message. The texts of several parts are joined."""
+    """Return the text of a message, joined from its parts. A message with tool calls needs no text."""
     content = fields.get("content", fields.get("value"))
 
-    if content is None and ("content" in fields or "value" in fields):
-        return ""
+    if content is None:
+        may_be_empty = "content" in fields or "value" in fields or fields.get("tool_calls")
+        if may_be_empty:
+            return ""
     if not isinstance(content, list):
         return content
 

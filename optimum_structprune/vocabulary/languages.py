@@ -114,7 +114,8 @@ def costs_before(
 ) -> dict[str, dict[str, Any]]:
     """Measure the dense model by language.
 
-    The languages to keep come first. The other languages follow by their number of tokens, up to `MEASURED_TOKENS`.
+    The languages to keep come first. The other languages follow by their number of tokens, up to `MEASURED_TOKENS`. No
+    language is measured if all texts are longer than the positions of the model.
 
     Args:
         model: The dense model, or None to count tokens instead.
@@ -153,8 +154,12 @@ def with_costs_after(
 def known_languages(bits: Mapping[str, float]) -> set[str]:
     """Return the languages whose text costs at most `MAX_KNOWN_RATIO` times the bits of the best language.
 
-    `bits` are the bits per byte by language. All languages have the same text, so the total bits are compared.
+    `bits` are the bits per byte by language. All languages have the same text, so the total bits are compared. If none
+    was measured, none is known.
     """
+    if not bits:
+        return set()
+
     totals = {code: per_byte * len(texts()[code].encode()) for code, per_byte in bits.items()}
     limit = MAX_KNOWN_RATIO * min(totals.values())
 

@@ -191,14 +191,34 @@ def test_only_the_text_of_a_message_in_parts_is_read():
 def test_messages_without_content_are_rendered():
     tool_call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
     silent = {"role": "assistant", "content": None}
+    # OpenAI leaves out the content of a message with tool calls.
+    short_tool_call = {"role": "assistant", "tool_calls": tool_call["tool_calls"]}
     tool_template = "{{ messages[0].tool_calls[0].function.name }}"
 
     for message, template, expected in (
         (tool_call, tool_template, "f"),
+        (short_tool_call, tool_template, "f"),
+        (short_tool_call, CHATML, "<|assistant|></s>\n"),
         (silent, CHATML, "<|assistant|></s>\n"),
     ):
         domain = DomainConfig("d", [{"messages": [message]}], template="chat")
         assert list(documents(domain, 0, tokenizer_with_template(template))) == [expected]
+
+
+def test_reasoning_and_tools_are_rendered(tmp_path):
+    template = (
+        "{% for m in messages %}{{ m.reasoning_content }}{{ m.thinking }}{{ m.content }}{% endfor %}"
+        "{% for tool in tools or [] %}[{{ tool.name }}]{% endfor %}"
+    )
+    thought = {"messages": [{"role": "assistant", "content": "c", "reasoning_content": "r", "thinking": "t"}]}
+    tools_of_rows = [[{"name": "f"}, {"name": "g"}], [], None, "f", ["f"]]
+    rows = [thought | {"tools": tools} for tools in tools_of_rows]
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(rows[0]))
+
+    for source, expected in ((rows + [thought], ["rtc"] * 5 + ["rtc[f][g]"]), (str(path), ["rtc[f][g]"])):
+        domain = DomainConfig("d", source, template="chat")
+        assert sorted(documents(domain, 0, tokenizer_with_template(template))) == expected
 
 
 def test_invalid_rows_and_templates_are_refused():

@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import VOCAB, build, config, documents, real_text_model, tokenizer
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers.models import Unigram, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from optimum_structprune import DomainConfig, StructPruner, evaluate, export_gguf, prune_model, recover
 from optimum_structprune.commands.cli import main
 from optimum_structprune.domains.manifest import check_tokens, has_files, remember_text, tokenizer_of
-from optimum_structprune.domains.packing import Passages
+from optimum_structprune.domains.packing import Passages, check_unknown
 from optimum_structprune.errors import StructPruneError
 from optimum_structprune.evaluation.heldout import read_heldout
 from optimum_structprune.forward.metrics import row_losses, sample_losses
@@ -101,6 +102,25 @@ def test_a_tokenizer_with_other_ids_is_refused_before_text_is_read(tmp_path, nam
 
     with pytest.raises(StructPruneError, match=REVERSED_MESSAGE):
         ENTRY_POINTS[name](model, reversed_tokenizer())
+
+
+@pytest.mark.parametrize("name", ["prune", "evaluate", "recover"])
+def test_a_tokenizer_without_an_unknown_token_is_refused_before_text_is_read(name):
+    words = [(f"w{number}", -1.0) for number in range(VOCAB)]
+    limited_tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(Unigram(words)))
+
+    with pytest.raises(StructPruneError, match="no unknown token: .* Set `unk_id` in the `model` of"):
+        ENTRY_POINTS[name](build("llama-tied"), limited_tokenizer)
+
+
+def test_unigram_tokenizers_that_read_all_text_are_accepted():
+    pieces = [(character, -1.0) for character in ByteLevel.alphabet()]
+    byte_level = Tokenizer(Unigram(pieces))
+    byte_level.pre_tokenizer = ByteLevel()
+    with_unknown = Tokenizer(Unigram(pieces, unk_id=0))
+
+    for backend in (byte_level, with_unknown):
+        check_unknown(PreTrainedTokenizerFast(tokenizer_object=backend))
 
 
 def test_models_of_a_run_keep_the_tokenizer_of_the_run():

@@ -203,6 +203,16 @@ def test_text_costs_fewer_tokens_and_bits_in_a_language_that_the_model_knows():
     assert cost_by_language(None, READER, ["en", "ta"]) == {"en": tokens["en"], "ta": tokens["ta"]}
 
 
+def test_no_language_is_measured_if_the_model_has_few_positions():
+    fields = GROUPED | {"vocab_size": len(READER), "max_position_embeddings": 16}
+    model = random_model(AutoModelForCausalLM, "llama", fields)
+
+    costs = languages.costs_before(model, READER, ["en"])
+
+    assert costs == {}
+    assert languages.with_costs_after(costs, model, READER) == {}
+
+
 def test_the_script_of_a_token_is_the_script_of_its_first_letter():
     scripts = [script(text) for text in ("▁the", "123", " дом", "漢字", "é")]
     assert scripts == ["LATIN", "", "CYRILLIC", "CJK", "LATIN"]
