@@ -128,7 +128,10 @@ def width_phrases(report: Report) -> dict[str, str]:
         phrase = capitalized(phrase)
 
         if kind == LAYER and report.removed_layers:
-            phrase += f": layers {', '.join(map(str, report.removed_layers))} removed"
+            noun = "layer" if len(report.removed_layers) == 1 else "layers"
+            phrase += f": {noun} {', '.join(map(str, report.removed_layers))} removed"
+        elif MODEL not in by_layer and len(widths) == 1:
+            phrase += " in one layer"
         elif MODEL not in by_layer:
             phrase += f" in each of {len(widths)} layers"
         phrases[kind] = phrase

@@ -122,6 +122,12 @@ def test_removed_layers_are_listed():
 
     assert "Layers: 5 → 3 (-40.0%): layers 2, 3 removed" in size_lines(report)
 
+    report.widths = {"layer": {-1: 4}, "mlp": {0: 4}}
+    report.dense_widths = {"layer": 5, "mlp": 8}
+    report.removed_layers = [2]
+    assert "Layers: 5 → 4 (-20.0%): layer 2 removed" in size_lines(report)
+    assert "FFN channels: 8 → 4 (-50.0%) in one layer" in size_lines(report)
+
 
 def test_vocabulary_trimming_states_the_number_of_split_words():
     report = results.report([1.0], unseen_ratio=1.1)
