@@ -278,6 +278,17 @@ def in_fast_dtype(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
+def without_new_forward_hooks(module: nn.Module) -> Iterator[None]:
+    """Remove the forward hooks that other libraries put on a module inside `with`."""
+    original = set(module._forward_hooks)
+    try:
+        yield
+    finally:
+        for key in set(module._forward_hooks) - original:
+            del module._forward_hooks[key]
+
+
+@contextmanager
 def before_load(model: nn.Module, adapt: Callable[[Any, Mapping[str, Tensor]], None]) -> Iterator[None]:
     """Call `adapt(module, state_dict)` at the start of `load_state_dict` of the model, or of a copy of the model."""
 

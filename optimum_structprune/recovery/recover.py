@@ -15,6 +15,7 @@ import torch
 from accelerate.utils import broadcast_object_list, wait_for_everyone
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
+from ..arch.hooks import without_new_forward_hooks
 from ..arch.meta import check_changeable, positions_of
 from ..config.domains import DomainConfig
 from ..config.fields import read_json
@@ -209,7 +210,9 @@ class Recovery:
         stopper = StopAtNaN()
         callbacks = self.callbacks + [inputs, stopper]
         set_seed(seed)  # for the values of the adapter
-        with trainable(model, adapter) as (trained, take_back):
+        # peft puts a hook on the embedding of a model with activation checkpointing.
+        own_hooks = without_new_forward_hooks(model.get_input_embeddings())
+        with own_hooks, trainable(model, adapter) as (trained, take_back):
             trainer = recovery_trainer(trained, arguments, data, collator, teacher, callbacks)
             pruned = measure_all(trained, data.measured, collator, teacher, trainer.accelerator)
 

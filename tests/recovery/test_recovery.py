@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import cpu_offload
-from helpers import failing, logits, recovery_config, same_weights, with_long
+from helpers import count_hooks, failing, logits, recovery_config, same_weights, with_long
 from models import CASES, build, config, documents, real_text_model, tokenizer
 from trained import needs_shared, stories_config, stories_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
@@ -105,6 +105,16 @@ def test_the_result_is_an_ordinary_model_and_callbacks_reach_the_trainer(pruned,
 
     hidden = recovered.train().requires_grad_(False).get_input_embeddings()(torch.tensor([[3, 4]]))
     assert not hidden.requires_grad, "the training left a hook in the model"
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning")
+def test_a_model_with_activation_checkpointing_keeps_its_hooks_and_gets_no_others(pruned):
+    pruned.gradient_checkpointing_enable()
+    original_hooks = count_hooks(pruned)
+
+    recovered = recover(pruned, tokenizer(), recovery_config())
+    assert recovered.is_gradient_checkpointing
+    assert count_hooks(recovered) == original_hooks
 
 
 class Spoiler(TrainerCallback):
