@@ -132,6 +132,8 @@ def question_lines(question: AnsweredQuestion) -> str:
     lines = [f"{question.kind}: {' '.join(question.prompt.split())}"]
 
     for name, answer in question.answers.items():
+        if len(question.answers) == 1:
+            name = "model"  # a model that is evaluated alone need not be pruned
         lines.append(f"  {name} ({outcome(answer)}): {' '.join(answer.text.split())}")
     return "\n".join(lines)
 

@@ -11,6 +11,7 @@ from optimum_structprune.record.answers import (
     mcnemar_p_value,
     outcome,
     paired,
+    question_lines,
     sample_questions,
 )
 from optimum_structprune.record.figures import Answer, AnswersResult
@@ -83,3 +84,9 @@ def test_only_a_significant_loss_of_correct_answers_causes_a_warning():
 
 def test_an_outcome_names_all_faults_of_an_answer():
     assert outcome(Answer("", right=False, loops=True, stopped=False)) == "wrong, repetitive, cut off"
+
+
+def test_a_model_that_is_evaluated_alone_is_not_called_pruned():
+    alone = question({"pruned": True}, (), "Why?")
+    assert "  model (right" in question_lines(alone)
+    assert "  pruned (wrong" in question_lines(paired_question(True, False))
