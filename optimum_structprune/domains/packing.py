@@ -181,8 +181,8 @@ class DocumentPool:
             yield document
 
 
-def check_unknown(tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Raise if a tokenizer fails at a character that it does not know."""
+def check_reads_any_text(tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Raise `StructPruneError` if a Unigram tokenizer fails at a character that it does not know."""
     if tokenizer is None or not tokenizer.is_fast or not isinstance(tokenizer.backend_tokenizer.model, Unigram):
         return
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..arch.meta import check_positions, predicts_next, reads_text
 from ..config.domains import DomainConfig, as_domain
 from ..domains.manifest import CALIBRATED, Manifest, check_kinds, check_tokens
-from ..domains.packing import check_unknown, prefix_token
+from ..domains.packing import check_reads_any_text, prefix_token
 from ..domains.sources import resolve
 from ..errors import SeenTextWarning, StructPruneError, warn
 from ..forward.metrics import own_settings
@@ -78,7 +78,7 @@ def evaluate(
     tokenizers = {PRUNED: tokenizer, DENSE: dense_tokenizer or tokenizer}
     for name, model_tokenizer in tokenizers.items():
         check_kinds(models.get(name, model), model_tokenizer)
-        check_unknown(model_tokenizer)
+        check_reads_any_text(model_tokenizer)
     check_evaluation(list(models.values()), resolved_domains, answers, seq_length, dense_tokenizer, pairs)
     for name, compared_model in models.items():
         check_devices(compared_model)

@@ -24,7 +24,7 @@ from ..arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, Widths
 from ..config.pruning import LOSS, RunOptions, StructPruneConfig
 from ..criteria import CRITERIA, DEFAULT_CRITERIA
 from ..domains.manifest import check_kinds, check_tokens
-from ..domains.packing import check_unknown
+from ..domains.packing import check_reads_any_text
 from ..errors import StructPruneError, capitalized, one_line, warn
 from ..forward.metrics import outputs_for, random_inputs
 from ..widths.allocation import widths_of
@@ -336,7 +336,7 @@ def check_arguments(model: Any, tokenizer: Any, inputs: Any = None, inplace: boo
 
     check_tokens(model, tokenizer)
     if inputs is None:
-        check_unknown(tokenizer)
+        check_reads_any_text(tokenizer)
     if inplace:
         check_changeable(model)
     for name, samples in (inputs or {}).items():

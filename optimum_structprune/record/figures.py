@@ -217,8 +217,8 @@ class LanguageResult:
         return self.vectors.cosine.pruned
 
     @property
-    def badness(self) -> float:
-        """Return a number that orders languages: the loss of cosine for encoders, else the ratio of the costs."""
+    def severity(self) -> float:
+        """Return how much worse the language got: one minus the cosine for encoders, else the ratio of the costs."""
         if self.cosine is not None:
             return 1.0 - self.cosine
         return self.cost.ratio or 0.0
@@ -452,7 +452,7 @@ def known_languages(languages: Mapping[str, LanguageResult]) -> dict[str, Langua
     for code, result in languages.items():
         if result.is_known and result.is_measured:
             known[code] = result
-    return dict(sorted(known.items(), key=lambda item: item[1].badness, reverse=True))
+    return dict(sorted(known.items(), key=lambda item: item[1].severity, reverse=True))
 
 
 def technical_ratio(split_words: float) -> float:

@@ -22,7 +22,7 @@ from ..config.fields import read_json
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.manifest import MANIFEST_NAME, Entry, Manifest, check_kinds, check_tokens, remember_text
-from ..domains.packing import check_unknown
+from ..domains.packing import check_reads_any_text
 from ..errors import StructPruneError, warn
 from ..forward.metrics import evaluating, own_settings
 from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, RecoveryReport
@@ -171,7 +171,7 @@ class Recovery:
         check_changeable(model)
         check_recovery(self.config, self.pruning, model)
         check_tokens(model, tokenizer)
-        check_unknown(tokenizer)
+        check_reads_any_text(tokenizer)
         # A teacher in a folder is assumed to be as large as the model.
         dense = model
         if isinstance(teacher, PreTrainedModel):

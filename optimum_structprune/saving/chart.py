@@ -167,8 +167,8 @@ def _language_marks(report: Report) -> list[Mark]:
     """Return the rows of the languages that got worse, the worst first."""
     marks = []
     for code, result in known_languages(report.languages).items():
-        ratio = result.cost.ratio
-        if ratio is not None and ratio > LANGUAGE_LIMIT:
+        if result.is_worse(LANGUAGE_LIMIT):
+            ratio = result.cost.ratio or 0.0
             marks.append(Mark("Languages that got worse", LANGUAGES[code], {PRUNED: ratio}))
     return marks[:MAX_LANGUAGES]
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from optimum_structprune import DomainConfig, StructPruner, evaluate, export_gguf, prune_model, recover
 from optimum_structprune.commands.cli import main
 from optimum_structprune.domains.manifest import check_tokens, has_files, remember_text, tokenizer_of
-from optimum_structprune.domains.packing import Passages, check_unknown
+from optimum_structprune.domains.packing import Passages, check_reads_any_text
 from optimum_structprune.errors import StructPruneError
 from optimum_structprune.evaluation.heldout import read_heldout
 from optimum_structprune.forward.metrics import row_losses, sample_losses
@@ -120,7 +120,7 @@ def test_unigram_tokenizers_that_read_all_text_are_accepted():
     with_unknown = Tokenizer(Unigram(pieces, unk_id=0))
 
     for backend in (byte_level, with_unknown):
-        check_unknown(PreTrainedTokenizerFast(tokenizer_object=backend))
+        check_reads_any_text(PreTrainedTokenizerFast(tokenizer_object=backend))
 
 
 def test_models_of_a_run_keep_the_tokenizer_of_the_run():
