@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from hashlib import sha256
 from itertools import islice
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ from .samples import Sample, SamplePacker
 # because a teacher makes fewer mistakes in them.
 ANSWER_TOKENS = (16, 32, 64, 128)
 TEMPERATURE = 0.7
-PROMPTS_PER_BATCH = 32
+# The numbers of prompts that are answered at once. A small training needs few answers, and a large batch writes more.
+MIN_PROMPTS_PER_BATCH = 4
+MAX_PROMPTS_PER_BATCH = 32
 # Each prompt is answered at most this number of times, because further answers teach little.
 MAX_ANSWERS_PER_PROMPT = 4
 
@@ -45,6 +48,15 @@ def writer_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Wri
             return sampled_continuations(model, tokenizer, prompts, room, TEMPERATURE, seed)
 
     return write
+
+
+def prompts_per_batch(num_tokens: int, length: int) -> int:
+    """Return the number of prompts to answer at once, for `num_tokens` tokens in answers of at most `length` tokens.
+
+    One batch has enough tokens if an answer has half of its maximum length.
+    """
+    prompts_needed = ceil(2 * num_tokens / length)
+    return max(MIN_PROMPTS_PER_BATCH, min(MAX_PROMPTS_PER_BATCH, prompts_needed))
 
 
 class AnswerFile:
@@ -114,24 +126,28 @@ class Answers:
         write: A function that writes answers to prompts; see `writer_of`.
         file: The file of the answers.
         seed: The seed of the answers.
+        batch_size: The number of prompts that are answered at once.
     """
 
-    def __init__(self, prompts: Sequence[Sequence[int]], write: Write | None, file: AnswerFile, seed: int):
+    def __init__(
+        self, prompts: Sequence[Sequence[int]], write: Write | None, file: AnswerFile, seed: int, batch_size: int
+    ):
         self.prompts = prompts
         self.write = write
         self.file = file
         self.seed = seed
+        self.batch_size = batch_size
 
     def batch_prompts(self, length: int, number: int) -> list[Sequence[int]]:
         """Return the prompts of a batch. Each length begins at a different prompt."""
         first = ANSWER_TOKENS.index(length) * len(self.prompts) // len(ANSWER_TOKENS)
-        first += number * PROMPTS_PER_BATCH
-        return [self.prompts[place % len(self.prompts)] for place in range(first, first + PROMPTS_PER_BATCH)]
+        first += number * self.batch_size
+        return [self.prompts[place % len(self.prompts)] for place in range(first, first + self.batch_size)]
 
     def conversations(self, length: int) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
         """Yield prompts and answers of at most `length` tokens, a limited number of times for each prompt."""
         share = MAX_ANSWERS_PER_PROMPT / len(ANSWER_TOKENS)
-        batches = max(1, round(share * len(self.prompts) / PROMPTS_PER_BATCH))
+        batches = max(1, round(share * len(self.prompts) / self.batch_size))
         for number in range(batches):
             name = f"{length}/{number}"
             if name not in self.file:

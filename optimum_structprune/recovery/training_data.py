@@ -14,7 +14,7 @@ from ..domains.manifest import Entry, Manifest
 from ..forward.generation import end_tokens
 from ..sources.other import OtherText, other_text
 from ..system.fingerprint import fingerprint
-from .answers import ANSWER_TOKENS, PROMPTS_PER_BATCH, TEMPERATURE, Answers, answer_file, write_answers, writer_of
+from .answers import ANSWER_TOKENS, TEMPERATURE, Answers, answer_file, prompts_per_batch, write_answers, writer_of
 from .prompts import MAX_PROMPT_TOKENS, prompts_of
 from .samples import Sample, SamplePacker, text_sample
 from .teacher import Teacher
@@ -174,16 +174,19 @@ class RecoveryData:
         num_measured_prompts = min(MAX_MEASURED_PROMPTS, len(prompts) // 2)
         write = writer_of(model, tokenizer)
 
-        depends_on = [
-            fingerprint(model), ANSWER_TOKENS, TEMPERATURE, PROMPTS_PER_BATCH, text.seed, end_tokens(model, tokenizer)
-        ]  # fmt: skip
+        depends_on = [fingerprint(model), ANSWER_TOKENS, TEMPERATURE, text.seed, end_tokens(model, tokenizer)]
 
-        def answers_to(part: Sequence[list[int]]) -> Answers:
-            return Answers(part, write, answer_file(*depends_on, part), text.seed)
+        def answers_to(part: Sequence[list[int]], num_tokens: int, length: int) -> Answers:
+            batch_size = prompts_per_batch(num_tokens, length)
+            file = answer_file(*depends_on, batch_size, part)
+            return Answers(part, write, file, text.seed, batch_size)
 
         counts = [0] * len(ANSWER_TOKENS)
-        counts[ANSWER_TOKENS.index(MEASURED_ANSWER_TOKENS)] = max(1, self.num_measured_answers)
-        measured_answers = answers_to(prompts[:num_measured_prompts])
+        num_measured = max(1, self.num_measured_answers)
+        counts[ANSWER_TOKENS.index(MEASURED_ANSWER_TOKENS)] = num_measured
+        measured_answers = answers_to(
+            prompts[:num_measured_prompts], num_measured * packer.seq_length, MEASURED_ANSWER_TOKENS
+        )
         samples = list(measured_answers.samples(SamplePacker(packer.seq_length, counts_prompts=False), counts))
         if samples:
             self.measured[ANSWERS] = samples
@@ -191,5 +194,6 @@ class RecoveryData:
             if config.answer_share < 1:
                 self.validation = self.measured[VALIDATION] + samples
 
-        training_answers = answers_to(prompts[num_measured_prompts:])
+        tokens_per_length = num_samples * packer.seq_length // len(ANSWER_TOKENS)
+        training_answers = answers_to(prompts[num_measured_prompts:], tokens_per_length, max(ANSWER_TOKENS))
         return training_answers, write_answers(training_answers, packer, num_samples)

@@ -16,7 +16,7 @@ from optimum_structprune import DomainConfig, Recovery, StructPruneError, prune_
 from optimum_structprune.evaluation.answers import read_questions
 from optimum_structprune.forward.generation import sampled_continuations
 from optimum_structprune.recovery import answers as module
-from optimum_structprune.recovery.answers import AnswerFile, Answers, write_answers
+from optimum_structprune.recovery.answers import AnswerFile, Answers, prompts_per_batch, write_answers
 from optimum_structprune.recovery.measure import measure_samples
 from optimum_structprune.recovery.prompts import OPENING_TOKENS, builtin_prompts, prompts_of, read_prompts
 from optimum_structprune.recovery.samples import SampleCollator, SamplePacker, text_sample
@@ -31,7 +31,7 @@ READER.chat_template = CHATML
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(module, "PROMPTS_PER_BATCH", 8)
+    monkeypatch.setattr(module, "MAX_PROMPTS_PER_BATCH", 8)
 
 
 def words(text):
@@ -159,7 +159,7 @@ def test_answers_are_written_once_and_grow(tmp_path):
     prompts = [[i, i + 1] for i in range(40)]
     packer = SamplePacker(64, counts_prompts=False)
     path = tmp_path / "answers.jsonl"
-    answers = Answers(prompts, write, AnswerFile(path), 0)
+    answers = Answers(prompts, write, AnswerFile(path), 0, 8)
     counts = write_answers(answers, packer, 8)
     samples = list(answers.samples(packer, counts))
     assert counts == [2, 2, 2, 2]
@@ -171,8 +171,14 @@ def test_answers_are_written_once_and_grow(tmp_path):
 
     with path.open("a") as file:
         file.write('["16/9", [')  # the last line of a killed process
-    reopened = Answers(prompts, None, AnswerFile(path), 0)
+    reopened = Answers(prompts, None, AnswerFile(path), 0, 8)
     assert list(reopened.samples(packer, counts)) == samples
+
+
+def test_a_small_training_writes_few_answers_at_once():
+    assert prompts_per_batch(num_tokens=100, length=128) == 4
+    assert prompts_per_batch(num_tokens=375, length=128) == 6
+    assert prompts_per_batch(num_tokens=1_000_000, length=128) == 8  # the maximum of these tests
 
 
 def test_each_prompt_is_answered_at_most_four_times(tmp_path):
@@ -181,7 +187,7 @@ def test_each_prompt_is_answered_at_most_four_times(tmp_path):
 
     prompts = [[i, i + 1] for i in range(16)]
     packer = SamplePacker(16, counts_prompts=True)
-    answers = Answers(prompts, write, AnswerFile(tmp_path / "answers.jsonl"), 0)
+    answers = Answers(prompts, write, AnswerFile(tmp_path / "answers.jsonl"), 0, 8)
     with pytest.warns(UserWarning, match="16 prompts are answered at most 4 times each"):
         counts = write_answers(answers, packer, 1_000)
 
