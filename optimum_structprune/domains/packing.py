@@ -227,13 +227,19 @@ def prompt_ids(messages: Sequence[Mapping[str, str]], opening: str, tokenizer: P
 
 
 def tokenised(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, batch_size: int = 32) -> Iterator[Tokens]:
-    """Yield the tokens of documents. Documents without tokens are skipped."""
+    """Yield the tokens of documents. Documents without tokens are skipped.
+
+    The prefix that some chat templates write is left out, because each sample begins with it.
+    """
+    prefix = prefix_token(tokenizer)
     batch = list(islice(texts, batch_size))
 
     while batch:
         encoded = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
 
         for text, ids in zip(batch, encoded, strict=True):
+            if ids[:1] == [prefix]:
+                ids = ids[1:]
             if ids:
                 yield Tokens(ids, document_hash(text))
 

@@ -110,7 +110,7 @@ def _with_fixed_date(template: str, date: datetime) -> str:
     for code in sorted(set(re.findall("(?<!{)%-?[A-Za-z]", template))):
         replacements += f".replace({code!r}, {date.strftime(code)!r})"
 
-    return "{% macro strftime_now(form) %}{{ form" + replacements + " }}{% endmacro %}\n" + template
+    return "{% macro strftime_now(format) %}{{ format" + replacements + " }}{% endmacro %}\n" + template
 
 
 def _messages(row: Row, domain: DomainConfig) -> list[dict[str, Any]]:

@@ -160,7 +160,7 @@ def target_line(target: float, sparsity: float, removed: float) -> str:
 
     if abs(sparsity - target) <= MAX_DEVIATION * target:
         return f"{capitalized(text)}."
-    return f"warning: {text}; a smaller round_to or other targets may come nearer"
+    return f"warning: {text}; other targets, or a smaller round_to of channels, may come nearer"
 
 
 def _loss_request(report: Report) -> str:

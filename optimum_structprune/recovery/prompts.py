@@ -141,7 +141,8 @@ def prompts_of(
     if len(prompts) < 2:
         raise StructPruneError(
             f"Of {len(candidates)} prompts, {len(prompts)} can be used: the others have more than {longest} "
-            "tokens or are like the built-in questions. Add other prompts, or set `answer_share` to 0."
+            "tokens or are like the built-in questions. Add other prompts, raise `seq_length`, or set `answer_share` "
+            "to 0."
         )
 
     shuffled = [list(ids) for ids in prompts]

@@ -291,6 +291,17 @@ def test_packing_returns_the_documents_in_the_samples():
         assert len(hashes) == num_documents
 
 
+def test_samples_of_a_template_that_writes_bos_have_one_bos():
+    texts = [f"<s> w{3 + i} w{4 + i} w{5 + i}" for i in range(4)]
+
+    (document, *_) = tokenised(iter(texts), tokenizer())
+    samples, _ = SampleFormat(9, 1, 2).pack(tokenised(iter(texts), tokenizer()), 100)
+
+    assert document.ids == [3, 4, 5]
+    assert samples[:, 0].tolist() == [1] * len(samples)
+    assert (samples == 1).sum() == len(samples)
+
+
 # --- manifests
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
@@ -404,6 +415,7 @@ def test_an_error_in_a_chat_template_is_one_line_that_names_the_tokenizer(templa
     + PLAIN,
     "{{ strftime_now(\"%H:%M:%S\") }}{{ strftime_now('%Y') | int + 1 }}\n" + PLAIN,
     "  {%-if true %}\n{{ strftime_now('%F') }}\n  {%- endif %}" + PLAIN,
+    "{{ strftime_now(format='%A') }}\n" + PLAIN,
 ])  # fmt: skip
 def test_a_chat_template_uses_the_passed_date_instead_of_the_clock(template, monkeypatch):
     chat_tokenizer = tokenizer_with_template(template)

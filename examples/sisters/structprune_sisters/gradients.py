@@ -104,16 +104,17 @@ def _per_token(
 
     with frozen(model):
         for batch in batches:
-            if not batch.counts:
-                continue
             num_predicted = batch.ids[:, 1:].numel()
-            counts[batch.domain] += num_predicted
+            if batch.counts:
+                counts[batch.domain] += num_predicted
 
+            # All processes need the same names of `sums` below, even if the batches of a process count elsewhere.
             backward = partial(_backward, model, modules, batch.ids, num_predicted)
             for name, statistics in statistics_of(batch, backward).items():
                 if name not in sums:
                     sums[name] = torch.zeros(num_domains, len(statistics), dtype=torch.float64)
-                sums[name][batch.domain] += statistics.cpu()
+                if batch.counts:
+                    sums[name][batch.domain] += statistics.cpu()
 
     all_reduce_([counts])
     all_reduce_([sums[name] for name in sorted(sums)])
