@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.meta import positions_of
 from ..domains.packing import tokenize_with_prefix
+from ..errors import warn
 from ..forward.metrics import row_losses
 from .tokens import Vocabulary
 
@@ -126,6 +127,13 @@ def costs_before(
     order = sorted(lengths, key=lambda code: (code not in codes, lengths[code]))
     max_tokens = max(MEASURED_TOKENS, sum(lengths[code] for code in codes))
     costs = cost_by_language(model, tokenizer, order, max_tokens)
+
+    skipped = sorted(set(codes) - set(costs))
+    if skipped and model is not None:
+        warn(
+            f"The sample text of {', '.join(skipped)} has more tokens than the model has positions "
+            f"({positions_of(model):.0f}), so the model is not measured in these languages."
+        )
 
     languages = {}
     for code, cost in costs.items():
