@@ -50,7 +50,12 @@ OUR_LABEL = "this package"
 # Larger ratios are cut off.
 WIDEST = 3.0
 # The figure of each point of the recovery, by its label on the axis.
-RECOVERY = {"0": "channels10", "50,000": "channels10_50k", "400,000": "channels10_400k"}
+RECOVERY = {
+    "0": "channels10",
+    "50,000": "channels10_50k",
+    "100,000": "channels10_100k",
+    "400,000": "channels10_400k",
+}
 # The field, the colour and the style of a curve of the recovery, by its label.
 RECOVERY_CURVES = {"unseen": ("unseen", FLAP, "s--"), "held-out": ("heldout", OURS, "o-")}
 # The number of questions, and the number that the original model answers right in bfloat16.
@@ -135,7 +140,7 @@ def draw_recovery(figure: Figure, figures: Mapping[str, Mapping[str, Any]]) -> N
                 f"{ratio:.3f}", (place, ratio), (0, 6), textcoords="offset points", color=colour, ha="center"
             )
 
-    left.set(xlim=(-0.3, 2.3), ylim=(1, 1.5), xlabel="training tokens")
+    left.set(xlim=(-0.3, 3.3), ylim=(1, 1.5), xlabel="training tokens")
     left.set_yticks([1, 1.2, 1.4], ["1×", "1.2×", "1.4×"])
     left.grid(axis="y")
     left.set_title("perplexity, relative to the original model")
@@ -148,7 +153,7 @@ def draw_recovery(figure: Figure, figures: Mapping[str, Mapping[str, Any]]) -> N
 
     right.axhline(ORIGINAL_RIGHT, color=TAYLOR, linestyle=":")
     right.annotate(f"original: {ORIGINAL_RIGHT}", (-0.45, ORIGINAL_RIGHT), (0, 3), textcoords="offset points")
-    right.set(xlim=(-0.5, 2.5), ylim=(0, 65), xlabel="training tokens")
+    right.set(xlim=(-0.5, 3.5), ylim=(0, 65), xlabel="training tokens")
     right.set_title(f"correct answers to {QUESTIONS} questions")
 
     for axes in (left, right):

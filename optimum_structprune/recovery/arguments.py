@@ -14,8 +14,8 @@ from ..errors import StructPruneError
 from .chunked_loss import device_kind
 
 
-# A training has about this number of steps, as far as the batch size allows. With the same number of tokens, many small
-# steps come nearer to the teacher than few large steps.
+# A training has about this number of steps, as far as the batch size allows. With the same number of tokens, many
+# small steps come nearer to the teacher than few large steps.
 STEPS = 800
 # The maximum number of samples in a step, and the number of samples that run at once by the kind of device.
 MAX_BATCH_SAMPLES = 64
