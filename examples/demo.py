@@ -35,10 +35,7 @@ PRUNE = (
     "structprune prune {dense} {pruned} --budget parameters=0.95 --target mlp --domain prose=builtin:prose "
     "--domain code=builtin:code --domain math=builtin:math --num-samples {samples} --seq-length 256 --overwrite"
 )
-RECOVER = (
-    # Writing answers would take longer than the training itself, which is very short here.
-    "structprune recover {pruned} {recovered} --teacher {dense} --tokens {tokens} --answer-share 0 --overwrite"
-)
+RECOVER = "structprune recover {pruned} {recovered} --teacher {dense} --tokens {tokens} --overwrite"
 EMBEDDER = "intfloat/multilingual-e5-small"
 TRIM = "structprune prune {dense} {trimmed} --target vocab --budget parameters=0.4 --languages de,en --overwrite"
 # The answers come from a separate process, to show that transformers loads the models without optimum_structprune.
