@@ -171,7 +171,8 @@ def test_the_report_states_requested_and_removed_parameters():
 
 def test_a_coarse_rounding_that_misses_the_requested_sparsity_warns():
     pruner = StructPruner(config(sparsity=0.1, round_to=32, targets=("mlp",)))
-    with pytest.warns(UserWarning, match=r"requested 10\.0% .*, removed .*; other targets, or a smaller round_to") as warned:
+    message = r"requested 10\.0% .*, removed .*; other targets, or a smaller round_to"
+    with pytest.warns(UserWarning, match=message) as warned:
         pruner.prune_model(build("llama-untied"), tokenizer())
 
     # The warning names the line that called the package.
