@@ -84,10 +84,12 @@ venv: .venv/.dev ## set up .venv with everything that the other targets need
 clean: ## remove what the targets have made
 	rm -rf .venv build dist site
 
-# One stamp per extra: .venv/.test stands for `pip install -e ".[test]"`.
+# One stamp per extra: .venv/.test stands for `pip install -e ".[test]"`. pip compiles on one core, `compileall` on all.
+# Some packages contain templates that do not compile, so `compileall` may fail.
 .venv/.%: pyproject.toml | $(BIN)/activate
 	@echo "installing optimum-structprune[$*] and what it needs into .venv; a minute or more"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$*]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e ".[$*]"
+	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	@touch $@
 
 # venv writes `activate` last, so an interrupted creation is made again.

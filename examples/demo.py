@@ -112,8 +112,7 @@ def load(path: Path):
     fields.pop("quantization_config", None)
     config = type(dequantized.config).from_dict(fields)
 
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(dequantized.state_dict())
+    model = type(dequantized).from_pretrained(None, config=config, state_dict=dequantized.state_dict())
     model.generation_config = dequantized.generation_config
     return model.eval(), tokenizer
 
@@ -162,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("demo-output"))
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "optimum_structprune")
     parser.add_argument("--num-samples", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=3000, help="training tokens")
+    parser.add_argument("--tokens", type=int, default=2000, help="training tokens")
     args = parser.parse_args(argv)
 
     warnings.simplefilter("ignore")

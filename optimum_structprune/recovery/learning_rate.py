@@ -43,7 +43,7 @@ def lower_learning_rate_(
     """Multiply the learning rate by the best of five shares: the share with the smallest loss after a trial step.
 
     The first step of Adam moves every weight by the rate, in the direction of the gradient's sign. Small models need
-    smaller steps.
+    smaller steps. The trials end once a rate lowers the loss and a smaller rate lowers it less.
 
     Args:
         trainer: The Trainer, with its optimizer.
@@ -74,9 +74,23 @@ def lower_learning_rate_(
         return loss
 
     with evaluating(model):
+        first_loss = 0.0
         for batch in batches:
-            loss_of(batch).backward()
-        best_share = broadcast_object_list([min(SHARES, key=loss_after_step)])[0]
+            loss = loss_of(batch)
+            loss.backward()
+            first_loss += loss.item()
+        # All processes run the same trials, so they use the losses of the first process.
+        first_loss = broadcast_object_list([first_loss])[0]
+
+        best_share = SHARES[0]
+        best_loss = inf
+        for share in SHARES:
+            loss_after = broadcast_object_list([loss_after_step(share)])[0]
+            if loss_after > best_loss and best_loss < first_loss:
+                break
+            if loss_after < best_loss:
+                best_share = share
+                best_loss = loss_after
 
     model.zero_grad()
     trainer.args.learning_rate *= best_share

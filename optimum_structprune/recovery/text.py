@@ -24,9 +24,12 @@ from ..method.devices import default_device
 from .chunked_loss import device_kind
 
 
-# The largest number of tokens of each kind of text that a model is measured on.
-HELDOUT_TOKENS = 1_024
-VALIDATION_TOKENS = 2_048
+# A model is measured on one token of each kind of text per this number of training tokens, between these bounds.
+TRAINING_PER_MEASURED = 50
+MIN_MEASURED_TOKENS = 512
+MAX_HELDOUT_TOKENS = 1_024
+MAX_VALIDATION_TOKENS = 2_048
+MAX_HELDOUT_SAMPLES = 8
 VALIDATION = "validation text"
 OTHER_TEXT = "other text"
 # The kind of validation text if the training text has all other built-in kinds.
@@ -53,6 +56,11 @@ def sample_length(config: RecoveryConfig, model: PreTrainedModel) -> int:
         device = default_device()
     length = min(SEQ_LENGTHS[device_kind(device)], max(MIN_SEQ_LENGTH, config.tokens // MIN_SAMPLES // 32 * 32))
     return int(min(length, positions_of(model)))
+
+
+def measured_tokens(training_tokens: int, maximum: int) -> int:
+    """Return the number of tokens of a kind of text to measure a model on. A short training is measured on less."""
+    return max(MIN_MEASURED_TOKENS, min(maximum, training_tokens // TRAINING_PER_MEASURED))
 
 
 def text_config(config: RecoveryConfig, pruning: StructPruneConfig, seq_length: int) -> StructPruneConfig:
@@ -119,7 +127,9 @@ class TextStream:
         earlier: Manifest | None = None,
     ):
         domains = config.domains or []
-        num_heldout = max(1, min(8, HELDOUT_TOKENS // config.seq_length))
+        training_tokens = config.num_samples * config.seq_length
+        num_heldout = measured_tokens(training_tokens, MAX_HELDOUT_TOKENS) // config.seq_length
+        num_heldout = max(1, min(MAX_HELDOUT_SAMPLES, num_heldout))
         one_sample_each = replace(config, num_samples=len(domains))
         self.heldout: list[Domain] = load_domains(one_sample_each, tokenizer, model, num_heldout, earlier)
 

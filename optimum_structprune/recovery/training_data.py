@@ -18,7 +18,15 @@ from .answers import ANSWER_TOKENS, TEMPERATURE, Answers, answer_file, prompts_p
 from .prompts import MAX_PROMPT_TOKENS, prompts_of
 from .samples import Sample, SamplePacker, text_sample
 from .teacher import Teacher
-from .text import OTHER_TEXT, VALIDATION, VALIDATION_TOKENS, TextStream, text_config, validation_text
+from .text import (
+    MAX_VALIDATION_TOKENS,
+    OTHER_TEXT,
+    VALIDATION,
+    TextStream,
+    measured_tokens,
+    text_config,
+    validation_text,
+)
 
 
 ANSWERS = "answers"
@@ -27,9 +35,6 @@ MEASURED_ANSWER_TOKENS = 64
 MAX_MEASURED_PROMPTS = 32
 # The maximum number of text samples whose openings are prompts for a model without a chat template.
 MAX_OPENING_SAMPLES = 512
-# The number of training tokens per token of validation text, between the minimum and `VALIDATION_TOKENS`.
-TRAINING_PER_VALIDATION = 50
-MIN_VALIDATION_TOKENS = 512
 
 
 class SampleStream(IterableDataset[Sample]):
@@ -139,7 +144,7 @@ class RecoveryData:
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         """Read the validation text and the unseen text, whose documents the training skips."""
-        tokens = max(MIN_VALIDATION_TOKENS, min(VALIDATION_TOKENS, config.tokens // TRAINING_PER_VALIDATION))
+        tokens = measured_tokens(config.tokens, MAX_VALIDATION_TOKENS)
         count = max(2, tokens // text.seq_length)
         self.num_measured_answers = round(config.answer_share * count)
 
