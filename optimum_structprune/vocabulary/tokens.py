@@ -69,7 +69,7 @@ class Vocabulary:
         """Read the vocabulary of a tokenizer.
 
         Raises:
-            StructPruneError: If the tokenizer is slow, or no tokens can be removed from its kind.
+            StructPruneError: If the tokenizer is slow or has no decoder, or no tokens can be removed from its kind.
         """
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise StructPruneError(
@@ -83,6 +83,11 @@ class Vocabulary:
             raise StructPruneError(
                 f"The tokenizer is of the kind {kind}, where no token is spelled by other tokens. Tokens can be "
                 f"removed from {', '.join(KINDS)}."
+            )
+        if described["decoder"] is None:
+            raise StructPruneError(
+                "The tokenizer has no decoder, so words that are split into more tokens would be decoded with spaces "
+                "inside. Set `tokenizer.backend_tokenizer.decoder`, for example to decoders.ByteLevel(), and save it."
             )
         return cls(tokenizer, described)
 

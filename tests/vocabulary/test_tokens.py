@@ -424,6 +424,15 @@ def test_a_tokenizer_that_reads_or_writes_other_text_fails_the_check():
         vocabulary.check(chatting_reader, keep, [])
 
 
+def test_a_tokenizer_without_a_decoder_is_refused():
+    described = json.loads(byte_level().to_str())
+    described["decoder"] = None
+    backend = Tokenizer.from_str(json.dumps(described))
+
+    with pytest.raises(StructPruneError, match="The tokenizer has no decoder"):
+        Vocabulary.of(PreTrainedTokenizerFast(tokenizer_object=backend))
+
+
 def test_slow_tokenizers_and_a_class_that_ignores_its_file_are_refused():
     with pytest.raises(StructPruneError, match="ByT5Tokenizer, which is slow: it has no tokenizer.json"):
         Vocabulary.of(transformers.ByT5Tokenizer())
