@@ -32,11 +32,12 @@ if TYPE_CHECKING:
 # multiplies it, because it splits the matrix, and the kernel.
 KERNELS = (
     (8, True, "tensor cores in half precision"),
-    (32, False, "llama.cpp's Q8_0 and Q4_0, which leave other rows in 16 bits"),
-    (64, True, "Marlin, the 4-bit kernel of vLLM and SGLang"),
+    (32, False, "llama.cpp's Q8_0 and Q4_0"),
+    (64, True, "vLLM's 4-bit kernel Marlin"),
     (128, True, "GPTQ and AWQ in groups of 128"),
-    (256, False, "llama.cpp's K-quants, which leave other rows in more bits"),
+    (256, False, "llama.cpp's K-quants"),
 )
+EFFICIENT_WIDTHS = "docs/serving.md#efficient-widths"
 # The labels of the sizes in the table, by field of `DryRun`.
 SIZES = {
     "parameters": "parameters",
@@ -299,8 +300,7 @@ def lost_kernels(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> I
                 unfit_widths += unfit
 
         if kernels:
-            missing = ", no ".join(kernels)
-            yield f"warning: {name} {min(unfit_widths)} has no {missing}; see round_to and tensor_parallel"
+            yield f"warning: {name} {min(unfit_widths)} rules out {', '.join(kernels)}; see {EFFICIENT_WIDTHS}"
 
 
 def _unfit_widths(spaces: Sequence[Space], widths: Widths, number: int) -> list[int]:

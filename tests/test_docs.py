@@ -45,8 +45,8 @@ FAST_FLAGS = {
 PRINTED = [ROOT / "README.md", ROOT / "docs" / "tour.md"]
 # Lines that depend on the size of the model.
 BY_SIZE = re.compile(
-    "^Verdict: |^Next: |^Languages checked|^# test questions|^Words now split|tokens have # of|has no GPTQ|"
-    "has no llama|significantly more|were calibrated on"
+    "^Verdict: |^Next: |^Languages checked|^# test questions|^Words now split|tokens have # of|rules out GPTQ|"
+    "rules out llama|significantly more|were calibrated on"
 )
 UNKNOWN = "flint"  # No family describes this model type.
 
