@@ -83,7 +83,7 @@ def save_pruned(
     config = records.config
     report = replace(records.report, pruned=replace(records.report.pruned, bytes=model_bytes(model)))
     if checksums(model) != records.checksums:
-        warn(f"{save_directory}: {CHANGED}; `structprune evaluate` measures those that are saved.")
+        warn(f"{save_directory}: {CHANGED}; run `structprune evaluate` to measure the saved weights.")
         report.changed = True
 
     def write_records(folder: Path) -> None:

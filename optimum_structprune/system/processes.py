@@ -70,7 +70,7 @@ def check_launch() -> None:
         if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
             raise StructPruneError(
                 f"accelerate is set to use {name}, so every process has only a part of the weights. Launch with "
-                "torchrun, or with `accelerate launch --multi_gpu` (`--cpu` on the CPU)."
+                "torchrun, or with `accelerate launch --multi_gpu`; on CPUs, set ACCELERATE_USE_CPU=true."
             )
 
 
