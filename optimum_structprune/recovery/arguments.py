@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
@@ -96,9 +97,9 @@ def training_arguments(
         settings["load_best_model_at_end"] = False
 
     settings.update(own)
-    if "per_device_train_batch_size" not in own:
-        batch = batch_samples(size)
-        settings["per_device_train_batch_size"] = min(batch, SAMPLES_AT_ONCE[device_kind(device)])
+    batch = batch_samples(size)
+    samples_at_once = SAMPLES_AT_ONCE[device_kind(device)]
+    settings.setdefault("per_device_train_batch_size", min(batch, samples_at_once))
     settings.setdefault("per_device_eval_batch_size", min(4, settings["per_device_train_batch_size"] or 1))
 
     epochs = settings.pop("num_train_epochs", 1)
@@ -112,11 +113,16 @@ def training_arguments(
     arguments._n_gpu = min(arguments.n_gpu, 1)
 
     processes = max(1, arguments.world_size)
-    per_step = max(1, arguments.per_device_train_batch_size) * processes
-    if "gradient_accumulation_steps" not in own and "per_device_train_batch_size" not in own:
-        arguments.gradient_accumulation_steps = max(1, round(batch_samples(size) / per_step))
+    if "per_device_train_batch_size" not in own:
+        # The processes share the samples of a step.
+        share = batch / processes
+        if "gradient_accumulation_steps" not in own:
+            arguments.gradient_accumulation_steps = ceil(share / samples_at_once)
+        samples = round(share / max(1, arguments.gradient_accumulation_steps))
+        arguments.per_device_train_batch_size = max(1, min(samples, samples_at_once))
 
-    per_step *= max(1, arguments.gradient_accumulation_steps)
+    per_process = arguments.per_device_train_batch_size * max(1, arguments.gradient_accumulation_steps)
+    per_step = max(1, per_process) * processes
     if arguments.max_steps <= 0:
         arguments.max_steps = max(1, round(epochs * -(-size.num_samples // per_step)))
 

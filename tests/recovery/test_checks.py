@@ -12,7 +12,7 @@ from models import VOCAB, build, config, tokenizer
 from torch import nn
 from torch.distributed import HashStore, destroy_process_group, init_device_mesh, init_process_group
 from torch.distributed.tensor import distribute_tensor
-from transformers import AutoModelForCausalLM, BartConfig, BartForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BartConfig, BartForCausalLM, LlamaForCausalLM, TrainingArguments
 
 from optimum_structprune import (
     Recovery,
@@ -108,6 +108,20 @@ def test_the_batch_grows_with_the_tokens_and_evaluations_need_a_tenth_of_the_tim
     assert steps[200] == 200
     assert 600 <= steps[2_000] <= 1_000
     assert steps[200_000] > 1_000
+
+
+@pytest.mark.parametrize("samples", [1_600, 9_600, 100_000])
+def test_processes_share_the_samples_of_a_step(samples, monkeypatch):
+    single = arguments_of(RecoveryConfig(), samples)
+    batch = single.per_device_train_batch_size * single.gradient_accumulation_steps
+
+    for processes in (2, 4):
+        monkeypatch.setattr(TrainingArguments, "world_size", processes)
+        arguments = arguments_of(RecoveryConfig(), samples)
+        per_process = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+
+        assert per_process * processes == max(batch, processes)
+        assert arguments.max_steps == -(-samples // max(batch, processes))
 
 
 def test_mixed_precision_is_the_default_if_the_cpu_supports_it(monkeypatch):
