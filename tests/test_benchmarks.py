@@ -22,6 +22,8 @@ from optimum_structprune.domains.sources import builtin_documents
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "examples" / "benchmarks").glob("*.py"))
 SVG = "{http://www.w3.org/2000/svg}"
+# The beginnings of the commands that produce figures.
+COMMANDS = ("python examples/", "structprune ", "ACCELERATE_USE_CPU=true accelerate launch ")
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
@@ -131,7 +133,7 @@ def test_every_figure_has_a_command_and_is_in_a_table():
     data = yaml.safe_load((ROOT / "docs" / "figures.yaml").read_text())
     cells = str(data["tables"])
     for name, figure in data["figures"].items():
-        assert figure["command"].startswith(("python examples/", "structprune ")), name
+        assert figure["command"].startswith(COMMANDS), name
         assert f"{{{name}[" in cells, f"no table shows {name}"
 
 

@@ -55,6 +55,7 @@ RECOVERY = {
     "50,000": "channels10_50k",
     "100,000": "channels10_100k",
     "400,000": "channels10_400k",
+    "1,000,000": "channels10_1m",
 }
 # The field, the colour and the style of a curve of the recovery, by its label.
 RECOVERY_CURVES = {"unseen": ("unseen", FLAP, "s--"), "held-out": ("heldout", OURS, "o-")}
