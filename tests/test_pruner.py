@@ -36,7 +36,7 @@ def test_the_default_criterion_depends_on_the_refit(refit, criterion):
     ("llama-tied", {"allocation": "sensitivity", "rounds": 2}, False),
     ("mixtral", {"widths": {"layer": 1, "expert": 3, "hidden": 24, "mlp": 24}}, True),
     ("bert", {"rounds": 2}, True),
-    ("vit", {}, False),
+    ("vit", {"widths": {"mlp": 16}}, False),
 ])  # fmt: skip
 def test_the_training_mode_is_restored_and_has_no_effect_on_the_result(case, fields, inplace):
     model = build(case).train()

@@ -656,7 +656,7 @@ def test_an_unknown_calibration_is_refused():
 def test_a_trainer_of_a_vision_model_is_refused(tmp_path):
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     trainer = Trainer(build("vit"), arguments, train_dataset=ROWS)
-    attach_pruner(trainer, config(widths={"mlp": 24}))
+    attach_pruner(trainer, config(widths={"mlp": 16}))
     with pytest.raises(StructPruneError, match="ViTForImageClassification reads pixel_values.*inputs="):
         trainer.train()
 

@@ -288,6 +288,8 @@ class StructPruneConfig(Config):
             self.refuse("budget", f"has no {name!r}.{did_you_mean(name, BUDGETS).rstrip('.')}")
         if limit <= 0:
             self.refuse("budget", f"must be greater than 0 for {name!r}, got {limit}")
+        if name in ("parameters", "bytes") and 1 <= limit <= 100:
+            self.refuse("budget", f"is a share below 1, such as 0.9, or a number of {name}, got {limit}")
         if name == LOSS and limit >= 1:
             self.refuse("budget", f"must be less than 1 for 'loss', got {limit}. 0.02 allows a loss of 2 %")
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..arch.load import ModelInfo
 from ..arch.meta import check_changeable, check_positions, is_offloaded, reads_images, reads_text, shrunk_skeleton
 from ..arch.shrink import layers_ahead
-from ..arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, Widths
+from ..arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, ArchSpec, Widths
 from ..config.pruning import LOSS, RunOptions, StructPruneConfig
 from ..criteria import CRITERIA, DEFAULT_CRITERIA
 from ..domains.manifest import check_kinds, check_tokens
@@ -92,6 +92,7 @@ class PruningRequest:
     def check(self) -> None:
         """Raise if the request cannot be met, before any text is read. Warn of options without effect."""
         info = self.model_info
+        self._check_removes_units()
         if self.use != DRY_RUN:
             self._check_weights()
             self._check_inputs()
@@ -145,6 +146,19 @@ class PruningRequest:
             check_reads_text(model)
         if self.tokenizer is None:
             raise StructPruneError("The domains are text, and reading them takes a tokenizer. Pass `tokenizer`.")
+
+    def _check_removes_units(self) -> None:
+        """Raise if the widths equal the current widths, so that a run would remove nothing."""
+        arch = self.model_info.arch
+        widths = self.widths
+        if self.config.removes_tokens or any(has_fewer_units(arch, name, widths) for name in widths):
+            return
+
+        sizes = [f"{name} {max(arch.widths(name).values())}" for name in widths]
+        raise StructPruneError(
+            f"The {arch.model_type} model has the requested widths already ({', '.join(sizes)}), so nothing would be "
+            "removed. Choose smaller `widths`, a larger `sparsity`, or a smaller `round_to`."
+        )
 
     def _check_forward(self) -> None:
         """Raise if the model cannot run on random tokens or images. The check of a saved model runs it on them."""
@@ -412,6 +426,11 @@ def _check_folder(folder: str, rounds: int) -> None:
             f"checkpoint_dir={folder!r} stores finished layers, and with rounds={rounds} no layer is finished before "
             "the last round. Set rounds=1, or remove checkpoint_dir (--resume)."
         )
+
+
+def has_fewer_units(arch: ArchSpec, name: str, widths: Widths) -> bool:
+    """Return whether a space of the kind `name` is smaller in `widths` than now."""
+    return any(space.width_in(widths) < space.width for space in arch.of(name))
 
 
 def without_effect(config: StructPruneConfig, names: Collection[str]) -> Iterator[str]:

@@ -144,8 +144,6 @@ def check_reach(config: StructPruneConfig, budget: Budget, smallest: float, name
         suggestion = ""
         if advice:
             suggestion = f", or {advice}"
-        if budget.limit < 101:
-            suggestion += ". A share of the original model is below 1"
         raise UnreachableBudgetError(
             f"{label} cannot be met: with the smallest widths of {', '.join(names)} the model still has "
             f"{smallest:,} of {budget.dense:,}. Allow that{suggestion}.",

@@ -45,7 +45,7 @@ configs = st.tuples(amounts, optional_fields).map(lambda parts: StructPruneConfi
 
 @pytest.mark.parametrize(("fields", "expected"), [
     ({"sparsity": 0.2}, ("mlp",)),
-    ({"budget": {"parameters": 9}, "allocation": "sensitivity"}, ("mlp", "attention")),
+    ({"budget": {"parameters": 900}, "allocation": "sensitivity"}, ("mlp", "attention")),
     ({"budget": {"cache_bytes_per_token": 9}}, ("attention",)),
     ({"sparsity": 0.2, "targets": ["attention"]}, ("attention",)),
 ])  # fmt: skip
