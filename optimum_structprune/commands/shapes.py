@@ -131,7 +131,7 @@ def plan(args: Namespace) -> Result:
     else:
         share = 1 - outcome.parameters.after / outcome.parameters.before
         summary = target_line(config.sparsity, outcome.sparsity, share)
-    return Result(f"{args.model}: {outcome.model_type}. {summary}\n{outcome}", outcome.to_dict())
+    return Result(f"{args.model}: {outcome.model_type}\n{summary}\n{outcome}", outcome.to_dict())
 
 
 def _tokenizer(loading: Loading, name: str, config: StructPruneConfig) -> PreTrainedTokenizerBase | None:
