@@ -91,15 +91,15 @@ def test_a_vision_model_is_pruned_on_pixels(dtype, tmp_path):
 def test_too_few_inputs_are_refused():
     model = build("vit")
     with pytest.raises(StructPruneError, match=r"inputs\['few'\]` has 2 samples.* at least 3"):
-        prune_model(model, config(), inputs={"few": torch.randn(2, 3, 8, 8)})
+        prune_model(model, config(widths={"mlp": 16}), inputs={"few": torch.randn(2, 3, 8, 8)})
     with pytest.raises(StructPruneError, match="at least one entry"):
-        prune_model(model, config(), inputs={})
+        prune_model(model, config(widths={"mlp": 16}), inputs={})
 
 
 def test_text_for_a_vision_model_is_refused():
     for reader in (None, tokenizer()):
         with pytest.raises(StructPruneError, match="ViTFor.* reads pixel_values, and domains are text.*inputs="):
-            prune_model(build("vit"), config(), reader)
+            prune_model(build("vit"), config(widths={"mlp": 16}), reader)
 
 
 def test_heads_of_a_vision_model_are_not_rounded():
