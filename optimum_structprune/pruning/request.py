@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..arch.load import ModelInfo
 from ..arch.meta import check_changeable, check_positions, is_offloaded, reads_images, reads_text, shrunk_skeleton
 from ..arch.shrink import layers_ahead
-from ..arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, ArchSpec, Widths
+from ..arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, Widths
 from ..config.pruning import LOSS, RunOptions, StructPruneConfig
 from ..criteria import CRITERIA, DEFAULT_CRITERIA
 from ..domains.manifest import check_kinds, check_tokens
@@ -92,7 +92,6 @@ class PruningRequest:
     def check(self) -> None:
         """Raise if the request cannot be met, before any text is read. Warn of options without effect."""
         info = self.model_info
-        self._check_removes_units()
         if self.use != DRY_RUN:
             self._check_weights()
             self._check_inputs()
@@ -104,6 +103,7 @@ class PruningRequest:
 
             check_offloaded(self.config, info, self.widths)
 
+        self._check_removes_units()
         self._check_criterion()
         self._check_refit()
         self._check_allocation()
@@ -150,11 +150,11 @@ class PruningRequest:
     def _check_removes_units(self) -> None:
         """Raise if the widths equal the current widths, so that a run would remove nothing."""
         arch = self.model_info.arch
-        widths = self.widths
-        if self.config.removes_tokens or any(has_fewer_units(arch, name, widths) for name in widths):
+        spaces = arch.model_spaces + arch.spaces
+        if self.config.removes_tokens or any(space.width_in(self.widths) < space.width for space in spaces):
             return
 
-        sizes = [f"{name} {max(arch.widths(name).values())}" for name in widths]
+        sizes = [f"{name} {max(arch.widths(name).values())}" for name in self.widths]
         raise StructPruneError(
             f"The {arch.model_type} model has the requested widths already ({', '.join(sizes)}), so nothing would be "
             "removed. Choose smaller `widths`, a larger `sparsity`, or a smaller `round_to`."
@@ -426,11 +426,6 @@ def _check_folder(folder: str, rounds: int) -> None:
             f"checkpoint_dir={folder!r} stores finished layers, and with rounds={rounds} no layer is finished before "
             "the last round. Set rounds=1, or remove checkpoint_dir (--resume)."
         )
-
-
-def has_fewer_units(arch: ArchSpec, name: str, widths: Widths) -> bool:
-    """Return whether a space of the kind `name` is smaller in `widths` than now."""
-    return any(space.width_in(widths) < space.width for space in arch.of(name))
 
 
 def without_effect(config: StructPruneConfig, names: Collection[str]) -> Iterator[str]:
