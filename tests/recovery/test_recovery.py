@@ -37,7 +37,8 @@ def test_recovery_closes_most_of_the_gap_on_a_trained_model(tmp_path, monkeypatc
     monkeypatch.setattr(StructPruneConfig, "holdout", 0.5)  # for more precise measurements
     pruning = stories_config()
     pruned = prune_model(dense, pruning, words)
-    recovery = Recovery(RecoveryConfig(tokens=32_000, training={"learning_rate": 3e-3}), pruning)
+    # A training on fewer tokens is measured on fewer stories.
+    recovery = Recovery(RecoveryConfig(tokens=52_000, training={"learning_rate": 3e-3}), pruning)
     recovered = recovery.recover_model(pruned, words, dense)
     report = recovery.report
 
@@ -47,7 +48,7 @@ def test_recovery_closes_most_of_the_gap_on_a_trained_model(tmp_path, monkeypatc
     perplexity = report.domains["stories"].perplexity
     assert perplexity.dense < perplexity.recovered
     assert report.kept_step
-    assert report.tokens == pytest.approx(32_000, rel=0.02)
+    assert report.tokens == pytest.approx(52_000, rel=0.02)
     assert report.seconds > 0
 
     assert recovered is pruned
