@@ -43,7 +43,7 @@ def prune(args: Namespace) -> Result:
         if recovery is None:
             result = _result(args, pruned, config)
         else:
-            result = _recovered_result(args, pruned, recovery, config)
+            result = _recovered_result(args, pruned, recovery)
 
         # Writing a GGUF file loads the model from the folder, which may have been trained.
         del pruned
@@ -118,21 +118,20 @@ def _result(args: Namespace, pruned: PruneResult, config: StructPruneConfig) -> 
     return Result("\n".join(lines), values, suggestion)
 
 
-def _recovered_result(
-    args: Namespace, pruned: PruneResult, recovery: RecoveryConfig, config: StructPruneConfig
-) -> Result:
+def _recovered_result(args: Namespace, pruned: PruneResult, recovery: RecoveryConfig) -> Result:
     """Train the pruned model, save it in its place, and return the result."""
     note(args, f"The pruned model is saved to {args.output}. Training begins.")
     training_args = Namespace(**vars(args))
     training_args.model = args.output
     training_args.teacher = args.model
-    training_args.arch_file = config.arch_file
+    training_args.arch_file = pruned.config.arch_file
     training_args.overwrite = True
     training_args.resume = False
 
     assert pruned.tokenizer is not None
     with unshared():
-        training = recovery_for(recovery, training_args, config)
+        # This config is saved with the model, so `recover` reads the same text.
+        training = recovery_for(recovery, training_args, pruned.config)
         result = recover_and_save(training_args, training, pruned.model, pruned.tokenizer)
 
     values = pruned.report.to_dict()

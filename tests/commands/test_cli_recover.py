@@ -156,6 +156,16 @@ def test_a_second_run_into_the_same_output_is_refused_during_the_training(folder
     assert "Another run writes to" in error_line(capsys)
 
 
+def test_a_training_after_pruning_reads_the_text_of_the_saved_config(folder, interrupted_training):
+    line = prune_command(folder, folder / "model", folder / "general") + ["--general-share", "0.3"]
+    assert main(line + ["--recovery-tokens", "240"]) == 130
+
+    pruning = interrupted_training.call_args.args[0].pruning
+    saved = read_json(folder / "general" / "structprune_config.json")
+    assert pruning.general_text is not None
+    assert pruning.general_text == saved["general_text"]
+
+
 def test_code_of_the_teacher_runs_only_with_the_flag(folder, interrupted_training, capsys):
     (folder / "trusted.checkpoints" / "checkpoint-2").mkdir(parents=True)
     line = prune_command(folder, folder / "model", folder / "trusted")
