@@ -248,10 +248,13 @@ class Report(ResultRecord):
 
     @property
     def latest_answers(self) -> AnswersResult | None:
-        """Return the answers after training, or else the answers after pruning; None where no questions were asked."""
-        if self.recovery is not None and self.recovery.answers is not None:
-            return self.recovery.answers
-        return self.answers
+        """Return the answers of the latest model, or None if it was not asked."""
+        if self.recovery is None:
+            return self.answers
+        if self.recovery.answers is None and not self.recovery.kept_step:
+            # The training gained nothing, so the model is the pruned model.
+            return self.answers
+        return self.recovery.answers
 
     def __str__(self) -> str:
         """Return the printed form: sizes, losses on each domain, answers, and a verdict."""

@@ -167,6 +167,17 @@ def test_a_training_is_judged_against_the_original_model():
     assert judge(report).advice == "needs a longer recovery before use"
 
 
+def test_a_trained_model_is_not_judged_by_the_answers_before_the_training():
+    report = results.report([1.4], asked=results.answers(kept=10))
+
+    report.recovery = results.recovery((1.4, 1.03), kept_step=4)
+    assert report.latest_answers is None
+    assert "answers were not checked" in str(judge(report))
+
+    report.recovery = results.recovery((1.4, 1.4), kept_step=0)
+    assert report.latest_answers is report.answers
+
+
 def test_a_training_is_judged_on_unseen_text():
     report = results.report([1.4], unseen_ratio=1.4, asked=results.answers(kept=10))
 
