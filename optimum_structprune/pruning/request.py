@@ -151,7 +151,8 @@ class PruningRequest:
         """Raise if the widths equal the current widths, so that a run would remove nothing."""
         arch = self.model_info.arch
         spaces = arch.model_spaces + arch.spaces
-        if self.config.removes_tokens or any(space.width_in(self.widths) < space.width for space in spaces):
+        chooses_tokens = self.config.removes_tokens and VOCAB not in self.widths
+        if chooses_tokens or any(space.width_in(self.widths) < space.width for space in spaces):
             return
 
         sizes = [f"{name} {max(arch.widths(name).values())}" for name in self.widths]

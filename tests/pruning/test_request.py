@@ -46,6 +46,7 @@ REFUSED = [
     ("llama-tied", {"widths": {"attention": 3}}, "nearest legal choice is 2 or 4"),
     ("llama-tied", {"widths": {"mlp": 41}}, r"'mlp'\] = 41 is not legal.*has 40. The nearest legal choice is 40"),
     ("llama-tied", {"widths": {"mlp": 40}}, r"has the requested widths already \(mlp 40\)"),
+    ("llama-tied", {"widths": {"vocab": 96, "mlp": 40}}, r"has the requested widths already"),
     ("llama-tied", {"sparsity": 0.001}, r"has the requested widths already \(mlp 40\)"),
     ("llama-tied", {"sparsity": 0.999}, "is too large. At most 0."),
     ("llama-tied", {"sparsity": 0.2, "targets": ("mlp", "layer")}, "Target 'layer' alone, or set `widths`"),
