@@ -25,6 +25,8 @@ SAMPLES_AT_ONCE = {"cpu": 4, "gpu": 8}
 MAX_EVALUATIONS = 8
 EVALUATION_SHARE = 0.1
 EVALUATION_COST = 0.5
+# Fields of `TrainingArguments` that this module computes with.
+POSITIVE_NUMBERS = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs")
 # The values that stand for `no`, by argument.
 YAML_NO = {"save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no", "report_to": "none"}
 
@@ -65,6 +67,10 @@ def training_arguments(
         scratch: The folder for checkpoints if the config has no `output_dir`.
     """
     own = dict(config.training)
+    for name in POSITIVE_NUMBERS:
+        value = own.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            raise StructPruneError(f"{name} in `training` must be a positive number, got {value!r}.")
     # YAML reads `no` as False.
     for name, value in YAML_NO.items():
         if own.get(name) is False:

@@ -48,6 +48,11 @@ def check_recovery(config: RecoveryConfig, pruning: StructPruneConfig, model: Pr
 
     seq_length = sample_length(config, model)
     _check_model(model, config, seq_length)
+    if pruning.removes_tokens and model.dtype == torch.float16 and trains_on_cpu(model):
+        raise StructPruneError(
+            f"{type(model).__name__} is in float16. On a CPU, PyTorch cannot train its embeddings in float16, which "
+            "recovery trains if tokens are removed. Load the model in bfloat16 or float32."
+        )
     text = text_config(config, pruning, seq_length)
     if config.prompts is not None:
         read_prompts(config.prompts)

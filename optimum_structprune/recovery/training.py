@@ -21,6 +21,10 @@ from .teacher import Teacher
 from .training_data import RecoveryData
 
 
+# The attributes that accelerate leaves on a model, after which it would not prepare the model for another training.
+ACCELERATE_ATTRIBUTES = {"forward", "_is_accelerate_prepared"}
+
+
 class NothingGainedWarning(UserWarning):
     """A training did not bring a model nearer to its teacher, or ended early."""
 
@@ -121,6 +125,7 @@ def train(trainer: Trainer, checkpoint: str | None) -> float:
         # The Trainer loads a checkpoint by the model's own names. The published format has other names for experts.
         model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
 
+    attributes = set(vars(model))
     try:
         output = trainer.train(resume_from_checkpoint=checkpoint)
     except Exception as error:
@@ -132,6 +137,8 @@ def train(trainer: Trainer, checkpoint: str | None) -> float:
         vars(model).pop("save_pretrained", None)
         # accelerate leaves a `forward` that computes in mixed precision on the model itself.
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        for name in ACCELERATE_ATTRIBUTES - attributes:
+            vars(model).pop(name, None)
         if trainer.args.gradient_checkpointing:
             _end_checkpointing(base_model)
     return float(output.metrics["train_runtime"])

@@ -42,6 +42,10 @@ def domain(source) -> dict:
     ({"training": {"lr_scheduler_type": "sinus"}}, "TrainingArguments: .*sinus"),
     ({"lora": {"r": 0}}, "peft cannot put the adapter on LlamaForCausalLM: .*the value passed is 0"),
     ({"training": {"per_device_eval_batch_size": 0}}, "`per_device_eval_batch_size` must be at least 1, got 0"),
+    ({"training": {"per_device_train_batch_size": "auto"}}, "per_device_train_batch_size in `training` .* got 'auto'"),
+    ({"training": {"per_device_train_batch_size": 0}}, "per_device_train_batch_size in `training` .* got 0"),
+    ({"training": {"num_train_epochs": "3"}}, "num_train_epochs in `training` must be a positive number, got '3'"),
+    ({"training": {"gradient_accumulation_steps": 0}}, "gradient_accumulation_steps in `training` .* got 0"),
     ({"training": {"neftune_noise_alpha": 5.0}}, "neftune_noise_alpha, whose hook would stay"),
     ({"training": {"deepspeed": "zero3.json"}}, "has deepspeed, but .*attach_teacher"),
     ({"training": {"fsdp": True}}, "has fsdp, but .*attach_teacher"),
@@ -52,6 +56,16 @@ def domain(source) -> dict:
 def test_mistakes_are_refused(fields, message):
     with pytest.raises(StructPruneError, match=message):
         check_recovery(recovery_config(**fields), config(), build("llama-tied"))
+
+
+def test_a_trimmed_model_in_float16_is_refused_on_a_cpu():
+    pruning = config(widths={"mlp": 24, "vocab": 80})
+    model = build("llama-tied").half()
+    with pytest.raises(StructPruneError, match="Load the model in bfloat16 or float32"):
+        check_recovery(recovery_config(), pruning, model)
+
+    check_recovery(recovery_config(), pruning, model.bfloat16())
+    check_recovery(recovery_config(), config(), model.half())
 
 
 def test_models_whose_weights_cannot_change_and_compiled_ones_are_refused():
@@ -139,8 +153,7 @@ def test_mixed_precision_is_the_default_if_the_cpu_supports_it(monkeypatch):
 
 @pytest.mark.parametrize("training", [
     {"report_to": "nothing"}, {"save_strategy": "best"}, {"lr_scheduler_kwargs": {"speed": 3}}, {"optim": "lomo"},
-    {"per_device_train_batch_size": 0}, {"learning_rate": -1.0}, {"gradient_accumulation_steps": 0},
-    {"optim": "lomo", "learning_rate": None},
+    {"learning_rate": -1.0}, {"optim": "lomo", "learning_rate": None},
 ])  # fmt: skip
 def test_errors_of_other_libraries_leave_the_model_unchanged(pruned, small, training):
     with pytest.raises(StructPruneError, match="TrainingArguments: |stopped at step 0, .*The model is as it was"):

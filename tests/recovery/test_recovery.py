@@ -76,6 +76,8 @@ def test_the_result_is_an_ordinary_model_and_callbacks_reach_the_trainer(pruned,
     training = {"save_steps": 2, "gradient_checkpointing": True}
     recovery = Recovery(recovery_config(training=training, **fields), callbacks=[callback])
     recovered = recovery.recover_model(pruned, tokenizer())
+    # accelerate would not prepare a model with these attributes for the next training.
+    assert {"forward", "_is_accelerate_prepared"}.isdisjoint(vars(recovered))
     assert callback.steps == 4
     assert recovery.report.steps == 4
 
