@@ -200,6 +200,13 @@ class TextStream:
             counts[index] += 1
             yield next(streams[index])
 
+    def openings(self, num_samples: int) -> Iterator[list[int]]:
+        """Yield at most about `num_samples` samples of the first pass, by the weights of the domains."""
+        total_weight = sum(domain.weight for domain in self.domains)
+        for domain in self.domains:
+            count = ceil(num_samples * domain.weight / total_weight)
+            yield from islice(self._one_pass(domain, 0), count)
+
     def _repeated(self, domain: DomainConfig) -> Iterator[list[int]]:
         for number in range(MAX_PASSES):
             yield from self._one_pass(domain, number)

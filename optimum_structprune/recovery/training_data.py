@@ -117,15 +117,20 @@ class RecoveryData:
         self.other = OtherText("")
 
         answers: Answers | None = None
+        num_answers = 0
         counts: Sequence[int] = [0] * len(ANSWER_TOKENS)
         packer = SamplePacker(seq_length, counts_prompts)
         if teacher is not None:
             assert reader_tokenizer is not None  # `TextStream` has read text with it
             self._add_validation(config, text, stream, teacher, reader_tokenizer)
             if config.answer_share > 0:
-                answers, counts = self._add_answers(config, text, stream, packer)
+                num_answers = max(1, round(config.answer_share * text.num_samples))
+                # Writing answers takes long, so the text is checked before.
+                stream.check_enough(text.num_samples - num_answers)
+                answers, counts = self._add_answers(config, text, stream, packer, num_answers)
 
-        stream.check_enough(text.num_samples - sum(counts))
+        if answers is None or sum(counts) < num_answers:
+            stream.check_enough(text.num_samples - sum(counts))
         self.stream = SampleStream(stream, answers, packer, counts)
 
     @property
@@ -165,15 +170,19 @@ class RecoveryData:
             self.measured[OTHER_TEXT] = [text_sample(ids) for ids in self.other.rows]
 
     def _add_answers(
-        self, config: RecoveryConfig, text: StructPruneConfig, stream: TextStream, packer: SamplePacker
+        self,
+        config: RecoveryConfig,
+        text: StructPruneConfig,
+        stream: TextStream,
+        packer: SamplePacker,
+        num_samples: int,
     ) -> tuple[Answers, list[int]]:
         """Write the answers. The answers to some prompts measure the model and are not trained on."""
         assert self.teacher is not None and self.teacher.tokenizer is not None
         model = self.teacher.model
         tokenizer = self.teacher.tokenizer
-        num_samples = max(1, round(config.answer_share * text.num_samples))
 
-        openings = list(stream.samples(min(num_samples, MAX_OPENING_SAMPLES)))
+        openings = stream.openings(min(num_samples, MAX_OPENING_SAMPLES))
         max_tokens = min(MAX_PROMPT_TOKENS, text.seq_length // 2)
         prompts = prompts_of(config.prompts, model, tokenizer, openings, text.seed, max_tokens)
         num_measured_prompts = min(MAX_MEASURED_PROMPTS, len(prompts) // 2)

@@ -4,6 +4,7 @@ import json
 import re
 from copy import deepcopy
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -438,6 +439,23 @@ def test_text_that_ends_is_read_again_and_too_little_text_is_refused_before_trai
     stream.check_enough(count)
     with pytest.warns(UserWarning, match="'a' is read 2 times"):
         stream.check_enough(count + 1)
+
+
+def test_too_little_text_is_refused_before_answers_are_written(pruned):
+    domains = [DomainConfig(name="a", source=documents(30))]
+    settings = recovery_config(domains=domains, tokens=24 * 2_000, answer_share=0.5)
+
+    with patch("optimum_structprune.recovery.training_data.write_answers") as write_answers:
+        with pytest.raises(StructPruneError, match="more than 4 passes. Add"):
+            recover(pruned, tokenizer(), settings, teacher=build("llama-tied"))
+    write_answers.assert_not_called()
+
+
+def test_a_training_on_answers_alone_needs_no_more_text_than_the_openings(pruned):
+    domains = [DomainConfig(name="a", source=documents(30))]
+    recovery = Recovery(recovery_config(domains=domains, tokens=24 * 100, answer_share=1.0))
+    recovery.recover_model(pruned, tokenizer(), build("llama-tied"))
+    assert recovery.report.tokens == pytest.approx(24 * 100, rel=0.1)
 
 
 def test_a_recovery_reads_the_text_of_the_pruning_except_text_of_the_model():
