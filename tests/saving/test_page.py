@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
 
     curve = [CurvePoint(number, 1 / number) for number in (120, 240, 480)]
     domains = {HOSTILE: DomainResult(results.figure(1.8, 1.2))}
-    recovery = RecoveryReport(480, 20, 3.0, domains, kept_step=20, curve=curve)
+    recovery = RecoveryReport(480, 20, 3.0, domains, kept_step=20, curve=curve, answers=report.answers)
     recovery.save(folder / "recovery_report.json")
 
     domains = {name: DomainResult(results.figure(1.5), documents=90) for name in ("far", "near")}
