@@ -240,7 +240,7 @@ def _recovery(request: PruningRequest) -> RecoveryEstimate | None:
 def _sizes(request: PruningRequest, model: PreTrainedModel) -> dict[str, int]:
     """Return the sizes of a model by field of `DryRun`, without sizes that are unknown."""
     arch = request.model_info.arch
-    itemsize = request.model_info.plain_model.dtype.itemsize
+    itemsize = model.dtype.itemsize
     sizes = {
         "parameters": model.num_parameters(),
         "layer_parameters": sum(describe(model, request.config.arch_file).layer_params),

@@ -41,7 +41,7 @@ def prune(args: Namespace) -> Result:
         pruned = _prune_and_save(args, output, loading, config, options)
         report = pruned.report
         if recovery is None:
-            result = _result(args, pruned, config)
+            result = _result(args, pruned)
         else:
             result = _recovered_result(args, pruned, recovery)
 
@@ -106,11 +106,11 @@ def _prune_and_save(
     return result
 
 
-def _result(args: Namespace, pruned: PruneResult, config: StructPruneConfig) -> Result:
+def _result(args: Namespace, pruned: PruneResult) -> Result:
     """Return the result of a pruning without a training."""
     report = pruned.report
     lines = report_lines(report)
-    lines += result_lines(args.output, pruned.model.config, config.arch_file)
+    lines += result_lines(args.output, pruned.model.config, pruned.config.arch_file)
 
     values = report.to_dict()
     values["output"] = args.output

@@ -86,8 +86,10 @@ class PruningRequest:
 
     @cached_property
     def smaller(self) -> PreTrainedModel:
-        """Return the model with the final widths, without weights."""
-        return shrunk_skeleton(self.model_info.plain_model, self.model_info.arch, self.widths)
+        """Return the model with the final widths in the same dtype, without weights."""
+        model = self.model_info.plain_model
+        smaller: Any = shrunk_skeleton(model, self.model_info.arch, self.widths)
+        return smaller.to(model.dtype)
 
     def check(self) -> None:
         """Raise if the request cannot be met, before any text is read. Warn of options without effect."""
@@ -151,8 +153,7 @@ class PruningRequest:
         """Raise if the widths equal the current widths, so that a run would remove nothing."""
         arch = self.model_info.arch
         spaces = arch.model_spaces + arch.spaces
-        chooses_tokens = self.config.removes_tokens and VOCAB not in self.widths
-        if chooses_tokens or any(space.width_in(self.widths) < space.width for space in spaces):
+        if any(space.width_in(self.widths) < space.width for space in spaces):
             return
 
         sizes = [f"{name} {max(arch.widths(name).values())}" for name in self.widths]

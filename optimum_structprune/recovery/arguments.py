@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -67,10 +68,7 @@ def training_arguments(
         scratch: The folder for checkpoints if the config has no `output_dir`.
     """
     own = dict(config.training)
-    for name in POSITIVE_NUMBERS:
-        value = own.get(name, 1)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            raise StructPruneError(f"{name} in `training` must be a positive number, got {value!r}.")
+    _check_numbers(own)
     # YAML reads `no` as False.
     for name, value in YAML_NO.items():
         if own.get(name) is False:
@@ -106,7 +104,7 @@ def training_arguments(
     batch = batch_samples(size)
     samples_at_once = SAMPLES_AT_ONCE[device_kind(device)]
     settings.setdefault("per_device_train_batch_size", min(batch, samples_at_once))
-    settings.setdefault("per_device_eval_batch_size", min(4, settings["per_device_train_batch_size"] or 1))
+    settings.setdefault("per_device_eval_batch_size", min(4, settings["per_device_train_batch_size"]))
 
     epochs = settings.pop("num_train_epochs", 1)
     arguments = build(TrainingArguments, settings)
@@ -137,6 +135,15 @@ def training_arguments(
     if "logging_steps" not in own:
         arguments.logging_steps = max(1, min(10, arguments.max_steps // 20))
     return arguments
+
+
+def _check_numbers(training: Mapping[str, Any]) -> None:
+    """Raise if a setting that is computed with is not a positive number."""
+    for name in POSITIVE_NUMBERS:
+        value = training.get(name, 1)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or value <= 0:
+            raise StructPruneError(f"`{name}` in `training` must be a positive number, got {value!r}.")
 
 
 def batch_samples(size: TrainingSize) -> int:

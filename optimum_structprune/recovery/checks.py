@@ -47,12 +47,7 @@ def check_recovery(config: RecoveryConfig, pruning: StructPruneConfig, model: Pr
         )
 
     seq_length = sample_length(config, model)
-    _check_model(model, config, seq_length)
-    if pruning.removes_tokens and model.dtype == torch.float16 and trains_on_cpu(model):
-        raise StructPruneError(
-            f"{type(model).__name__} is in float16. On a CPU, PyTorch cannot train its embeddings in float16, which "
-            "recovery trains if tokens are removed. Load the model in bfloat16 or float32."
-        )
+    _check_model(model, config, pruning, seq_length)
     text = text_config(config, pruning, seq_length)
     if config.prompts is not None:
         read_prompts(config.prompts)
@@ -80,7 +75,7 @@ def trains_on_cpu(model: PreTrainedModel) -> bool:
     return model.device.type == "cpu" or not torch.cuda.is_available()
 
 
-def _check_model(model: PreTrainedModel, config: RecoveryConfig, seq_length: int) -> None:
+def _check_model(model: PreTrainedModel, config: RecoveryConfig, pruning: StructPruneConfig, seq_length: int) -> None:
     name = type(model).__name__
     if not predicts_next(model):
         raise StructPruneError(
@@ -100,4 +95,9 @@ def _check_model(model: PreTrainedModel, config: RecoveryConfig, seq_length: int
         raise StructPruneError(
             f"`train`='full' would change the weights of {name} in float16, which is too coarse for an optimizer. "
             "Load the model in float32, or set `train` to 'lora'."
+        )
+    if pruning.removes_tokens and model.dtype == torch.float16 and trains_on_cpu(model):
+        raise StructPruneError(
+            f"Recovery trains the embeddings of a trimmed model, and PyTorch cannot train {name} in float16 on a CPU. "
+            "Load the model in bfloat16 or float32."
         )

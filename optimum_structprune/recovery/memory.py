@@ -93,8 +93,7 @@ def estimate_recovery(
     size = TrainingSize(config.tokens // seq_length, seq_length)
     at_once = int(config.training.get("per_device_train_batch_size") or min(batch_samples(size), 4))
 
-    # A student without weights is built in float32. It will have the dtype of the original model.
-    itemsize = dense.dtype.itemsize
+    itemsize = student.dtype.itemsize
     dtype = torch.float32
     if computes_in_bf16(device.type) and config.training.get("bf16", True):
         dtype = torch.bfloat16
@@ -121,7 +120,7 @@ def estimate_recovery(
         flops = measured_throughput(device, dtype, hidden, ffn)
 
     return RecoveryEstimate(
-        weights=student.num_parameters() * dense.dtype.itemsize,
+        weights=student.num_parameters() * student.dtype.itemsize,
         teacher=teacher_size * itemsize,
         trained=_trained_weights(config, student) * FP32_BYTES * OPTIMIZER_COPIES,
         activations=activations + logits,

@@ -172,15 +172,14 @@ class TextStream:
 
         Text from the Hub and text that a model writes are not counted, because they may not end.
         """
-        weights = [domain.weight for domain in self.domains]
         for domain in self.domains:
             if endless(domain) or written_by_model(domain):
                 continue
 
-            need = ceil(num_samples * domain.weight / sum(weights))
+            need = self._samples_of(domain, num_samples)
             count = sum(1 for _ in islice(self._one_pass(domain, 0), need))
             if count * MAX_PASSES < need:
-                possible = int(count * MAX_PASSES * sum(weights) / domain.weight) * self.config.seq_length
+                possible = int(count * MAX_PASSES * self._total_weight / domain.weight) * self.config.seq_length
                 raise StructPruneError(
                     f"The domain {domain.name!r} has {count:,} samples of {self.config.seq_length} tokens to train "
                     f"on, and {need:,} are needed, which is more than {MAX_PASSES} passes. Add text to it, or set "
@@ -201,11 +200,17 @@ class TextStream:
             yield next(streams[index])
 
     def openings(self, num_samples: int) -> Iterator[list[int]]:
-        """Yield at most about `num_samples` samples of the first pass, by the weights of the domains."""
-        total_weight = sum(domain.weight for domain in self.domains)
+        """Yield about `num_samples` samples by the weights of the domains. Each domain is read at most once."""
         for domain in self.domains:
-            count = ceil(num_samples * domain.weight / total_weight)
-            yield from islice(self._one_pass(domain, 0), count)
+            yield from islice(self._one_pass(domain, 0), self._samples_of(domain, num_samples))
+
+    @property
+    def _total_weight(self) -> float:
+        return sum(domain.weight for domain in self.domains)
+
+    def _samples_of(self, domain: DomainConfig, num_samples: int) -> int:
+        """Return the number of samples of a domain among `num_samples` samples of all domains."""
+        return ceil(num_samples * domain.weight / self._total_weight)
 
     def _repeated(self, domain: DomainConfig) -> Iterator[list[int]]:
         for number in range(MAX_PASSES):

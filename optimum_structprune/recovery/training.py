@@ -21,7 +21,7 @@ from .teacher import Teacher
 from .training_data import RecoveryData
 
 
-# The attributes that accelerate leaves on a model, after which it would not prepare the model for another training.
+# Accelerate sets these attributes on a model, and does not prepare a model that has them for another training.
 ACCELERATE_ATTRIBUTES = {"forward", "_is_accelerate_prepared"}
 
 
@@ -125,7 +125,7 @@ def train(trainer: Trainer, checkpoint: str | None) -> float:
         # The Trainer loads a checkpoint by the model's own names. The published format has other names for experts.
         model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
 
-    attributes = set(vars(model))
+    attributes_before = set(vars(model))
     try:
         output = trainer.train(resume_from_checkpoint=checkpoint)
     except Exception as error:
@@ -137,7 +137,7 @@ def train(trainer: Trainer, checkpoint: str | None) -> float:
         vars(model).pop("save_pretrained", None)
         # accelerate leaves a `forward` that computes in mixed precision on the model itself.
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        for name in ACCELERATE_ATTRIBUTES - attributes:
+        for name in ACCELERATE_ATTRIBUTES - attributes_before:
             vars(model).pop(name, None)
         if trainer.args.gradient_checkpointing:
             _end_checkpointing(base_model)

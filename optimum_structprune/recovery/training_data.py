@@ -125,12 +125,14 @@ class RecoveryData:
             self._add_validation(config, text, stream, teacher, reader_tokenizer)
             if config.answer_share > 0:
                 num_answers = max(1, round(config.answer_share * text.num_samples))
-                # Writing answers takes long, so the text is checked before.
-                stream.check_enough(text.num_samples - num_answers)
-                answers, counts = self._add_answers(config, text, stream, packer, num_answers)
 
-        if answers is None or sum(counts) < num_answers:
-            stream.check_enough(text.num_samples - sum(counts))
+        # Writing answers takes long, so the text is checked first.
+        stream.check_enough(text.num_samples - num_answers)
+        if num_answers > 0:
+            answers, counts = self._add_answers(config, text, stream, packer, num_answers)
+            if sum(counts) < num_answers:
+                # More text is read instead of the missing answers.
+                stream.check_enough(text.num_samples - sum(counts))
         self.stream = SampleStream(stream, answers, packer, counts)
 
     @property

@@ -30,6 +30,9 @@ from optimum_structprune.recovery.recover import check_recovery
 from optimum_structprune.recovery.teacher import load_teacher
 
 
+BATCH_SIZE = "per_device_train_batch_size"
+
+
 def domain(source) -> dict:
     return {"domains": [DomainConfig(name="x", source=source)]}
 
@@ -42,10 +45,10 @@ def domain(source) -> dict:
     ({"training": {"lr_scheduler_type": "sinus"}}, "TrainingArguments: .*sinus"),
     ({"lora": {"r": 0}}, "peft cannot put the adapter on LlamaForCausalLM: .*the value passed is 0"),
     ({"training": {"per_device_eval_batch_size": 0}}, "`per_device_eval_batch_size` must be at least 1, got 0"),
-    ({"training": {"per_device_train_batch_size": "auto"}}, "per_device_train_batch_size in `training` .* got 'auto'"),
-    ({"training": {"per_device_train_batch_size": 0}}, "per_device_train_batch_size in `training` .* got 0"),
-    ({"training": {"num_train_epochs": "3"}}, "num_train_epochs in `training` must be a positive number, got '3'"),
-    ({"training": {"gradient_accumulation_steps": 0}}, "gradient_accumulation_steps in `training` .* got 0"),
+    ({"training": {BATCH_SIZE: "auto"}}, f"`{BATCH_SIZE}` in `training` must be a positive number, got 'auto'"),
+    ({"training": {BATCH_SIZE: 0}}, f"`{BATCH_SIZE}` in `training` must be a positive number, got 0"),
+    ({"training": {"num_train_epochs": "3"}}, "`num_train_epochs` in `training` must be a positive number, got '3'"),
+    ({"training": {"gradient_accumulation_steps": 0}}, "`gradient_accumulation_steps` .* a positive number, got 0"),
     ({"training": {"neftune_noise_alpha": 5.0}}, "neftune_noise_alpha, whose hook would stay"),
     ({"training": {"deepspeed": "zero3.json"}}, "has deepspeed, but .*attach_teacher"),
     ({"training": {"fsdp": True}}, "has fsdp, but .*attach_teacher"),

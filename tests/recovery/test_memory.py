@@ -38,10 +38,10 @@ def test_checkpointed_activations_need_less_memory():
 
 
 def test_a_dry_run_counts_the_weights_in_the_dtype_of_the_model():
-    recovery = config(recovery=recovery_config(tokens=2_400))
+    pruning = config(recovery=recovery_config(tokens=2_400))
     model_config = build("llama-tied").config
-    single = dry_run(model_config, recovery, dtype=torch.float32).recovery
-    half = dry_run(model_config, recovery, dtype=torch.bfloat16).recovery
+    single = dry_run(model_config, pruning, dtype=torch.float32).recovery
+    half = dry_run(model_config, pruning, dtype=torch.bfloat16).recovery
     assert single.weights == 2 * half.weights
 
 
