@@ -470,3 +470,71 @@ class TeacherFile:
             f"A document of the batch is not in the teacher file {self.folder}: {difference}. Write the file from the "
             "data set of this Trainer, with the same tokenizer, chat template and packing."
         )
+
+
+class StoredTeacher:
+    """A teacher whose predictions are in a file. It replaces a `Teacher` in the loss of a Trainer.
+
+    Attributes:
+        file: The teacher file.
+        tokenizer: The tokenizer of the teacher.
+        alignment: The spelling of the teacher's tokens if the trained model lacks some of them.
+    """
+
+    def __init__(
+        self,
+        file: TeacherFile,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        alignment: TokenAlignment | None = None,
+    ):
+        self.file = file
+        self.tokenizer = tokenizer
+        self.alignment = alignment
+
+    def place(self, accelerator: Any) -> None:
+        """Do nothing, because no weights are placed."""
+
+    def predict(self, inputs: Mapping[str, Any], positions: Tensor) -> StoredPredictions:
+        """Return the predictions at some positions of a batch; see `Teacher.predict`."""
+        documents = list(documents_of(inputs))
+        places = torch.cat([flat[:-1] for flat, _ in documents])
+        parts = [self.file.predictions(ids) for _, ids in documents]
+
+        stored = StoredPredictions(
+            torch.cat([part.ids for part in parts]),
+            torch.cat([part.probabilities for part in parts]),
+            torch.cat([part.negative_entropy for part in parts]),
+        )
+        index = torch.full((inputs["input_ids"].numel(),), -1)
+        index[places] = torch.arange(len(places))
+        return stored[index[positions.cpu()]].to(positions.device)
+
+
+def documents_of(inputs: Mapping[str, Any]) -> Iterator[tuple[Tensor, list[int]]]:
+    """Yield the places of the tokens of each document in a flattened batch, and their ids.
+
+    A document begins where `position_ids` are 0. Padding, and documents of one token, are left out.
+
+    Args:
+        inputs: The batch: `input_ids`, shape `(batch, seq_length)`, and `attention_mask` or `position_ids`.
+    """
+    ids = inputs["input_ids"].cpu()
+    is_token = torch.ones_like(ids, dtype=torch.bool)
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.shape == ids.shape:
+        is_token = mask.cpu().bool()
+
+    starts = torch.zeros_like(ids, dtype=torch.bool)
+    positions = inputs.get("position_ids")
+    if positions is not None:
+        starts = positions.cpu().expand_as(ids) == 0
+
+    for row in range(len(ids)):
+        places = is_token[row].nonzero()[:, 0]
+        bounds = starts[row, places].nonzero()[:, 0].tolist()
+        if not bounds or bounds[0] > 0:
+            bounds.insert(0, 0)
+        for start, end in pairwise(bounds + [len(places)]):
+            document = places[start:end]
+            if len(document) > 1:
+                yield row * ids.shape[1] + document, ids[row, document].tolist()
