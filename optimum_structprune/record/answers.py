@@ -7,7 +7,7 @@ from math import comb
 
 import torch
 
-from ..forward.metrics import margin_of_share
+from ..margins import margin_of_share
 from .figures import Answer, AnsweredQuestion, AnswersResult
 
 

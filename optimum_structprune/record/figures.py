@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..forward.metrics import UNSEEN, margin_of_error
+from ..margins import MIN_RELATIVE_MARGIN, margin_of_error
 
 
 # The constants of `technical_ratio`: the additional loss in nats per token if every word is split, and the share of
@@ -123,7 +123,7 @@ class VectorResult:
         """Return the result of one comparison.
 
         Args:
-            figures: The output of `pruning.embeddings.embedding_figures`.
+            figures: The output of `measure.vectors.embedding_figures`.
         """
         result = cls(int(figures["texts"]))
 
@@ -134,6 +134,10 @@ class VectorResult:
 
         if "neighbours" in figures:
             result.neighbours = Figure.of({PRUNED: figures["neighbours"]}, figures["neighbours_margin"])
+
+        if "retrieval" in figures:
+            shares = {DENSE: figures["retrieval_dense"], PRUNED: figures["retrieval"]}
+            result.retrieval = Figure.of(shares, figures["retrieval_margin"])
         return result
 
 
@@ -384,7 +388,7 @@ def perplexity_result(
         difference = last - first
         ratio = float(difference.mean().exp())
         # A margin m of the mean loss is, for small m, a relative margin m of exp(mean loss).
-        relative_margin = max(margin_of_error(difference, documents), UNSEEN / num_documents)
+        relative_margin = max(margin_of_error(difference, documents), MIN_RELATIVE_MARGIN / num_documents)
         margin = hypot(ratio * relative_margin, spread * (ratio - 1))
 
     return DomainResult(Figure.of(perplexities, margin), tokens=tokens, documents=num_documents)

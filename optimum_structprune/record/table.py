@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import floor, isfinite, log10
 from statistics import fmean
 
-from ..forward.metrics import MANY_DOCUMENTS
+from ..margins import MANY_DOCUMENTS
 from .figures import Figure
 
 

@@ -17,21 +17,18 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.inference import last_states
+from ..arch.inference import evaluating, last_states
 from ..arch.meta import positions_of
 from ..arch.modules import PROMPTS, module_files
-from ..arch.spec import ArchSpec
 from ..config.domains import DomainConfig, written_by_model
 from ..domains.manifest import JUDGED, Entry, Manifest
-from ..domains.packing import Domain, Passages, document_hash
+from ..domains.packing import Domain, document_hash
 from ..domains.sources import documents
-from ..forward.gaps import Gaps, fills_gaps
-from ..forward.metrics import MIN_DOCUMENTS, evaluating, margin_of_error, margin_of_share
-from ..record.evaluation import Evaluation
-from ..record.figures import DENSE, PRUNED, DomainResult, Figure, VectorResult, perplexity_result
-from ..record.report import Report
+from ..margins import MIN_DOCUMENTS, margin_of_error, margin_of_share
+from ..measure.text import Text
 from ..system.modules import MODULES
 from ..vocabulary.languages import texts as language_texts
+from .gaps import Gaps, fills_gaps
 
 
 SENTENCE_ENDS = re.compile(r"(?<=[.!?…।؟])\s+|(?<=[。！？])|\n+")  # in most scripts
@@ -77,6 +74,10 @@ POOLING: Mapping[str, Callable[[Tensor, int], Tensor]] = {
     "max": _max,
     "weightedmean": _weighted_mean,
 }
+
+
+# The figures of vectors by name, by the name of a text; see `embedding_figures`.
+Figures = dict[str, dict[str, float]]
 
 
 class Texts(NamedTuple):
@@ -198,7 +199,7 @@ class Embeddings:
         self.pooling = Pooling.of(model)
         self.dense = self._vectors(model)
         self.gaps = self._gaps(model)
-        self.dense_losses = self._losses(model)
+        self.dense_losses = self.losses(model)
 
     def _gaps(self, model: PreTrainedModel) -> dict[str, Gaps]:
         """Return the gaps in the texts of each domain, if the model fills gaps."""
@@ -221,31 +222,14 @@ class Embeddings:
         """Encode the texts with another tokenizer from now on."""
         self.tokenizer = tokenizer
 
-    def after(self, model: PreTrainedModel, arch: ArchSpec, report: Report) -> None:
-        """Enter the figures of the pruned model into the report."""
-        self.enter(report, model)
-
-    def enter(self, record: Report | Evaluation, model: PreTrainedModel) -> None:
-        """Enter the figures of the pruned model into a record, with perplexity if a head predicts tokens."""
-        by_domain, by_language = self.figures(model)
-        for name, vectors in by_domain.items():
-            record.domains[name] = DomainResult(vectors=vectors)
-
-        for name, pruned_losses in self._losses(model).items():
-            losses = {DENSE: self.dense_losses[name], PRUNED: pruned_losses}
-            tokens = int(self.gaps[name].tokens.sum())
-            documents = torch.tensor(self.texts[name].documents)[: len(pruned_losses)]
-            result = perplexity_result(losses, tokens, documents)
-            result.vectors = by_domain[name]
-            record.domains[name] = result
-
-        for code, language in record.languages.items():
-            language.vectors = by_language.get(code)
-
-    def figures(self, model: PreTrainedModel) -> tuple[dict[str, VectorResult], dict[str, VectorResult]]:
-        """Compare the vectors of the pruned and the original model, by domain and by language.
+    def figures(self, model: PreTrainedModel) -> tuple[Figures, Figures]:
+        """Compare the vectors of the pruned and the original model.
 
         The neighbours of a text are texts of all domains, without the texts of its own document.
+
+        Returns:
+            The output of `embedding_figures` by domain, with the output of `retrieval_figures` for pairs, and by
+            language.
         """
         vectors, spoken = self._vectors(model)
         dense_vectors, dense_spoken = self.dense
@@ -255,17 +239,17 @@ class Embeddings:
             further = _vectors_of_other_domains(vectors, name)
             dense_further = _vectors_of_other_domains(dense_vectors, name)
             figures = embedding_figures(vectors[name], dense_vectors[name], further, dense_further, texts.documents)
-            by_domain[name] = VectorResult.of(figures)
             if name in self.pairs:
-                by_domain[name].retrieval = retrieval_figure(vectors[name], dense_vectors[name])
+                figures |= retrieval_figures(vectors[name], dense_vectors[name])
+            by_domain[name] = figures
 
         by_language = {}
         for code, dense in dense_spoken.items():
             none = dense[:0]
-            by_language[code] = VectorResult.of(embedding_figures(spoken[code], dense, none, none))
+            by_language[code] = embedding_figures(spoken[code], dense, none, none)
         return by_domain, by_language
 
-    def _losses(self, model: PreTrainedModel) -> dict[str, Tensor]:
+    def losses(self, model: PreTrainedModel) -> dict[str, Tensor]:
         """Return the losses of a model in the gaps of each domain, shape `(texts,)`."""
         if self.tokenizer is None:
             return {}
@@ -355,7 +339,7 @@ def passages_of(samples: Tensor, tokenizer: PreTrainedTokenizerBase | None, docu
     if tokenizer is None or samples.is_floating_point():
         return Texts.one_each(samples)
 
-    passages = list(chain.from_iterable(Passages(list(samples), tokenizer).texts))
+    passages = list(chain.from_iterable(Text.of(samples, tokenizer).strings))
     passages += documents
     texts = sentences(passages)
     if not texts.texts:
@@ -538,20 +522,20 @@ def kept_margin(cosines: Tensor, dense_cosines: Tensor, documents: Tensor) -> fl
     return margin_of_error(torch.tensor(shares) * (len(shares) - 1))
 
 
-def retrieval_figure(vectors: Tensor, dense: Tensor) -> Figure:
+def retrieval_figures(vectors: Tensor, dense: Tensor) -> dict[str, float]:
     """Return the share of texts and translations that find each other, with the margin of the pruned model.
 
     Args:
         vectors: The vectors of the texts and then of their translations, shape `(2 * pairs, channels)`.
         dense: The vectors of the original model in the same order.
     """
-    texts, translations = vectors.chunk(2)
-    shares = retrieved(texts, translations)
-    dense_texts, dense_translations = dense.chunk(2)
-    dense_shares = retrieved(dense_texts, dense_translations)
-
-    values = {DENSE: float(dense_shares.mean()), PRUNED: float(shares.mean())}
-    return Figure.of(values, margin_of_share(shares))
+    shares = retrieved(*vectors.chunk(2))
+    dense_shares = retrieved(*dense.chunk(2))
+    return {
+        "retrieval": float(shares.mean()),
+        "retrieval_dense": float(dense_shares.mean()),
+        "retrieval_margin": margin_of_share(shares),
+    }
 
 
 def retrieved(texts: Tensor, translations: Tensor) -> Tensor:
