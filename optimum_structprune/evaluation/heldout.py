@@ -18,7 +18,7 @@ from ..domains.sources import documents, endless
 from ..domains.templates import read_lines
 from ..errors import StructPruneError
 from ..forward.metrics import compare, evaluating, row_losses, sample_losses
-from ..record.figures import DENSE, PRUNED, DomainResult, Figure, perplexity_result
+from ..record.figures import ORIGINAL, PRUNED, Figure, TextResult, perplexity_result
 from ..vocabulary.token_alignment import TokenAlignment, divergence_from_dense
 
 
@@ -142,8 +142,8 @@ class EvaluationText:
         self.samples = samples
         self.models = models
         self.parts = parts
-        self.documents = document_numbers(samples, tokenizers[DENSE].eos_token_id)[:, 0]
-        self.passages = Passages(list(samples), tokenizers[DENSE])
+        self.documents = document_numbers(samples, tokenizers[ORIGINAL].eos_token_id)[:, 0]
+        self.passages = Passages(list(samples), tokenizers[ORIGINAL])
 
         # The passages in the tokens of each model; empty if all models read the samples.
         self.rows: dict[str, list[Tensor]] = {}
@@ -153,20 +153,20 @@ class EvaluationText:
         else:
             check_vocabulary(int(samples.max()), models[PRUNED].config.get_text_config().vocab_size)
 
-    def measure(self, batch_size: int | None = None) -> DomainResult:
+    def measure(self, batch_size: int | None = None) -> TextResult:
         """Return the figures of this domain that the models and their vocabularies allow."""
         measured_losses, divergence, agreement = self._losses(batch_size)
         # A figure names the original model first.
-        losses = {name: measured_losses[name] for name in (DENSE, PRUNED) if name in measured_losses}
+        losses = {name: measured_losses[name] for name in (ORIGINAL, PRUNED) if name in measured_losses}
 
         num_predicted = self.samples.shape[1] - 1
         result = perplexity_result(losses, self.samples[:, 1:].numel(), self.documents)
         bits = {name: self.passages.bits_per_byte(loss * num_predicted) for name, loss in losses.items()}
         result.bits_per_byte = Figure.of(bits)
         if divergence is not None:
-            result.divergence = Figure(pruned=divergence)
+            result.divergence = Figure.of({PRUNED: divergence})
         if agreement is not None:
-            result.agreement = Figure(pruned=agreement)
+            result.agreement = Figure.of({PRUNED: agreement})
         return result
 
     def _losses(self, batch_size: int | None) -> tuple[dict[str, Tensor], float | None, float | None]:
@@ -179,12 +179,12 @@ class EvaluationText:
             return self._losses_of_rows(), self._divergence_in_parts(), None
 
         model = self.models[PRUNED]
-        dense = self.models.get(DENSE)
+        dense = self.models.get(ORIGINAL)
         if dense is None:
             return {PRUNED: sample_losses(model, self.samples, batch_size)}, None, None
 
         losses, (divergence, agreement) = compare(model, dense, self.samples, batch_size)
-        return {DENSE: losses["dense"], PRUNED: losses["model"]}, divergence, agreement
+        return {ORIGINAL: losses["dense"], PRUNED: losses["model"]}, divergence, agreement
 
     def _losses_of_rows(self) -> dict[str, Tensor]:
         """Return the loss of each sample per token of the original model, by model, where each has its own tokens."""
@@ -201,7 +201,7 @@ class EvaluationText:
 
         rows = self.samples.tolist()
         model = self.models[PRUNED]
-        dense = self.models[DENSE]
+        dense = self.models[ORIGINAL]
         with evaluating(model, dense):
             divergences = divergence_from_dense(self.parts, dense, model, rows, repeat(1, len(rows)))
         return float(divergences.sum()) / self.samples[:, 1:].numel()

@@ -21,7 +21,7 @@ from ..errors import StructPruneError
 from ..forward.generation import cache_bytes, cache_name, read_prompt, write_tokens
 from ..forward.metrics import evaluating
 from ..method.layers import input_device
-from ..record.speed import Speed, Spread, Timing
+from ..record.report import Speed, Spread, Timing
 
 
 # torch's clock waits for the accelerator. CPU time does not include the time of other jobs.

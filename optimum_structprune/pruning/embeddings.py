@@ -27,8 +27,7 @@ from ..domains.packing import Domain, Passages, document_hash
 from ..domains.sources import documents
 from ..forward.gaps import Gaps, fills_gaps
 from ..forward.metrics import MIN_DOCUMENTS, evaluating, margin_of_error, margin_of_share
-from ..record.evaluation import Evaluation
-from ..record.figures import DENSE, PRUNED, DomainResult, Figure, VectorResult, perplexity_result
+from ..record.figures import ORIGINAL, PRUNED, Figure, Measurements, TextResult, perplexity_result
 from ..record.report import Report
 from ..system.modules import MODULES
 from ..vocabulary.languages import texts as language_texts
@@ -225,24 +224,26 @@ class Embeddings:
         """Enter the figures of the pruned model into the report."""
         self.enter(report, model)
 
-    def enter(self, record: Report | Evaluation, model: PreTrainedModel) -> None:
-        """Enter the figures of the pruned model into a record, with perplexity if a head predicts tokens."""
+    def enter(self, table: Measurements, model: PreTrainedModel) -> None:
+        """Enter the figures of the pruned model into a table, with perplexity if a head predicts tokens."""
         by_domain, by_language = self.figures(model)
-        for name, vectors in by_domain.items():
-            record.domains[name] = DomainResult(vectors=vectors)
+        table.domains.update(by_domain)
 
         for name, pruned_losses in self._losses(model).items():
-            losses = {DENSE: self.dense_losses[name], PRUNED: pruned_losses}
+            losses = {ORIGINAL: self.dense_losses[name], PRUNED: pruned_losses}
             tokens = int(self.gaps[name].tokens.sum())
             documents = torch.tensor(self.texts[name].documents)[: len(pruned_losses)]
-            result = perplexity_result(losses, tokens, documents)
-            result.vectors = by_domain[name]
-            record.domains[name] = result
+            result = by_domain[name]
+            loss = perplexity_result(losses, tokens, documents)
+            result.perplexity = loss.perplexity
+            result.tokens = loss.tokens
+            result.documents = loss.documents
 
-        for code, language in record.languages.items():
-            language.vectors = by_language.get(code)
+        for code, vectors in by_language.items():
+            table.languages[code].texts = vectors.texts
+            table.languages[code].cosine = vectors.cosine
 
-    def figures(self, model: PreTrainedModel) -> tuple[dict[str, VectorResult], dict[str, VectorResult]]:
+    def figures(self, model: PreTrainedModel) -> tuple[dict[str, TextResult], dict[str, TextResult]]:
         """Compare the vectors of the pruned and the original model, by domain and by language.
 
         The neighbours of a text are texts of all domains, without the texts of its own document.
@@ -254,15 +255,15 @@ class Embeddings:
         for name, texts in self.texts.items():
             further = _vectors_of_other_domains(vectors, name)
             dense_further = _vectors_of_other_domains(dense_vectors, name)
-            figures = embedding_figures(vectors[name], dense_vectors[name], further, dense_further, texts.documents)
-            by_domain[name] = VectorResult.of(figures)
+            result = embedding_figures(vectors[name], dense_vectors[name], further, dense_further, texts.documents)
+            by_domain[name] = result
             if name in self.pairs:
-                by_domain[name].retrieval = retrieval_figure(vectors[name], dense_vectors[name])
+                result.retrieval = retrieval_figure(vectors[name], dense_vectors[name])
 
         by_language = {}
         for code, dense in dense_spoken.items():
             none = dense[:0]
-            by_language[code] = VectorResult.of(embedding_figures(spoken[code], dense, none, none))
+            by_language[code] = embedding_figures(spoken[code], dense, none, none)
         return by_domain, by_language
 
     def _losses(self, model: PreTrainedModel) -> dict[str, Tensor]:
@@ -455,7 +456,7 @@ def embed(
 
 def embedding_figures(
     vectors: Tensor, dense: Tensor, further: Tensor, dense_further: Tensor, documents: Sequence[int] | None = None
-) -> dict[str, float]:
+) -> TextResult:
     """Compare the vectors of texts of the pruned and the original model.
 
     Args:
@@ -470,7 +471,7 @@ def embedding_figures(
         with margin, 5th percentile and minimum. With at least 20 texts of other documents, the share of the 10 nearest
         `neighbours` that both models have in common, with its margin.
     """
-    figures: dict[str, float] = {"texts": len(vectors)}
+    result = TextResult(texts=len(vectors))
     if documents is None:
         documents = range(len(vectors))
     numbers = torch.tensor(list(documents))
@@ -478,18 +479,18 @@ def embedding_figures(
     if vectors.shape == dense.shape:
         cosines = cosine_similarity(vectors.double(), dense.double()).clamp(max=1)
         min_margin = COSINE_UNSEEN / len(numbers.unique())
-        figures["cosine"] = float(cosines.mean())
-        figures["cosine_margin"] = max(COSINE_SPREAD * margin_of_error(cosines, numbers), min_margin)
-        figures["cosine_p5"] = float(cosines.quantile(0.05))
-        figures["cosine_worst"] = float(cosines.min())
+        margin = max(COSINE_SPREAD * margin_of_error(cosines, numbers), min_margin)
+        result.cosine = Figure.of({PRUNED: float(cosines.mean())}, margin)
+        result.cosine_p5 = Figure.of({PRUNED: float(cosines.quantile(0.05))})
+        result.cosine_worst = Figure.of({PRUNED: float(cosines.min())})
 
     largest_document = int(numbers.bincount().max())
     if len(vectors) + len(further) - largest_document >= 2 * NUM_NEIGHBOURS:
         cosines = nearness(vectors, further, numbers)
         dense_cosines = nearness(dense, dense_further, numbers)
-        figures["neighbours"] = kept_share(cosines, dense_cosines)
-        figures["neighbours_margin"] = kept_margin(cosines, dense_cosines, numbers)
-    return figures
+        share = kept_share(cosines, dense_cosines)
+        result.neighbours = Figure.of({PRUNED: share}, kept_margin(cosines, dense_cosines, numbers))
+    return result
 
 
 def nearness(vectors: Tensor, further: Tensor, documents: Tensor) -> Tensor:
@@ -550,7 +551,7 @@ def retrieval_figure(vectors: Tensor, dense: Tensor) -> Figure:
     dense_texts, dense_translations = dense.chunk(2)
     dense_shares = retrieved(dense_texts, dense_translations)
 
-    values = {DENSE: float(dense_shares.mean()), PRUNED: float(shares.mean())}
+    values = {ORIGINAL: float(dense_shares.mean()), PRUNED: float(shares.mean())}
     return Figure.of(values, margin_of_share(shares))
 
 

@@ -19,7 +19,7 @@ from ..domains.packing import Domain, Passages, document_numbers
 from ..errors import StructPruneError
 from ..forward import metrics
 from ..method.layers import Batch, InMemory
-from ..record.figures import DENSE, PRUNED, Figure, language_costs, perplexity_result, unseen_of
+from ..record.figures import ORIGINAL, PRUNED, Figure, language_costs, perplexity_result, unseen_of
 from ..record.report import Report
 from ..steps.base import RunState
 from ..system.processes import every_process_runs, gather_objects, shard
@@ -150,7 +150,9 @@ class Comparison:
 
         costs = language_costs(by_language)
         for code, result in costs.items():
-            result.vectors = run.report.languages[code].vectors
+            vectors = run.report.languages[code]
+            result.texts = vectors.texts
+            result.cosine = vectors.cosine
         run.report.languages = costs
 
 
@@ -211,7 +213,7 @@ class Measure:
         """Enter the figures of both models into the report."""
         pruned_losses = self._losses(model, arch)
         for name, dense_loss in self.dense_losses.items():
-            losses = {DENSE: dense_loss, PRUNED: pruned_losses[name]}
+            losses = {ORIGINAL: dense_loss, PRUNED: pruned_losses[name]}
             tokens = self.tokens_predicted[name] * len(dense_loss)
             documents = self.documents[name]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..forward.metrics import KINDS_DIFFER, divergence, evaluating
-from ..record.figures import DENSE, PRUNED, RECOVERED, DomainResult, Figure, perplexity_result, unseen_of
+from ..record.figures import ORIGINAL, PRUNED, RECOVERED, Figure, TextResult, perplexity_result, unseen_of
 from ..record.report import CurvePoint, RecoveryReport
 from ..system.stages import progress
 from .aligned_batches import AlignedTargets
@@ -174,25 +174,25 @@ def enter_measurements(
         chosen: The kinds of text that compared checkpoints. They have no perplexity in the report.
     """
     for kind, pruned_values in pruned.items():
-        result = DomainResult()
+        result = TextResult()
         if kind not in chosen:
             result = _perplexity(kind, pruned_values, recovered[kind])
         if "kl" in pruned_values:
             pruned_kl = float(pruned_values["kl"].mean())
             recovered_kl = float(recovered[kind]["kl"].mean())
-            result.divergence = Figure(pruned=pruned_kl, recovered=recovered_kl)
+            result.divergence = Figure.of({PRUNED: pruned_kl, RECOVERED: recovered_kl})
 
         if kind == OTHER_TEXT:
             report.unseen = unseen_of(result, "")
-        elif result != DomainResult():
+        elif result != TextResult():
             report.domains[kind] = result
 
 
-def _perplexity(kind: str, pruned: Values, recovered: Values) -> DomainResult:
+def _perplexity(kind: str, pruned: Values, recovered: Values) -> TextResult:
     """Return the perplexities of the teacher, the pruned and the recovered model on one kind of text."""
     losses: dict[str, Tensor] = {}
     if "teacher" in pruned:
-        losses[DENSE] = pruned["teacher"]
+        losses[ORIGINAL] = pruned["teacher"]
     losses[PRUNED] = pruned["loss"]
     losses[RECOVERED] = recovered["loss"]
 

@@ -30,7 +30,7 @@ from ..forward.metrics import outputs_for, own_settings, random_inputs
 from ..method.devices import free_bytes
 from ..record.plan import PLAN_NAME
 from ..record.report import REPORT_NAME, PruneRecords
-from ..record.summary import CHANGED
+from ..record.view import CHANGED
 from ..sources.offloaded import layer_device_map
 from ..system.disk import OFFLOAD, Output, used_paths
 from ..system.fingerprint import checksums
