@@ -18,7 +18,7 @@ from .forward.generation import cached_values
 from .pruning.duration import TimeEstimate, estimate_time
 from .pruning.memory import MemoryEstimate, estimate_memory
 from .pruning.request import DRY_RUN, PruningRequest, check_config_kind, resolve_request
-from .record.table import PERCENT, Row, aligned, cells
+from .record.table import aligned, change_row
 from .system.stages import saved_bytes
 from .vocabulary.amount import large_vocabulary
 from .written import Record
@@ -120,22 +120,22 @@ class DryRun(Record):
 
     def __str__(self) -> str:
         """Return a table of widths, parameters, memory and cache."""
-        rows: list[Row] = []
+        rows = [["", "before", "after", ""]]
         for space in self.spaces:
             if isinstance(space.after, Mapping):
                 new_widths = list(space.after.values())
             else:
                 new_widths = [space.after]
-            rows.append(Row(f"width {space.name}", ([space.before], new_widths), change=PERCENT))
+            rows.append(change_row(f"width {space.name}", space.before, new_widths))
 
         for name, label in SIZES.items():
             size: Change | None = getattr(self, name)
             if size is None:
-                rows.append(Row(label.format(self.dtype), (None, None), change=PERCENT))
+                rows.append(change_row(label.format(self.dtype), None, None))
             elif size.before:  # a model that does not generate has no cache
-                rows.append(Row(label.format(self.dtype), (size.before, size.after), change=PERCENT))
+                rows.append(change_row(label.format(self.dtype), size.before, size.after))
 
-        lines = [aligned(cells(["before", "after"], rows))]
+        lines = [aligned(rows)]
         lines += self.notes
         lines += [f"loads with {way}" for way in self.reload]
 

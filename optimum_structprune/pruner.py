@@ -22,7 +22,7 @@ from .pruning.memory import check_memory
 from .pruning.request import check_arguments, check_config_kind, resolve_request
 from .record.plan import Plan
 from .record.report import PruneRecords, Report
-from .record.summary import request_line
+from .record.view import View
 from .saving.save import save_pruned
 from .search.sensitivity import final_widths
 from .sources.data import CalibrationData
@@ -187,7 +187,7 @@ class StructPruner:
         check_memory(request, inplace)
 
         earlier = earlier or Manifest.seen_by(model)
-        report = Report(info.arch.model_type, request.config.scored_by)
+        report = Report(model_type=info.arch.model_type, criterion=request.config.scored_by)
         with report.timed("domains"):
             data = CalibrationData.read(request.config, model, tokenizer, inputs, self.options, earlier)
         state = RunState.start(model, info.arch, data, tokenizer, inplace, report, earlier)
@@ -270,9 +270,9 @@ class StructPruner:
             remember_text(state.dense_model, state.dense_tokenizer)
         remember_text(state.model, state.tokenizer, manifest)
 
-        request = request_line(report)
-        if request.startswith("warning: "):
-            warn(request.removeprefix("warning: "))
+        for line in View(report).request:
+            if line.startswith("warning: "):
+                warn(line.removeprefix("warning: "))
 
         # The record names tokens as a target only if the user's config does.
         config = replace(state.config, targets=self.config.targets)

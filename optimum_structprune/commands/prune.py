@@ -12,8 +12,7 @@ from ..domains.load import calibration_domains
 from ..evaluation.answers import ShortCheck
 from ..functional import prune as prune_in_one_call
 from ..pruner import PruneResult
-from ..record.summary import next_command, report_lines
-from ..record.verdict import judge
+from ..record.view import View
 from ..recovery.recover import check_recovery
 from ..saving.gguf_file import check_gguf
 from ..saving.page import write_page_or_warn
@@ -47,7 +46,7 @@ def prune(args: Namespace) -> Result:
 
         # Writing a GGUF file loads the model from the folder, which may have been trained.
         del pruned
-        result = add_gguf(args, result, loading, report.dense.parameters)
+        result = add_gguf(args, result, loading, report.original.parameters)
         return push_result(args, result)
 
 
@@ -85,7 +84,7 @@ def _prune_and_save(
         # Offloaded models answer no questions, because a forward pass takes too long.
         num_tokens = 0 if args.offload else config.num_samples * config.seq_length
         check = ShortCheck(tokenizer, num_tokens)
-        check.ask("dense", model)
+        check.ask("original", model)
 
         result = prune_in_one_call(model, config, tokenizer, inplace=True, options=options)
         assert result.tokenizer is not None
@@ -109,13 +108,13 @@ def _prune_and_save(
 def _result(args: Namespace, pruned: PruneResult) -> Result:
     """Return the result of a pruning without a training."""
     report = pruned.report
-    lines = report_lines(report)
+    view = View(report)
+    lines = view.lines()
     lines += result_lines(args.output, pruned.model.config, pruned.config.arch_file)
 
     values = report.to_dict()
     values["output"] = args.output
-    suggestion = next_command(judge(report), args.model, args.output)
-    return Result("\n".join(lines), values, suggestion)
+    return Result("\n".join(lines), values, view.next_command(args.model, args.output))
 
 
 def _recovered_result(args: Namespace, pruned: PruneResult, recovery: RecoveryConfig) -> Result:

@@ -237,27 +237,27 @@ def test_the_divergence_on_answers_counts_removed_tokens():
 def test_a_run_that_reads_little_text_has_no_short_check():
     for tokens in (0, 4095):
         check = ShortCheck(TOKENIZER, tokens)
-        check.ask("dense", MODEL)
+        check.ask("original", MODEL)
         check.ask("pruned", MODEL)
         assert check.result() is None
 
 
 def test_a_short_check_continues_an_earlier_one_with_the_same_questions(monkeypatch):
     check = ShortCheck(TOKENIZER, 4096)
-    check.ask("dense", MODEL)
+    check.ask("original", MODEL)
     check.ask("pruned", MODEL)
     result = check.result()
     assert len(result.questions) == 16
-    assert result.models == ["dense", "pruned"]
+    assert result.models == ["original", "pruned"]
 
     later_check = ShortCheck(TOKENIZER, 10**9)
     later_check.ask("recovered", MODEL)
-    assert later_check.result(result).models == ["dense", "pruned", "recovered"]
+    assert later_check.result(result).models == ["original", "pruned", "recovered"]
     assert later_check.result(AnswersResult(result.questions[:3])).models == ["recovered"]
 
     monkeypatch.setattr(answers, "continuations", lambda *args: 1 / 0)
-    with pytest.warns(UserWarning, match="no answers of the dense model: division"):
-        later_check.ask("dense", MODEL)
+    with pytest.warns(UserWarning, match="no answers of the original model: division"):
+        later_check.ask("original", MODEL)
     assert later_check.result() is None
 
 
@@ -265,7 +265,7 @@ def test_a_short_check_continues_an_earlier_one_with_the_same_questions(monkeypa
 def test_a_model_that_does_not_predict_the_next_token_is_not_asked(case):
     check = ShortCheck(TOKENIZER, 10**9)
 
-    check.ask("dense", build(case))
+    check.ask("original", build(case))
 
     assert check.result() is None
 

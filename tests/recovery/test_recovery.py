@@ -252,7 +252,7 @@ def test_unseen_text_is_measured_and_excluded_from_the_training(pruned):
     report = recovery.report
     assert report.unseen.source == "built-in"
     assert "unseen text (built-in)" in str(report)
-    assert list(report.unseen.perplexity.by_model()) == ["dense", "pruned", "recovered"]
+    assert list(report.unseen.perplexity.values) == ["original", "pruned", "recovered"]
     assert report.unseen.divergence
 
     training_documents = set()
