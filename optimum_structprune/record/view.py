@@ -32,8 +32,8 @@ from .table import UNKNOWN, aligned, byte_size, change_row, number, percent_chan
 from .verdict import LANGUAGE_LIMIT, Level, judge
 
 
-# A removed share that differs from the requested one by more than this part of it is a warning.
-MAX_DEVIATION = 0.1
+# Warn if the removed share misses the requested share by more than a tenth of it.
+MAX_TARGET_DEVIATION = 0.1
 MAX_DOMAINS = 6
 MAX_SCRIPTS = 6
 # The units of each kind of space.
@@ -359,7 +359,7 @@ def target_line(target: float, sparsity: float, removed: float) -> str:
     """
     text = f"requested {target:.1%} of the layer parameters, removed {sparsity:.1%} ({removed:.1%} of the whole model)"
 
-    if abs(sparsity - target) <= MAX_DEVIATION * target:
+    if abs(sparsity - target) <= MAX_TARGET_DEVIATION * target:
         return f"{capitalized(text)}."
     return f"warning: {text}; other targets, or a smaller round_to of channels, may come nearer"
 

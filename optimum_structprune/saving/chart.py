@@ -21,6 +21,8 @@ WIDE, NARROW = 600, 360
 ROW_HEIGHT = 26
 AXIS_HEIGHT = 44
 BAR_HEIGHT = 90
+# The width of a character of a label in pixels.
+CHARACTER_WIDTH = 7
 MAX_LABEL = 22
 MAX_LANGUAGES = 6
 # The characters that XML does not allow.
@@ -60,6 +62,14 @@ class Mark:
         margin = self.margin or 0.0
         ends += [last - margin, last + margin]
         return ends
+
+    def text(self, unit: str) -> str:
+        """Return the last value with its interval."""
+        last = list(self.values.values())[-1]
+        if self.margin is None:
+            return f"{last:.2f}{unit}"
+        places = margin_digits(self.margin)
+        return f"{last:.{places}f}{unit} ± {self.margin:.{places}f}"
 
 
 @dataclass(frozen=True)
@@ -109,7 +119,7 @@ def loss_chart(table: Measurements, width: int = WIDE) -> str:
         return ""
 
     unit = "" if table.has_vectors else "×"
-    axis = _loss_axis(marks, width)
+    axis = _loss_axis(marks, unit, width)
 
     rows = ""
     y = 14
@@ -121,12 +131,12 @@ def loss_chart(table: Measurements, width: int = WIDE) -> str:
         y += ROW_HEIGHT
 
     bottom = y - ROW_HEIGHT // 2
-    body = _horizontal_axis(axis, bottom, unit, width) + rows
+    body = _horizontal_axis(axis, bottom, unit, width) + _legend(marks, bottom + 34) + rows
     return _svg(width, bottom + AXIS_HEIGHT, body, "Losses by domain")
 
 
-def _loss_axis(marks: Sequence[Mark], width: int) -> Axis:
-    """Return an axis with space for all rows and for the value 1 of the original model."""
+def _loss_axis(marks: Sequence[Mark], unit: str, width: int) -> Axis:
+    """Return an axis with the values of all rows and the value 1 of the original model, and space for the labels."""
     ends = [1.0]
     for mark in marks:
         ends += mark.ends
@@ -135,7 +145,8 @@ def _loss_axis(marks: Sequence[Mark], width: int) -> Axis:
     padding = 0.03 * max(high - low, 0.02)
 
     label_width = 0.28 * width if width >= WIDE else 118
-    return Axis(low - padding, high + padding, label_width, width - 96)
+    value_width = CHARACTER_WIDTH * max(len(mark.text(unit)) for mark in marks)
+    return Axis(low - padding, high + padding, label_width, width - value_width - 14)
 
 
 def _marks(table: Measurements) -> list[Mark]:
@@ -173,9 +184,7 @@ def _row(mark: Mark, axis: Axis, y: int, unit: str, width: int) -> str:
     last = mark.values[last_model]
     body = f'<text x="12" y="{y + 4}">{_label(mark.label, width)}</text>'
 
-    places = 2
     if mark.margin is not None:
-        places = margin_digits(mark.margin)
         start = axis.place(last - mark.margin)
         end = axis.place(last + mark.margin)
         body += f'<path class="margin {last_model}" d="M{start:.1f} {y}H{end:.1f}"/>'
@@ -184,10 +193,7 @@ def _row(mark: Mark, axis: Axis, y: int, unit: str, width: int) -> str:
         title = f"<title>{NAMES[name]} {value:.3f}</title>"
         body += f'<circle class="{name}" cx="{axis.place(value):.1f}" cy="{y}" r="5">{title}</circle>'
 
-    text = f"{last:.{places}f}{unit}"
-    if mark.margin is not None:
-        text += f" ± {mark.margin:.{places}f}"
-    return body + f'<text x="{axis.end + 10:.0f}" y="{y + 4}">{text}</text>'
+    return body + f'<text x="{axis.end + 10:.0f}" y="{y + 4}">{mark.text(unit)}</text>'
 
 
 def _label(text: str, width: int) -> str:
@@ -201,7 +207,7 @@ def _label(text: str, width: int) -> str:
 
 
 def _horizontal_axis(axis: Axis, bottom: float, unit: str, width: int) -> str:
-    """Draw a horizontal axis with its ticks, the line of the original model, and the legend."""
+    """Draw a horizontal axis with its ticks and the line of the original model."""
     num_ticks = 6 if width >= WIDE else 3
     ticks = axis.ticks(num_ticks)
     places = 2
@@ -214,13 +220,19 @@ def _horizontal_axis(axis: Axis, bottom: float, unit: str, width: int) -> str:
         label = f"{tick:.{places}f}{unit}"
         body += f'<path class="grid" d="M{x:.1f} 4V{bottom}"/>'
         body += f'<text class="note" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{label}</text>'
-    body += f'<path class="original" d="M{axis.place(1.0):.1f} 4V{bottom}"/>'
+    return body + f'<path class="original" d="M{axis.place(1.0):.1f} 4V{bottom}"/>'
 
-    y = bottom + 34
-    body += f'<path class="original" d="M4 {y - 4}h18"/><text class="note" x="27" y="{y}">original</text>'
-    body += f'<circle class="pruned" cx="92" cy="{y - 4}" r="5"/><text class="note" x="101" y="{y}">pruned</text>'
-    body += f'<circle class="recovered" cx="160" cy="{y - 4}" r="5"/>'
-    return body + f'<text class="note" x="169" y="{y}">recovered</text>'
+
+def _legend(marks: Sequence[Mark], y: float) -> str:
+    """Draw the symbols of the original model and of the models in the rows, with their names."""
+    body = f'<path class="original" d="M4 {y - 4}h18"/><text class="note" x="27" y="{y}">original</text>'
+    x = 92
+    for name, label in NAMES.items():
+        if any(name in mark.values for mark in marks):
+            body += f'<circle class="{name}" cx="{x}" cy="{y - 4}" r="5"/>'
+            body += f'<text class="note" x="{x + 9}" y="{y}">{label}</text>'
+            x += 68
+    return body
 
 
 def curve_chart(curve: Sequence[CurvePoint], width: int = WIDE) -> str:
@@ -238,7 +250,7 @@ def curve_chart(curve: Sequence[CurvePoint], width: int = WIDE) -> str:
         return ""
 
     height = 200
-    x_axis = Axis(0.0, float(max(point.tokens for point in points)), 52, width - 20)
+    x_axis = Axis(0.0, float(max(point.tokens for point in points)), 52, width - 36)
     y_axis = Axis(0.0, max(point.kl for point in points) * 1.08, height, 12)
     num_x_ticks = 5 if width >= WIDE else 3
     body = _curve_ticks(x_axis, y_axis, height, num_x_ticks)
@@ -251,7 +263,7 @@ def curve_chart(curve: Sequence[CurvePoint], width: int = WIDE) -> str:
         body += f'<circle class="recovered" cx="{x:.1f}" cy="{y:.1f}" r="4">{title}</circle>'
 
     title = "KL to the teacher (nats per token) over training tokens"
-    body += f'<text class="note" x="{x_axis.start}" y="{height + 34}">{title}</text>'
+    body += f'<text class="note" x="4" y="{height + 34}">{title}</text>'
     return _svg(width, height + 42, body, "Validation loss during training")
 
 

@@ -24,6 +24,13 @@ OVERFLOWING = """() => [...document.querySelectorAll("body *")]
     .filter(element => !element.parentElement.closest(".table, pre, svg"))
     .filter(element => element.getBoundingClientRect().right > innerWidth + 1)
     .map(element => element.outerHTML.slice(0, 120))"""
+# Tables that are wider than their box, and labels beyond the edges of their chart.
+CUT = """() => [...document.querySelectorAll(".table")].filter(box => box.scrollWidth > box.clientWidth)
+    .concat([...document.querySelectorAll("svg text")].filter(text => {
+        const chart = text.ownerSVGElement.getBoundingClientRect();
+        const label = text.getBoundingClientRect();
+        return label.left < chart.left || label.right > chart.right;
+    })).filter(element => element.getClientRects().length).map(element => element.outerHTML.slice(0, 120))"""
 EMPTY = """() => [...document.querySelectorAll("main > *")].filter(element => element.children.length)
     .filter(element => element.getBoundingClientRect().width < 20 || element.getBoundingClientRect().height < 20)
     .map(element => element.outerHTML.slice(0, 120))"""
@@ -41,10 +48,10 @@ def folder(tmp_path_factory):
     report.answers = AnswersResult([results.question({"original": True, "pruned": False}, prompt=HOSTILE)])
     pruner.save(model, folder, tokenizer())
 
-    curve = [CurvePoint(number, 1 / number) for number in (120, 240, 480)]
+    curve = [CurvePoint(number, 1 / number) for number in (120_000, 240_000, 480_000)]
     domains = {HOSTILE: TextResult(results.figure(1.8, 1.2))}
     recovery = RecoveryReport(
-        tokens=480, steps=20, seconds=3.0, domains=domains, kept_step=20, curve=curve, answers=report.answers
+        tokens=480_000, steps=20, seconds=3.0, domains=domains, kept_step=20, curve=curve, answers=report.answers
     )
     recovery.save(folder / "recovery_report.json")
 
@@ -166,7 +173,7 @@ def browser():
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1100, 400])
+@pytest.mark.parametrize("width", [1100, 390])
 def test_a_browser_shows_the_whole_page(width, scheme, folder, browser, tmp_path):
     tab = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
     complaints = []
@@ -177,6 +184,7 @@ def test_a_browser_shows_the_whole_page(width, scheme, folder, browser, tmp_path
 
     assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert tab.evaluate(OVERFLOWING) == []
+    assert tab.evaluate(CUT) == []
     assert tab.evaluate(EMPTY) == []
     for name in PARTS:
         assert tab.get_by_role("heading", name=name, exact=True).is_visible(), name
