@@ -193,7 +193,8 @@ class Evidence:
 
         if mean > limits.mean:
             violations.append(f"{times(mean, margin)} on the calibration domains")
-        if self.worst > limits.worst:
+        # The ratio of a single domain is the mean too.
+        if len(self.ratios) > 1 and self.worst > limits.worst:
             violations.append(f"{times(self.worst, self.worst_figure.margin)} on {self.worst_domain}")
 
         if self.unseen is None:

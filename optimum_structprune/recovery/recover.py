@@ -39,7 +39,7 @@ from .memory import check_recovery_memory
 from .resume import TrainingInputs
 from .samples import SampleCollator
 from .teacher import Teacher, load_teacher
-from .text import sample_length
+from .text import sample_length, text_config
 from .training import NothingGainedWarning, StopAtNaN, recovery_trainer, train
 from .training_data import ANSWERS, VALIDATION, RecoveryData
 
@@ -138,7 +138,8 @@ class Recovery:
                 name = loaded.model.name_or_path or ""
                 stack.enter_context(evaluating(loaded.model))
 
-            inputs = TrainingInputs.of(replace(config, seed=seed, seq_length=seq_length), model, name)
+            text = text_config(config, self.pruning, seq_length)
+            inputs = TrainingInputs.of(replace(config, seed=seed, seq_length=seq_length), text, model, name)
             folder = str(broadcast_object_list([arguments.output_dir])[0])  # the folder of the first process
             checkpoint = None
             if resume:

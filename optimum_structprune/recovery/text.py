@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,7 @@ from ..arch.meta import positions_of
 from ..config.domains import BUILTIN, GENERAL, DomainConfig, written_by_model
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
-from ..domains.load import WRITTEN, builtin_source_except, load_domains, split_samples, texts_of
+from ..domains.load import WRITTEN, builtin_source_except, load_domains, texts_of
 from ..domains.manifest import TRAINED, Entry, Manifest
 from ..domains.packing import HELDOUT, Domain, SampleFormat, check_vocabulary, tokenised
 from ..domains.sources import documents, endless, resolve
@@ -155,15 +156,14 @@ class TextStream:
         """Skip further documents, which have another use."""
         self._skipped.update(hashes)
 
-    def entries(self) -> list[Entry]:
-        """Return the manifest's entries of the domains, with the documents that were read so far."""
-        weights = [domain.weight for domain in self.domains]
-        counts = split_samples(self.config.num_samples, weights)
+    def entries(self, num_samples: int) -> list[Entry]:
+        """Return the manifest's entries of the domains for a number of samples, with the documents read so far."""
+        counts = Counter(self._turns(num_samples))
         entries = []
-        for domain, count in zip(self.heldout, counts, strict=True):
+        for place, domain in enumerate(self.heldout):
             documents = tuple(self.documents[domain.name])
             entry = Entry.of(replace(domain, documents=documents), TRAINED)
-            entry.calibration_tokens = count * self.config.seq_length
+            entry.calibration_tokens = counts[place] * self.config.seq_length
             entries.append(entry)
         return entries
 
@@ -191,13 +191,17 @@ class TextStream:
     def samples(self, num_samples: int) -> Iterator[list[int]]:
         """Yield samples of token ids. The domains take turns by their weights."""
         streams = [self._repeated(domain) for domain in self.domains]
+        for place in self._turns(num_samples):
+            yield next(streams[place])
+
+    def _turns(self, num_samples: int) -> Iterator[int]:
+        """Yield the number of the domain of each sample, which has the smallest part of its share so far."""
         weights = [domain.weight for domain in self.domains]
-        counts = [0] * len(streams)
+        counts = [0] * len(weights)
         for _ in range(num_samples):
-            # The next sample comes from the domain with the smallest part of its share so far.
-            index = min(range(len(streams)), key=lambda place: (counts[place] + 0.5) / weights[place])
-            counts[index] += 1
-            yield next(streams[index])
+            domain = min(range(len(weights)), key=lambda place: (counts[place] + 0.5) / weights[place])
+            counts[domain] += 1
+            yield domain
 
     def openings(self, num_samples: int) -> Iterator[list[int]]:
         """Yield about `num_samples` samples by the weights of the domains. Each domain is read at most once."""

@@ -49,10 +49,11 @@ class SampleStream(IterableDataset[Sample]):
         self.packer = packer
         self.answer_counts = answer_counts
         self.num_samples = text.config.num_samples
+        self.num_texts = self.num_samples - sum(answer_counts)
 
     def __iter__(self) -> Iterator[Sample]:
         num_answers = sum(self.answer_counts)
-        texts = self.text.samples(self.num_samples - num_answers)
+        texts = self.text.samples(self.num_texts)
         answers: Iterator[Sample] = iter(())
         if self.answers is not None:
             answers = self.answers.samples(self.packer, self.answer_counts)
@@ -138,7 +139,7 @@ class RecoveryData:
     @property
     def entries(self) -> list[Entry]:
         """Return the entries of the manifest for all text, with the documents that were read so far."""
-        entries = self.stream.text.entries()
+        entries = self.stream.text.entries(self.stream.num_texts)
         entries += self.other.entries
         return entries
 

@@ -245,6 +245,15 @@ def test_a_pruned_model_is_saved_with_the_text_of_its_recovery(tmp_path):
     assert entries == Manifest.seen_by(model).with_use(TRAINED)
 
 
+@pytest.mark.parametrize(("answer_share", "text_samples"), [(0.0, 20), (0.5, 10), (1.0, 0)])
+def test_the_manifest_does_not_count_answers_as_text_of_domains(pruned, answer_share, text_samples):
+    recovery = Recovery(recovery_config(tokens=20 * 24, answer_share=answer_share))
+    recovery.recover_model(pruned, tokenizer(), build("llama-tied", seed=1))
+
+    tokens = sum(entry.calibration_tokens for entry in recovery.entries if entry.use == TRAINED)
+    assert tokens == text_samples * 24
+
+
 def test_unseen_text_is_measured_and_excluded_from_the_training(pruned):
     recovery = Recovery(recovery_config(answer_share=0.0))
     recovered = recovery.recover_model(pruned, tokenizer(), build("llama-tied", seed=1))
@@ -410,7 +419,7 @@ def test_samples_follow_the_weights_of_domains_and_exclude_heldout_documents():
     second_stream = stream_of(recovery_config(domains=domains, seed=3))
     assert list(second_stream.samples(20)) == samples
 
-    entries = stream.entries()
+    entries = stream.entries(20)
     token_counts = {entry.name: entry.calibration_tokens for entry in entries}
     assert token_counts == {"a": 15 * 24, "b": 5 * 24}
 
@@ -489,7 +498,7 @@ def test_validation_documents_are_excluded_from_training():
 
     stream.documents["a"].clear()
     list(stream.samples(4))
-    assert not set(validation_documents) & set(stream.entries()[0].documents)
+    assert not set(validation_documents) & set(stream.entries(4)[0].documents)
 
 
 # --- adapters: the trained weights of a model, and the merged model
