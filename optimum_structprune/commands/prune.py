@@ -16,6 +16,7 @@ from ..record.summary import next_command, report_lines
 from ..record.verdict import judge
 from ..recovery.recover import check_recovery
 from ..saving.gguf_file import check_gguf
+from ..saving.gguf_types import gguf_bytes
 from ..saving.page import write_page_or_warn
 from ..system.disk import OFFLOAD, Output, check_apart, used_paths
 from ..system.processes import across_processes, process_index, unshared
@@ -63,7 +64,10 @@ def _check_folders(
     request = loading.ask(args.model, config, options)
     model = request.model_info.plain_model
     smaller = request.smaller
-    output.check(smaller.num_parameters() * model.dtype.itemsize)
+    need_bytes = smaller.num_parameters() * model.dtype.itemsize
+    if args.gguf is not None:
+        need_bytes += gguf_bytes(smaller.num_parameters(), args.gguf)
+    output.check(need_bytes)
 
     tokenizer = loading.tokenizer(args.model)
     if args.gguf is not None:
