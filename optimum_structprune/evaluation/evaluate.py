@@ -241,7 +241,7 @@ def _answers(
     for name, model in models.items():
         answers[name] = ask(model, tokenizers[name], questions, max_new_tokens, batch_size)
 
-    result = answers_result(questions, answers)
+    result = answers_result(questions, answers, next(iter(tokenizers.values())))
     if parts is not None:
         prompts = [question.ids(tokenizers[DENSE]) for question in questions]
         result.divergence = answer_divergence(models[DENSE], models[PRUNED], parts, prompts, answers[DENSE])
