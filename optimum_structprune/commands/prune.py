@@ -9,12 +9,14 @@ from dataclasses import replace
 from ..config.pruning import RunOptions, StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.load import calibration_domains
+from ..domains.manifest import Manifest
 from ..evaluation.answers import ShortCheck
 from ..functional import prune as prune_in_one_call
 from ..pruner import PruneResult
 from ..record.summary import next_command, report_lines
 from ..record.verdict import judge
 from ..recovery.recover import check_recovery
+from ..recovery.text import check_training_text
 from ..saving.gguf_file import check_gguf
 from ..saving.gguf_types import gguf_bytes
 from ..saving.page import write_page_or_warn
@@ -76,8 +78,10 @@ def _check_folders(
     if recovery is not None:
         check_recovery(recovery, config, model)
 
-    # The last check, because it reads the text.
-    calibration_domains(config, model, tokenizer, writes=False)
+    # The last checks, because they read the text.
+    text_config, domains = calibration_domains(config, model, tokenizer, writes=False)
+    if recovery is not None:
+        check_training_text(recovery, text_config, model, tokenizer, Manifest.of(text_config, domains, tokenizer))
 
 
 def _prune_and_save(

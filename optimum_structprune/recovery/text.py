@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -105,6 +106,36 @@ def _is_mixed(domains: Sequence[DomainConfig]) -> bool:
     return any(str(domain.source).startswith(BUILTIN + GENERAL) for domain in domains)
 
 
+def answer_samples(config: RecoveryConfig, num_samples: int) -> int:
+    """Return the number of answers among the samples of a training with a teacher."""
+    if config.answer_share == 0:
+        return 0
+    return max(1, round(config.answer_share * num_samples))
+
+
+def check_training_text(
+    config: RecoveryConfig,
+    pruning: StructPruneConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    earlier: Manifest | None,
+) -> None:
+    """Raise `StructPruneError` if there is too little text to train with a teacher. Call this before the pruning.
+
+    Args:
+        config: How the model will be trained.
+        pruning: How it will be pruned.
+        model: The dense model. It may be on the meta device.
+        tokenizer: Its tokenizer.
+        earlier: The text of the pruning.
+    """
+    text = text_config(config, pruning, sample_length(config, model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the training itself repeats the warnings
+        stream = TextStream(text, tokenizer, model, earlier, writes=False)
+        stream.check_enough(text.num_samples - answer_samples(config, text.num_samples))
+
+
 class TextStream:
     """A stream of training samples from domains, by their weights. Documents are tokenized when they are needed.
 
@@ -115,6 +146,7 @@ class TextStream:
         tokenizer: The tokenizer that reads it.
         model: The model that writes domains of its own text.
         earlier: The text that an earlier run has used.
+        writes: Whether the model writes. If not, held-out text of domains of its own text is left out.
 
     Attributes:
         heldout: The held-out samples of each domain, and a first sample of the training text.
@@ -126,13 +158,16 @@ class TextStream:
         tokenizer: PreTrainedTokenizerBase | None,
         model: PreTrainedModel,
         earlier: Manifest | None = None,
+        writes: bool = True,
     ):
         domains = config.domains or []
         training_tokens = config.num_samples * config.seq_length
         num_heldout = measured_tokens(training_tokens, MAX_HELDOUT_TOKENS) // config.seq_length
         num_heldout = max(1, min(MAX_HELDOUT_SAMPLES, num_heldout))
         one_sample_each = replace(config, num_samples=len(domains))
-        self.heldout: list[Domain] = load_domains(one_sample_each, tokenizer, model, num_heldout, earlier)
+        self.heldout: list[Domain] = load_domains(
+            one_sample_each, tokenizer, model, num_heldout, earlier, writes=writes
+        )
 
         assert tokenizer is not None  # or the domains could not be read
         self.config = config

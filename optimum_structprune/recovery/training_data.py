@@ -23,6 +23,7 @@ from .text import (
     OTHER_TEXT,
     VALIDATION,
     TextStream,
+    answer_samples,
     measured_tokens,
     text_config,
     validation_text,
@@ -124,8 +125,7 @@ class RecoveryData:
         if teacher is not None:
             assert reader_tokenizer is not None  # `TextStream` has read text with it
             self._add_validation(config, text, stream, teacher, reader_tokenizer)
-            if config.answer_share > 0:
-                num_answers = max(1, round(config.answer_share * text.num_samples))
+            num_answers = answer_samples(config, text.num_samples)
 
         # Writing answers takes long, so the text is checked first.
         stream.check_enough(text.num_samples - num_answers)

@@ -166,6 +166,15 @@ def test_a_training_after_pruning_reads_the_text_of_the_saved_config(folder, int
     assert pruning.general_text == saved["general_text"]
 
 
+def test_too_little_training_text_is_refused_before_the_pruning(folder, capsys):
+    line = prune_command(folder, folder / "model", folder / "small-text")
+
+    assert main(line + ["--recovery-tokens", "200000"]) == 2
+
+    assert "more than 4 passes" in error_line(capsys)
+    assert not (folder / "small-text").exists()
+
+
 def test_code_of_the_teacher_runs_only_with_the_flag(folder, interrupted_training, capsys):
     (folder / "trusted.checkpoints" / "checkpoint-2").mkdir(parents=True)
     line = prune_command(folder, folder / "model", folder / "trusted")
