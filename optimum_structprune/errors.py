@@ -50,8 +50,8 @@ def reason_of(error: BaseException) -> str:
     """Return the first sentences of another library's error in one line, or its class if it has no message."""
     line = one_line(error)
     if "weights_only" in line:
-        # PyTorch advises to unpickle the file, which runs its code.
-        return "a file in pickle format holds more than tensors, and its code is not run. Pass a safetensors file"
+        # PyTorch advises to load the objects, which runs their code.
+        return "a file holds Python objects besides tensors, which could run code. Pass a safetensors file"
     if len(line) > MAX_REASON:
         line = line[:MAX_REASON]
         end = max(line.rfind(". "), line.rfind("; "))

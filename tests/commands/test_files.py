@@ -127,7 +127,7 @@ def test_a_pickle_with_code_is_refused_without_advice_to_run_it(copy, tmp_path):
     folder = tmp_path / "executed"
     torch.save({"model.norm.weight": torch.ones(2), "other": Executed(folder)}, copy / "pytorch_model.bin")
 
-    message = assert_refused(copy, "a file in pickle format holds more than tensors, and its code is not run. Pass a")
+    message = assert_refused(copy, "a file holds Python objects besides tensors, which could run code. Pass a")
 
     assert "weights_only" not in message
     assert not folder.exists()
