@@ -142,7 +142,8 @@ def _recovered_result(args: Namespace, pruned: PruneResult, recovery: RecoveryCo
         training = recovery_for(recovery, training_args, pruned.config)
         result = recover_and_save(training_args, training, pruned.model, pruned.tokenizer)
 
-    values = pruned.report.to_dict()
+    report = training.pruning_report or pruned.report
+    values = report.to_dict()
     values["recovery"] = result.values
     values["output"] = args.output
     return replace(result, values=values)
