@@ -24,7 +24,11 @@ from ..vocabulary.tokens import SPACE
 CONTROL = re.compile(r"<pad>|<mask>|<[|｜](.*[|｜])?>", re.DOTALL)
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 # The pre-tokenizers of the tokenizers library that `PRE_TOKENIZERS` has: their names there, and the compared field.
-SPLIT_STEPS = {"Digits": ("digits", "individual_digits"), "ByteLevel": ("bytes", "use_regex"), "Split": ("split", "pattern")}
+SPLIT_STEPS = {
+    "Digits": ("digits", "individual_digits"),
+    "ByteLevel": ("bytes", "use_regex"),
+    "Split": ("split", "pattern"),
+}
 # The score of a token that no merge produces.
 LOWEST_SCORE = -1e6
 
