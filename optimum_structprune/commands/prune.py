@@ -10,8 +10,8 @@ from ..config.pruning import RunOptions, StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.load import calibration_domains
 from ..evaluation.answers import ShortCheck
-from ..functional import prune as prune_in_one_call
 from ..pruner import PruneResult
+from ..pruner import prune as prune_in_one_call
 from ..record.summary import next_command, report_lines
 from ..record.verdict import judge
 from ..recovery.recover import check_recovery
