@@ -147,7 +147,7 @@ def measure_all(
         by_row = _measured(predictor, other, batches, arch)
 
     losses_by_text = {name: Losses() for name in texts}
-    for by_row_of_process in gather_objects(by_row)[1:]:
+    for by_row_of_process in gather_objects(by_row):
         by_row.update(by_row_of_process)
     for (name, _), values in sorted(by_row.items(), key=itemgetter(0)):
         for attribute, value in values.items():
