@@ -220,9 +220,9 @@ def _trial_bytes(request: PruningRequest, size: CalibrationSize, batch_tokens: i
     They are the hidden states, the kept token rows, the dense values of masked consumers, and the larger of a refit
     and a forward pass over held-out text.
     """
-    from ..steps.division import CALIBRATION_TOKENS  # most runs try no division
+    from ..steps.temporary import DIVISION_TOKENS  # most runs try no division
 
-    per_domain = max(CALIBRATION_TOKENS // size.domains // size.seq_length, 1)
+    per_domain = max(DIVISION_TOKENS // size.domains // size.seq_length, 1)
     trial_size = replace(size, samples=min(per_domain * size.domains, size.samples))
     values = _hidden_state_values(request, trial_size)
 

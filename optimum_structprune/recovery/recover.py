@@ -26,6 +26,7 @@ from ..domains.manifest import MANIFEST_NAME, Entry, Manifest, check_kinds, chec
 from ..domains.packing import check_reads_any_text
 from ..errors import StructPruneError, warn
 from ..forward.settings import own_settings
+from ..measure.batches import SampleCollator
 from ..measure.languages import cost_by_language
 from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME, RecoveryReport, Report
 from ..saving.save import RECORD_NAMES, save_checked
@@ -39,7 +40,6 @@ from .learning_rate import NUM_TRIAL_SAMPLES, lower_learning_rate_
 from .measure import enter_curve, enter_measurements, measure_all, validation_loss
 from .memory import check_recovery_memory
 from .resume import TrainingInputs
-from .samples import SampleCollator
 from .teacher import Teacher, load_teacher
 from .text import sample_length, text_config
 from .training import NothingGainedWarning, StopAtNaN, recovery_trainer, train

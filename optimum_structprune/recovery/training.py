@@ -12,11 +12,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from ..errors import StructPruneError, one_line, reason_of
+from ..measure.batches import SampleCollator
 from ..system.disk import is_write_error
 from .adapter import LIBRARY_ERRORS
 from .attach import attach_loaded_teacher
 from .learning_rate import lower_rate_of_token_rows_
-from .samples import SampleCollator
 from .teacher import Teacher
 from .training_data import RecoveryData
 

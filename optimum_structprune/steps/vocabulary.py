@@ -21,9 +21,8 @@ from ..method.shrink import check_same
 from ..record.figures import TrimResult
 from ..record.plan import Plan
 from ..vocabulary.amount import without_tokens
-from ..vocabulary.choose import Choice, VocabularyRequest, choose_tokens, rank_tokens
+from ..vocabulary.choose import Choice, Ranking, VocabularyRequest, choose_tokens, rank_tokens
 from .base import RunState, Step
-from .division import divide_budget
 from .resize import drop_tokens_
 
 
@@ -36,6 +35,7 @@ class TrimVocabulary(Step):
 
     Args:
         request: The tokens to choose from.
+        divide: A function that chooses the number of tokens if other spaces share the budget.
         on_tokenizer: A function that gets the new tokenizer and the model before any token is removed. It may raise
             if the measurements cannot be made with this tokenizer.
     """
@@ -43,10 +43,12 @@ class TrimVocabulary(Step):
     def __init__(
         self,
         request: VocabularyRequest,
+        divide: Callable[[RunState, VocabularyRequest, Ranking], int],
         on_tokenizer: Callable[[PreTrainedTokenizerBase, PreTrainedModel], None] = lambda tokenizer, model: None,
     ):
         super().__init__({VOCAB: request.rows})
         self.request = request
+        self.divide = divide
         self.on_tokenizer = on_tokenizer
 
     def prune_(self, state: RunState, widths: Widths) -> Plan:
@@ -62,7 +64,7 @@ class TrimVocabulary(Step):
             ranking = rank_tokens(request, domains, held_out, _expected(state))
             number = request.number
             if number is None:
-                number = divide_budget(state, request, ranking)
+                number = self.divide(state, request, ranking)
             if number >= request.rows:
                 return Plan(state.arch.model_type, {})
             return self._cut_(state, choose_tokens(request, ranking, number, domains))
