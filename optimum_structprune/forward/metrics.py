@@ -386,7 +386,7 @@ def _predictions(models: Sequence[Any], batches: Sequence[Tensor]) -> Iterator[l
         heads.append(head)
 
     size = min(tokens_at_once(input_device(model), _vocabulary(model)) for model in models)
-    for ids in progress(batches, desc="Comparing predictions", unit="batch", leave=False, delay=1):
+    for ids in progress(batches, unit="batch", leave=False, delay=1):
         streams = []
         for model, head in zip(models, heads, strict=True):
             streams.append(_next_token_logits(model, ids, size, head))
