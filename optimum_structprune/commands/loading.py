@@ -28,6 +28,7 @@ from ..sources.offloaded import layer_device_map
 from ..system.disk import check_regular_files
 from ..system.offloading import check_reachable
 from ..system.placement import check_float64
+from ..system.stages import say
 
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ class Loading:
         Raises:
             StructPruneError: If the model cannot be loaded, or its files do not have all weights.
         """
+        say(f"Loading {name} …")
         config = self.config(name)
         device_map: str | dict[str, str] | None = self.device
         if self.offload is not None:
@@ -184,6 +186,7 @@ class Loading:
         Raises:
             StructPruneError: If the pruning would refuse it.
         """
+        say("Checking the request …")
         self.check_attention(name)
         model_config = self.config(name)
         device = None

@@ -23,7 +23,7 @@ from ..measure.batches import IGNORED
 from ..measure.losses import measure
 from ..measure.text import Text
 from ..record.figures import Answer, AnsweredQuestion, AnswersResult
-from ..system.stages import progress, stage
+from ..system.stages import stage
 from ..vocabulary.token_alignment import TokenAlignment
 
 
@@ -174,9 +174,10 @@ def _continued(
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
 
     with evaluating(model), stage("answers"):
-        for start in progress(range(0, len(order), batch_size), desc="Answering questions", unit="batch"):
+        for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            new_ids = continuations(model, tokenizer, [prompts[number] for number in batch], settings)
+            label = f"Answering questions {start + 1} to {start + len(batch)} of {len(order)}"
+            new_ids = continuations(model, tokenizer, [prompts[number] for number in batch], settings, label)
             for number, tokens in zip(batch, new_ids, strict=True):
                 ids[number] = tokens
 

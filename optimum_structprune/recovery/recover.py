@@ -42,7 +42,7 @@ from .memory import check_recovery_memory
 from .resume import TrainingInputs
 from .teacher import Teacher, load_teacher
 from .text import sample_length, text_config
-from .training import NothingGainedWarning, StopAtNaN, recovery_trainer, train
+from .training import NothingGainedWarning, ShowProgress, StopAtNaN, recovery_trainer, train
 from .training_data import ANSWERS, VALIDATION, RecoveryData
 
 
@@ -130,6 +130,8 @@ class Recovery:
 
         earlier = self._seen_by(model)
         with ExitStack() as stack:
+            # The Trainer moves the model to its own device.
+            stack.callback(_return_to, model.device, model)
             scratch = ""
             if "output_dir" not in config.training:
                 scratch = stack.enter_context(tempfile.TemporaryDirectory())
@@ -231,14 +233,20 @@ class Recovery:
         if config.train == "lora":
             adapter = lora_config(config, model, alignment is not None)
 
+        seq_length = data.stream.text.config.seq_length
+
+        def tokens_after(steps: int) -> int:
+            return _samples_read(steps, config.tokens // seq_length, arguments) * seq_length
+
         stopper = StopAtNaN()
-        callbacks = self.callbacks + [inputs, stopper]
+        callbacks = self.callbacks + [inputs, stopper, ShowProgress(value, tokens_after)]
         set_seed(seed)  # for the values of the adapter
         # peft puts a hook on the embedding of a model with activation checkpointing.
         own_hooks = without_new_forward_hooks(model.get_input_embeddings())
         with own_hooks, trainable(model, adapter) as (trained, take_back):
             trainer = recovery_trainer(trained, arguments, data, collator, teacher, callbacks)
-            pruned = measure_all(trained, data.measured, teacher, trainer.accelerator)
+            with stage("perplexity", {}):
+                pruned = measure_all(trained, data.measured, teacher, trainer.accelerator)
 
             # Trial steps store all activations, which do not fit if the training needs activation checkpointing.
             if "learning_rate" not in config.training and not arguments.gradient_checkpointing:
@@ -246,7 +254,8 @@ class Recovery:
                 lower_learning_rate_(trainer, batches, take_back)
             seconds = train(trainer, checkpoint)
 
-            recovered = measure_all(trained, data.measured, teacher, trainer.accelerator)
+            with stage("perplexity", {}):
+                recovered = measure_all(trained, data.measured, teacher, trainer.accelerator)
             kinds = [kind for kind, samples in data.measured.items() if samples and samples[0] in data.validation]
             is_better = validation_loss(recovered, kinds, value) < validation_loss(pruned, kinds, value)
             if not is_better:  # also if a loss is NaN
@@ -260,9 +269,8 @@ class Recovery:
         kept_step = 0
         if is_better:
             kept_step = trainer.state.best_global_step or steps
-        seq_length = data.stream.text.config.seq_length
         report = RecoveryReport(
-            tokens=_samples_read(steps, config.tokens // seq_length, arguments) * seq_length,
+            tokens=tokens_after(steps),
             steps=steps,
             seconds=seconds,
             kept_step=kept_step,
@@ -329,6 +337,12 @@ class Recovery:
             write_card(folder, save_directory, model, self.pruning.arch_file)
 
         save_checked(model, save_directory, tokenizer, overwrite, write, used_paths(self.config, self.pruning))
+
+
+def _return_to(device: torch.device, model: PreTrainedModel) -> None:
+    """Move a model back to its device."""
+    if model.device != device:
+        model.to(device)  # type: ignore[arg-type]
 
 
 def _samples_read(steps: int, num_samples: int, arguments: TrainingArguments) -> int:
