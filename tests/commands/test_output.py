@@ -69,7 +69,7 @@ def test_every_command_prints_its_result_as_text_or_as_one_json_document(folder,
         assert printed.out.strip(), name
         assert not printed.out.startswith("{"), name
         assert "%|" not in printed.err, name
-        assert ("Round 1 …" in printed.err) == (name == "prune")
+        assert ("Pruning …" in printed.err) == (name == "prune")
 
         overwrite = []
         if name in ("prune", "export", "recover"):
