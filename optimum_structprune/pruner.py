@@ -18,8 +18,8 @@ from .domains.packing import Domain
 from .errors import StructPruneError, warn
 from .forward.metrics import own_settings
 from .pruning.measure import Comparison
-from .pruning.memory import check_memory
 from .pruning.request import check_arguments, check_config_kind, resolve_request
+from .record.cost import check_memory
 from .record.plan import Plan
 from .record.report import PruneRecords, Report
 from .record.summary import request_line

@@ -25,6 +25,8 @@ from ..domains.manifest import MANIFEST_NAME, Entry, Manifest, check_kinds, chec
 from ..domains.packing import check_reads_any_text
 from ..errors import StructPruneError, warn
 from ..forward.metrics import evaluating, own_settings
+from ..method.devices import default_device
+from ..record.cost import check_recovery_memory, recovery_cost
 from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, RecoveryReport
 from ..saving.save import RECORD_NAMES, save_checked
 from ..system.disk import used_paths
@@ -35,7 +37,6 @@ from .arguments import TrainingSize, training_arguments
 from .checks import check_recovery, trains_on_cpu
 from .learning_rate import NUM_TRIAL_SAMPLES, lower_learning_rate_
 from .measure import enter_curve, enter_measurements, measure_all, validation_loss
-from .memory import check_recovery_memory
 from .resume import TrainingInputs
 from .samples import SampleCollator
 from .teacher import Teacher, load_teacher
@@ -176,7 +177,8 @@ class Recovery:
         dense = model
         if isinstance(teacher, PreTrainedModel):
             dense = teacher
-        check_recovery_memory(self.config, dense, model, loaded=True)
+        cost = recovery_cost(self.config, dense, model, sample_length(self.config, model))
+        check_recovery_memory(cost, default_device(), loaded=True)
 
     def _seen_by(self, model: PreTrainedModel) -> Manifest | None:
         """Return the text that the model has seen, from memory or from the folder of the pruned model."""
