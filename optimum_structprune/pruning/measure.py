@@ -85,6 +85,9 @@ class Comparison:
 
         heldout_tokens = run.config.holdout * sum(domain.samples.numel() for domain in domains)
         max_tokens = min(metrics.MEASURED_TOKENS, round(heldout_tokens))
+        if run.config.removes_only_tokens:
+            # Measuring would take most of the run.
+            max_tokens //= 2
         return Measure(run.model, domains, run.arch, max_tokens, run.dense_tokenizer, vocabulary_changes, unseen)
 
     def _encoder(self, measures_languages: bool) -> Embeddings:

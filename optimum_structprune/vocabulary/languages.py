@@ -29,6 +29,9 @@ CHOOSING = "samples"
 MAX_KNOWN_RATIO = 2.0
 # The number of tokens in all languages together that measure the dense model.
 MEASURED_TOKENS = 4096
+# The part of the text in a language that is not to be kept. In a smaller vocabulary, the whole text would have up to
+# ten times as many tokens.
+OTHER_SHARE = 1 / 3
 # The maximum number of characters in an opening.
 OPENING_LENGTH = 16
 SENTENCE_ENDS = re.compile(r"(?<=[.?!。？！।])\s*")
@@ -62,6 +65,14 @@ def tokens_by_language(tokenizer: PreTrainedTokenizerBase, name: str = SAME) -> 
     return {code: tokenize_with_prefix(text, tokenizer) for code, text in texts(name).items()}
 
 
+def measured_texts(kept_codes: Collection[str]) -> dict[str, str]:
+    """Return the text of each language by its code: all of it in the languages to keep, else its beginning."""
+    measured = dict(texts())
+    for code in measured.keys() - set(kept_codes):
+        measured[code] = measured[code][: round(OTHER_SHARE * len(measured[code]))]
+    return measured
+
+
 def scripts_in(codes: Iterable[str]) -> set[str]:
     """Return the scripts of some languages."""
     scripts = set[str]()
@@ -86,6 +97,7 @@ def cost_by_language(
     model: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     codes: Collection[str],
+    kept_codes: Collection[str],
     max_tokens: float = inf,
 ) -> dict[str, float]:
     """Return the bits per byte of text by language, or its number of tokens if `model` is None.
@@ -93,19 +105,20 @@ def cost_by_language(
     Languages are measured in the order of `codes`, on at most `max_tokens` tokens in all. Text that is longer than the
     positions of the model is skipped.
     """
-    ids_by_code = tokens_by_language(tokenizer)
     if model is None:
+        ids_by_code = tokens_by_language(tokenizer)
         return {code: len(ids_by_code[code]) for code in codes}
 
     costs: dict[str, float] = {}
     tokens = 0
+    measured = measured_texts(kept_codes)
     for code in codes:
-        ids = ids_by_code[code]
+        ids = tokenize_with_prefix(measured[code], tokenizer)
         tokens += len(ids)
 
         if len(ids) <= positions_of(model) and tokens <= max_tokens:
             nats = float(row_losses(model, [torch.tensor(ids)]).sum())
-            costs[code] = nats / log(2) / len(texts()[code].encode())
+            costs[code] = nats / log(2) / len(measured[code].encode())
 
     return costs
 
@@ -126,7 +139,7 @@ def costs_before(
     lengths = {code: len(ids) for code, ids in tokens_by_language(tokenizer).items()}
     order = sorted(lengths, key=lambda code: (code not in codes, lengths[code]))
     max_tokens = max(MEASURED_TOKENS, sum(lengths[code] for code in codes))
-    costs = cost_by_language(model, tokenizer, order, max_tokens)
+    costs = cost_by_language(model, tokenizer, order, codes, max_tokens)
 
     skipped = sorted(set(codes) - set(costs))
     if skipped and model is not None:
@@ -151,7 +164,8 @@ def with_costs_after(
 ) -> dict[str, dict[str, Any]]:
     """Add the costs of the smaller model in the languages to keep and the languages that the dense model knows."""
     codes = [code for code, figures in languages.items() if figures["wanted"] or figures.get("known", True)]
-    costs = cost_by_language(model, tokenizer, codes)
+    kept_codes = [code for code in codes if languages[code]["wanted"]]
+    costs = cost_by_language(model, tokenizer, codes, kept_codes)
 
     with_costs = {}
     for code, figures in languages.items():
