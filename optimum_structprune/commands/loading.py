@@ -207,6 +207,11 @@ class Loading:
         return request
 
 
+def loading_without_weights(args: Namespace, arch_file: str | None) -> Loading:
+    """Return a `Loading` that reads configs and tokenizers, whatever device and attention the flags name."""
+    return Loading.of(args, arch_file=arch_file, device="cpu", offload=None, attn_implementation=None)
+
+
 def usable_device(name: str | None) -> str:
     """Return the device that `--device` names.
 

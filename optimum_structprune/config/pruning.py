@@ -145,7 +145,8 @@ class StructPruneConfig(Config):
         },
     )
     widths: dict[str, int | list[int] | dict[Any, int]] | None = field(
-        default=None, metadata={"help": "The number of units that each named space keeps."}
+        default=None,
+        metadata={"help": "The number of units that each named space keeps, such as `mlp=1152`; see `targets`."},
     )
     budget: dict[str, float] | None = field(
         default=None,
@@ -156,7 +157,10 @@ class StructPruneConfig(Config):
     )
     targets: tuple[str, ...] | list[str] | None = field(
         default=None,
-        metadata={"help": "The spaces that may shrink where `sparsity` or `budget` determines the widths."},
+        metadata={
+            "help": "The spaces that may shrink where `sparsity` or `budget` determines the widths: `mlp`, "
+            "`attention`, `expert`, `hidden`, `layer`, `vocab`. `structprune inspect` shows the spaces of a model."
+        },
     )
     keep_tokens: str | None = field(
         default=None,
@@ -169,7 +173,13 @@ class StructPruneConfig(Config):
         default=None,
         metadata={"help": "Codes of languages to keep where a vocabulary is pruned (`vocab`), such as `de,en`."},
     )
-    criterion: str | None = field(default=None, metadata={"help": "The registered criterion that scores the units."})
+    criterion: str | None = field(
+        default=None,
+        metadata={
+            "help": "The criterion that scores the units: `obs_drive`, `obs`, `wanda`, `flap`, `magnitude`, `random`, "
+            "or a registered one. `reap` and `reap_sum` score experts, and `block_influence` scores layers."
+        },
+    )
     refit: str = field(
         default="least_squares",
         metadata={"help": "The method that updates the kept weights: `none`, `least_squares`, or a registered refit."},
