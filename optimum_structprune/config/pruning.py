@@ -364,6 +364,11 @@ class StructPruneConfig(Config):
         return "vocab" in (self.widths or self.targets_or_default)
 
     @property
+    def removes_only_tokens(self) -> bool:
+        """Return whether the vocabulary is the only space to prune, so that no text runs through the layers."""
+        return set(self.widths or self.targets_or_default) == {"vocab"}
+
+    @property
     def may_remove_tokens(self) -> bool:
         """Return whether tokens become a target of the budget if the vocabulary of the model is large."""
         return self.targets is None and self.budget is not None and CACHE not in self.budget
