@@ -12,6 +12,7 @@ from importlib import import_module
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from ..config.fields import field_help
 from ..errors import StructPruneError
 
 
@@ -155,13 +156,14 @@ def declare_fields(group_of: Callable[[str], Any], config_class: type, without: 
         without: The fields that are not flags.
     """
     types = get_type_hints(config_class)
+    sentences = field_help(config_class)
 
     for field in fields(config_class):
         if field.name in without:
             continue
 
         arguments = _arguments_of(field.name, types[field.name])
-        arguments["help"] = _help_of(field, arguments.get("help", ""))
+        arguments["help"] = _help_of(field, sentences[field.name], arguments.get("help", ""))
         group = group_of(field.name)
         if field.name in ALIASES:
             group.add_argument(ALIASES[field.name], dest=field.name, default=SUPPRESS, **arguments)
@@ -178,9 +180,9 @@ def _flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _help_of(field: Field[Any], note: str) -> str:
-    """Return the help of a field: its own, a note on the form of its values, and its default."""
-    sentences = [field.metadata["help"]]
+def _help_of(field: Field[Any], sentence: str, note: str) -> str:
+    """Return the help of a field: its first sentence, a note on the form of its values, and its default."""
+    sentences = [sentence]
     if note:
         sentences.append(note)
     if field.default not in (MISSING, None, ()):

@@ -23,6 +23,7 @@ from optimum_structprune.commands.arguments import (
 )
 from optimum_structprune.commands.cli import main
 from optimum_structprune.commands.flags import COMMANDS as ALL_COMMANDS
+from optimum_structprune.config.fields import field_help
 from optimum_structprune.criteria.registry import CRITERIA
 
 
@@ -112,8 +113,9 @@ def test_every_field_has_a_help_and_an_entry_in_the_docstring(config_class):
     entries = re.findall(r"^        (\w+): ", docstring, re.M)
     assert entries == [field.name for field in fields(config_class)]
 
-    for field in fields(config_class):
-        assert re.fullmatch("[A-Z].*[.]", field.metadata["help"]), field.name
+    sentences = field_help(config_class)
+    for name in entries:
+        assert re.fullmatch("[A-Z].*[.]", sentences[name]), name
 
 
 @pytest.mark.parametrize(("line", "message"), [
@@ -145,7 +147,7 @@ def test_an_odd_value_of_any_flag_is_accepted_or_refused_in_a_sentence(value):
 
 
 def help_of(name):
-    return next(field.metadata["help"] for field in fields(StructPruneConfig) if field.name == name)
+    return field_help(StructPruneConfig)[name]
 
 
 def test_the_help_is_grouped_and_quotes_the_help_of_the_fields():
