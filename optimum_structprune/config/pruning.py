@@ -66,8 +66,9 @@ class StructPruneConfig(Config):
             fraction of the whole model is smaller. Only some spaces shrink, so their own fraction is larger:
             `sparsity=0.2` removes 27 % of the FFN channels of SmolLM2-135M and 16 % of all its parameters.
         widths: The number of units that each named space keeps, such as `mlp=1152`. `{"mlp": 1152, "attention": 2}`
-            has one number for all layers. A list has one number for each layer, and a mapping one for each layer that it names:
-            `{"mlp": {0: 1536, 1: 1024}}`. Unless `allocation` is `uniform`, each number is the mean over the layers.
+            has one number for all layers. A list has one number for each layer, and a mapping one for each layer that
+            it names: `{"mlp": {0: 1536, 1: 1024}}`. Unless `allocation` is `uniform`, each number is the mean over the
+            layers.
         budget: The upper limit of the whole model in `parameters`, `bytes` or `cache_bytes_per_token`, or the `loss`
             that pruning may cost. `bytes` is the size of the parameters in the model's dtype. The cache is the cache
             of keys and values. A number below 1 is a fraction of the dense model. `{"loss": 0.02}` searches for the
@@ -87,9 +88,9 @@ class StructPruneConfig(Config):
             the text counts, and scripts that it does not use are pruned. Calibration also reads built-in text in each
             language, with a tenth of the weight.
         criterion: The criterion that scores the units: `obs_drive`, `obs`, `wanda`, `flap`, `magnitude`, `random`, or
-            a registered one; `reap` and `reap_sum` score experts, and `block_influence` scores layers. The default is `obs_drive` with a least-squares
-            refit, and `wanda` otherwise. Whole experts and whole layers have criteria of their own. The default for
-            experts is `reap`.
+            a registered one; `reap` and `reap_sum` score experts, and `block_influence` scores layers. The default is
+            `obs_drive` with a least-squares refit, and `wanda` otherwise. Whole experts and whole layers have criteria
+            of their own. The default for experts is `reap`.
         refit: The method that updates the kept weights: `none`, `least_squares`, or a registered refit.
         rounds: The number of rounds of calibration, scoring and removal. Each round removes the same fraction.
         allocation: The distribution of the removal over the layers. `uniform` uses the same width for all layers.
