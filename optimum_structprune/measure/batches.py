@@ -15,8 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import StructPruneError
 from ..vocabulary.token_alignment import AlignedChunk, TokenAlignment
-from .kl import divergence
-from .predictions import Predictions
+from .predictions import Predictions, StoredPredictions
 
 
 # The target of a position whose next token does not count, as everywhere in torch.
@@ -222,7 +221,9 @@ class AlignedTargets:
         if len(self.rows):
             _, self.chunks = self.alignment.chunks(self.rows, self.nodes, size, device)
 
-    def divergence(self, logits: Tensor, predictions: Predictions, number: int, temperature: float = 1.0) -> Tensor:
+    def divergence(
+        self, logits: Tensor, predictions: Predictions | StoredPredictions, number: int, temperature: float = 1.0
+    ) -> Tensor:
         """Return the KL divergence from teacher to student in nats for one chunk, shape `(positions,)`, fp32.
 
         Args:
@@ -235,8 +236,8 @@ class AlignedTargets:
             return logits.sum(-1)
 
         chunk = self.chunks[number]
-        teacher = predictions.logits(chunk.dense.start, chunk.dense.stop, logits.device)
-        return divergence(logits, teacher, temperature, partial(self.alignment.next_part, chunk=chunk))
+        align = partial(self.alignment.next_part, chunk=chunk)
+        return predictions.divergence(logits, chunk.dense.start, chunk.dense.stop, temperature, align)
 
     @property
     def teacher_targets(self) -> Tensor:

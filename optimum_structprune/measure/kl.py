@@ -11,6 +11,8 @@ from torch import Tensor
 # A function from the probabilities of a teacher, shape `(tokens, teacher vocab)`, to a distribution over the tokens of
 # the model, shape `(positions, vocab)`, and the weight of each position, shape `(positions,)`.
 Align = Callable[[Tensor], tuple[Tensor, Tensor]]
+# The rest of a distribution that is smaller is rounding.
+MIN_REST = 1e-6
 
 
 def divergence(logits: Tensor, teacher: Tensor, temperature: float = 1.0, align: Align | None = None) -> Tensor:
@@ -36,15 +38,63 @@ def divergence(logits: Tensor, teacher: Tensor, temperature: float = 1.0, align:
     with torch.no_grad():
         log_target = _log_probabilities(teacher.to(logits.device), temperature)
         target = log_target.exp()
-        if align is not None:
-            target, weight = align(target)
-            # A token without any probability has the product 0, not NaN.
-            log_target = target.clamp_min(torch.finfo(target.dtype).tiny).log()
+    if align is not None:
+        return aligned_divergence(logits, target, align, temperature)
+    return (target * (log_target - _log_probabilities(logits, temperature))).sum(-1)
 
-    by_position = (target * (log_target - _log_probabilities(logits, temperature))).sum(-1)
-    if align is None:
+
+def aligned_divergence(logits: Tensor, probabilities: Tensor, align: Align, temperature: float = 1.0) -> Tensor:
+    """Return the divergence of `divergence` for a model with other tokens.
+
+    Args:
+        logits: The logits of the model, shape `(positions, vocab)`.
+        probabilities: The probabilities of the teacher at the temperature, shape `(tokens, teacher vocab)`.
+        align: The alignment of the tokens.
+        temperature: The temperature of both distributions.
+    """
+    with torch.no_grad():
+        target, weight = align(probabilities)
+        # A token without any probability has the product 0, not NaN.
+        log_target = target.clamp_min(torch.finfo(target.dtype).tiny).log()
+    return weight * (target * (log_target - _log_probabilities(logits, temperature))).sum(-1)
+
+
+def estimated_divergence(
+    logits: Tensor,
+    ids: Tensor,
+    probabilities: Tensor,
+    negative_entropy: Tensor,
+    temperature: float = 1.0,
+    has_rest: bool = False,
+) -> Tensor:
+    """Return an estimate of the divergence of `divergence` from parts of the teacher's distribution.
+
+    With stored tokens i of estimated probabilities p̂_i and the entropy H(p) of the whole distribution, it is
+
+        KL = -H(p) - Σ_i p̂_i · log q_i
+
+    With `has_rest`, the other tokens count as one token, of which the teacher's probability is 1 - Σ_i p̂_i, and the
+    entropy counts them as one token too. This estimate is biased.
+
+    Args:
+        logits: The logits of the model, shape `(positions, vocab)`.
+        ids: The stored tokens, shape `(positions, tokens)`.
+        probabilities: Their estimated probabilities, of the same shape.
+        negative_entropy: The negative entropy of the teacher in nats, shape `(positions,)`.
+        temperature: The temperature of both distributions.
+        has_rest: Whether the other tokens are one more token.
+
+    Returns:
+        The divergence of each position, shape `(positions,)`, fp32.
+    """
+    log_stored = _log_probabilities(logits, temperature).gather(1, ids)
+    by_position = negative_entropy - (probabilities * log_stored).sum(-1)
+    if not has_rest:
         return by_position
-    return weight * by_position
+
+    rest = (1 - probabilities.sum(-1)).clamp(min=0)
+    log_rest = torch.log1p(-log_stored.exp().sum(-1).clamp(max=1 - MIN_REST))
+    return by_position - rest * log_rest
 
 
 def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:

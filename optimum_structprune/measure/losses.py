@@ -136,12 +136,9 @@ def measure_all(
     models = [used.model for used in (predictor, other) if used is not None]
     tokens = tokens or min(map(tokens_per_pass, models))
 
-    collator = SampleCollator(alignment)
     batches: list[TextBatch] = []
     for name, text in texts.items():
-        for numbers in text.parts(shard(range(len(text.rows))), tokens):
-            samples = [text.sample(number) for number in numbers]
-            batches.append(TextBatch.of(name, numbers, collator(samples), alignment, text.has_gaps))
+        batches += batches_of(text, shard(range(len(text.rows))), tokens, alignment, name)
 
     with evaluating(*models):
         by_row = _measured(predictor, other, batches, arch)
@@ -201,6 +198,31 @@ class TextBatch:
         return cls(text, numbers, inputs, positions, targets[positions], counts, aligned)
 
 
+def batches_of(
+    text: Text, numbers: Sequence[int], tokens: int, alignment: TokenAlignment | None = None, name: str = ""
+) -> list[TextBatch]:
+    """Return some rows of a text in batches of at most `tokens` tokens. Rows of similar length run together."""
+    collator = SampleCollator(alignment)
+    batches = []
+    for part in text.parts(numbers, tokens):
+        samples = [text.sample(number) for number in part]
+        batches.append(TextBatch.of(name, part, collator(samples), alignment, text.has_gaps))
+    return batches
+
+
+def predicted(
+    predictor: Predictor, batches: Sequence[TextBatch], arch: ArchSpec | None = None
+) -> Iterator[tuple[TextBatch, Predictions]]:
+    """Yield batches with the predictions of a model. See `measure_all` for `arch`."""
+    stored = None
+    if arch is not None and batches and is_offloaded(predictor.model):
+        stored = _layer_by_layer(predictor.model, arch, batches)
+    for index, batch in enumerate(progress(batches, unit="batch", leave=False, delay=1)):
+        with skipping_layers(stored, index):
+            predictions = predictor.predict(batch.inputs, batch.positions)
+        yield batch, predictions
+
+
 def _measured(
     predictor: Predictor, other: Predictor | None, batches: Sequence[TextBatch], arch: ArchSpec | None
 ) -> dict[tuple[str, int], dict[str, Tensor]]:
@@ -208,14 +230,9 @@ def _measured(
     size = predictor.tokens_at_once
     if other is not None:
         size = min(size, other.tokens_at_once)
-    stored = None
-    if arch is not None and batches and is_offloaded(predictor.model):
-        stored = _layer_by_layer(predictor.model, arch, batches)
 
     by_name: defaultdict[str, list[Tensor]] = defaultdict(list)
-    for index, batch in enumerate(progress(batches, unit="batch", leave=False, delay=1)):
-        with skipping_layers(stored, index):
-            predictions = predictor.predict(batch.inputs, batch.positions)
+    for batch, predictions in predicted(predictor, batches, arch):
         others = None
         if other is not None and batch.aligned is not None:
             others = other.predict(batch.aligned.teacher_inputs, batch.aligned.teacher_positions)

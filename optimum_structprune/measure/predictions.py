@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import Parameter, signature
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..arch.hooks import in_fast_dtype, replaced_forward
 from ..arch.inference import input_device, run_model
 from ..method.devices import rows_at_once
+from .kl import Align, aligned_divergence, divergence, estimated_divergence
 
 
 # On a CPU, the number of tokens in a forward pass, and the number of tokens whose loss is computed at a time. The loss
@@ -61,6 +62,56 @@ class Predictions:
             with in_fast_dtype([self.head]):
                 values = self.head(values)
         return values.to(device)
+
+    def divergence(
+        self, logits: Tensor, start: int, end: int, temperature: float = 1.0, align: Align | None = None
+    ) -> Tensor:
+        """Return the KL divergence from the positions `start` to `end` to the logits of another model; see `kl`."""
+        return divergence(logits, self.logits(start, end, logits.device), temperature, align)
+
+
+@dataclass
+class StoredPredictions:
+    """Parts of the next-token distributions of a model, which a teacher file stores.
+
+    Attributes:
+        ids: The ids of the stored tokens, shape `(positions, tokens)`, int64. A token may occur more than once.
+        probabilities: Their probabilities, of the same shape, fp32.
+        negative_entropy: The negative entropy of the distributions in nats, shape `(positions,)`, fp32.
+        vocab_size: The number of tokens of the model.
+        has_rest: Whether the other tokens count as one more token. Without it, the probabilities sum to 1.
+    """
+
+    ids: Tensor
+    probabilities: Tensor
+    negative_entropy: Tensor
+    vocab_size: int
+    has_rest: bool = False
+
+    def at(self, places: slice | Tensor, device: torch.device) -> StoredPredictions:
+        """Return the predictions at some positions, on a device."""
+        return replace(
+            self,
+            ids=self.ids[places].to(device),
+            probabilities=self.probabilities[places].to(device),
+            negative_entropy=self.negative_entropy[places].to(device),
+        )
+
+    def divergence(
+        self, logits: Tensor, start: int, end: int, temperature: float = 1.0, align: Align | None = None
+    ) -> Tensor:
+        """Return an unbiased estimate of the KL divergence; see `Predictions.divergence`.
+
+        The predictions are stored at the temperature.
+        """
+        part = self.at(slice(start, end), logits.device)
+        if align is None:
+            return estimated_divergence(
+                logits, part.ids, part.probabilities, part.negative_entropy, temperature, self.has_rest
+            )
+
+        whole = part.probabilities.new_zeros(len(part.ids), self.vocab_size)
+        return aligned_divergence(logits, whole.scatter_add_(1, part.ids, part.probabilities), align, temperature)
 
 
 class Predictor:

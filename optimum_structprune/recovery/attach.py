@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,11 @@ from ..arch.hooks import replaced_forward
 from ..arch.meta import predicts_next
 from ..errors import StructPruneError
 from ..measure.batches import IGNORED, AlignedTargets, next_tokens
-from ..measure.kl import divergence
-from ..measure.predictions import Predictions, accepted_inputs, bare_model
+from ..measure.predictions import Predictions, StoredPredictions, accepted_inputs, bare_model
 from .aligned_batches import AlignedCollator
 from .chunked_loss import TokenLosses, chunk_tokens, chunked_losses
-from .teacher import Teacher, load_teacher
+from .teacher import Teacher, check_weights, load_teacher
+from .teacher_file import StoredTeacher, is_teacher_file, stored_teacher
 
 
 # Inputs that a model's `forward` uses to compute a loss of its own.
@@ -55,7 +54,8 @@ def attach_teacher(
     Args:
         trainer: Any Trainer of a causal language model, such as TRL's `SFTTrainer`, before `train`.
         teacher: A causal language model, or its id or folder; usually the dense model. A model in memory is put in
-            eval mode and moved to `teacher_device`.
+            eval mode and moved to `teacher_device`. Or the folder of a teacher file, which `write_teacher` has written
+            on the text of this training; no teacher is in memory then.
         temperature: The temperature of both distributions, above 0.
         task_weight: The weight of the cross-entropy with `labels`, from 0 to 1.
         teacher_device: The device of the teacher, such as `"cuda:1"`. `"offload"` keeps the weights in CPU memory and
@@ -84,6 +84,14 @@ def attach_teacher(
         dtype = torch.bfloat16
     if tokenizer is None and isinstance(trainer.processing_class, PreTrainedTokenizerBase):
         tokenizer = trainer.processing_class
+    if isinstance(teacher, (str, Path)) and is_teacher_file(teacher):
+        if teacher_device is not None or teacher_dtype is not None:
+            raise StructPruneError(
+                f"{teacher} is a teacher file, which has no weights. Remove `teacher_device` and `teacher_dtype`."
+            )
+        stored = stored_teacher(teacher, student, tokenizer, teacher_tokenizer, temperature)
+        return attach_loaded_teacher(trainer, stored, tokenizer, temperature, task_weight)
+
     is_pruned_later = any(getattr(callback, "prunes_model", False) for callback in trainer.callback_handler.callbacks)
     loaded = load_teacher(
         teacher,
@@ -100,7 +108,7 @@ def attach_teacher(
 
 def attach_loaded_teacher(
     trainer: Trainer,
-    teacher: Teacher,
+    teacher: Teacher | StoredTeacher,
     tokenizer: PreTrainedTokenizerBase | None = None,
     temperature: float = 1.0,
     task_weight: float = 0.0,
@@ -120,14 +128,6 @@ def attach_loaded_teacher(
     trainer.model_accepts_loss_kwargs = True
     trainer._loss_shifts_labels = True
     return loss
-
-
-def check_weights(temperature: float, task_weight: float) -> None:
-    """Raise `StructPruneError` if a weight of the loss is out of range."""
-    if not isinstance(temperature, (int, float)) or not 0 < temperature < inf:
-        raise StructPruneError(f"`temperature` must be a number above 0, got {temperature!r}.")
-    if not isinstance(task_weight, (int, float)) or not 0 <= task_weight <= 1:
-        raise StructPruneError(f"`task_weight` must be a number from 0 to 1, got {task_weight!r}.")
 
 
 def _checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -198,7 +198,7 @@ class TeacherLoss:
         task_weight: The weight of the cross-entropy with `labels`.
     """
 
-    def __init__(self, trainer: Trainer, teacher: Teacher, temperature: float, task_weight: float):
+    def __init__(self, trainer: Trainer, teacher: Teacher | StoredTeacher, temperature: float, task_weight: float):
         self.trainer = trainer
         self.teacher = teacher
         self.temperature = temperature
@@ -378,8 +378,7 @@ class TeacherLoss:
         def chunk_loss(chunk: Tensor, start: int, end: int) -> TokenLosses:
             logits = project(chunk).float()
             if batch.aligned is None:
-                teacher_logits = batch.predictions.logits(start, end, logits.device)
-                kl = divergence(logits, teacher_logits, self.temperature)
+                kl = batch.predictions.divergence(logits, start, end, self.temperature)
             else:
                 kl = batch.aligned.divergence(logits, batch.predictions, start // chunk_size, self.temperature)
 
@@ -397,7 +396,7 @@ class _Batch:
 
     positions: Tensor
     targets: Tensor
-    predictions: Predictions
+    predictions: Predictions | StoredPredictions
     aligned: AlignedTargets | None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ from ..method.layers import input_device
 from ..system.placement import is_spread
 from ..vocabulary.token_alignment import TokenAlignment
 from .placement import check_device, check_movable, is_sharded, place_teacher, reshard
+
+
+def check_weights(temperature: float, task_weight: float) -> None:
+    """Raise `StructPruneError` if a weight of the loss is out of range."""
+    if not isinstance(temperature, (int, float)) or not 0 < temperature < inf:
+        raise StructPruneError(f"`temperature` must be a number above 0, got {temperature!r}.")
+    if not isinstance(task_weight, (int, float)) or not 0 <= task_weight <= 1:
+        raise StructPruneError(f"`task_weight` must be a number from 0 to 1, got {task_weight!r}.")
 
 
 def load_teacher(

@@ -10,8 +10,8 @@ https://arxiv.org/abs/2503.16870, section 3).
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from os.path import commonprefix
 from pathlib import Path
@@ -21,67 +21,36 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.inference import evaluating
+from ..arch.load import describe
+from ..arch.meta import check_positions, meta_model, predicts_next
 from ..config.fields import check_types, read_json
+from ..domains.manifest import tokenizer_of
 from ..errors import StructPruneError, one_line
-from ..system.disk import is_write_error
-from ..system.fingerprint import json_hash
+from ..measure.losses import batches_of, predicted
+from ..measure.predictions import Predictor, StoredPredictions, tokens_per_pass
+from ..measure.text import Text
+from ..system.disk import Output, is_write_error
+from ..system.fingerprint import fingerprint, json_hash, vocabulary_hash
 from ..system.processes import is_first_rank, shard, wait_for_all
-from ..system.stages import progress, say
-from ..written import Record
+from ..system.stages import progress, readable_size, say, stage
+from ..vocabulary.token_alignment import TokenAlignment
+from ..written import Record, without_folders
+from .teacher import check_weights, tokens_of_teacher
 
 
 MANIFEST_NAME = "teacher_file.json"
-TEACHER_FORMAT = 1
+# The folder inside with the config and the tokenizer of the teacher.
+TEACHER = "teacher"
+MAX_SAMPLES = 1024
 # The number of stored tokens: the most probable ones, and samples of the rest.
 TOP = 16
 SAMPLES = 16
 # A shard holds about this many tokens.
 SHARD_TOKENS = 2**18
 LOW_BITS = 16
-
-
-@dataclass
-class StoredPredictions:
-    """Parts of a teacher's next-token distributions.
-
-    Attributes:
-        ids: The ids of the stored tokens, shape `(positions, top + samples)`, int64. Sampled tokens may be repeated.
-        probabilities: Their probabilities, of the same shape, fp32. They sum to 1 at each position.
-        negative_entropy: The negative entropy of the whole distribution in nats, shape `(positions,)`, fp32.
-    """
-
-    ids: Tensor
-    probabilities: Tensor
-    negative_entropy: Tensor
-
-    def to(self, device: torch.device) -> StoredPredictions:
-        """Return the predictions on a device."""
-        return StoredPredictions(
-            self.ids.to(device, non_blocking=True),
-            self.probabilities.to(device, non_blocking=True),
-            self.negative_entropy.to(device, non_blocking=True),
-        )
-
-    def __getitem__(self, places: slice | Tensor) -> StoredPredictions:
-        return StoredPredictions(self.ids[places], self.probabilities[places], self.negative_entropy[places])
-
-    def divergence(self, log_student: Tensor) -> Tensor:
-        """Return an unbiased estimate of KL(teacher‖student) in nats, shape `(positions,)`, fp32.
-
-        The entropy of the teacher is exact, and its cross-entropy with the student is estimated:
-        `-H(p) - Σ_i p̂_i log q_i` over the stored tokens i.
-
-        Args:
-            log_student: The log-probabilities of the student, shape `(positions, vocab)`.
-        """
-        log_stored = log_student.gather(1, self.ids)
-        return self.negative_entropy - (self.probabilities * log_stored).sum(-1)
-
-    def distribution(self, size: int) -> Tensor:
-        """Return the stored distribution over all tokens, shape `(positions, size)`, fp32."""
-        whole = self.probabilities.new_zeros(len(self.ids), size)
-        return whole.scatter_add_(1, self.ids, self.probabilities)
 
 
 @torch.no_grad()
@@ -100,21 +69,18 @@ def compressed(logits: Tensor, top: int, samples: int, generator: torch.Generato
     Returns:
         The ids of the most probable and of the sampled tokens, shape `(positions, top + samples)`; the
         log-probabilities of the most probable tokens, shape `(positions, top)`, fp16; and the negative entropy, shape
-        `(positions,)`, fp16.
+        `(positions,)`, fp32.
     """
     log_all = logits.float().log_softmax(-1)
     all_probabilities = log_all.exp()
-    negative_entropy = (all_probabilities * log_all).sum(-1)
-    log_top, ids = log_all.topk(top, -1)
-    log_top = log_top.half()
+    log_top, ids = log_all.topk(min(top, logits.shape[1]), -1)
 
-    if samples:
-        rest = all_probabilities.scatter(1, ids, 0.0).double().cumsum(-1)
-        offsets = torch.rand(len(rest), 1, generator=generator, dtype=torch.float64).to(rest.device)
-        quantiles = (torch.arange(samples, device=rest.device) + offsets) / samples
-        sampled = torch.searchsorted(rest, quantiles * rest[:, -1:], right=True)
-        ids = torch.cat([ids, sampled.clamp(max=logits.shape[1] - 1)], 1)
-    return ids, log_top, negative_entropy.half()
+    rest = all_probabilities.scatter(1, ids, 0.0).double().cumsum(-1)
+    offsets = torch.rand(len(rest), 1, generator=generator, dtype=torch.float64).to(rest.device)
+    quantiles = (torch.arange(samples, device=rest.device) + offsets) / samples
+    sampled = torch.searchsorted(rest, quantiles * rest[:, -1:], right=True)
+    ids = torch.cat([ids, sampled.clamp(max=logits.shape[1] - 1)], 1)
+    return ids, log_top.half(), (all_probabilities * log_all).sum(-1)
 
 
 def high_bits(vocab_size: int) -> int:
@@ -155,16 +121,17 @@ def unpack_ids(tensors: Mapping[str, Tensor], bits: int) -> Tensor:
     return ids | high.flatten(1)[:, : ids.shape[1]] << LOW_BITS
 
 
-def predictions_of(tensors: Mapping[str, Tensor], bits: int) -> StoredPredictions:
+def predictions_of(tensors: Mapping[str, Tensor], manifest: TeacherManifest) -> StoredPredictions:
     """Return the predictions in the tensors of a shard, or of a part of it."""
-    ids = unpack_ids(tensors, bits)
+    ids = unpack_ids(tensors, high_bits(manifest.vocab_size))
     probabilities = tensors["log_probabilities"].float().exp()
     num_sampled = ids.shape[1] - probabilities.shape[1]
     if num_sampled:
-        # The log-probabilities are rounded, so the rest is what the stored probabilities leave.
+        # The log-probabilities are rounded, so the samples share what the stored probabilities leave.
         rest = (1 - probabilities.sum(1, keepdim=True)).clamp(min=0) / num_sampled
         probabilities = torch.cat([probabilities, rest.expand(-1, num_sampled)], 1)
-    return StoredPredictions(ids, probabilities, tensors["negative_entropy"].float())
+    negative_entropy = tensors["negative_entropy"]
+    return StoredPredictions(ids, probabilities, negative_entropy, manifest.vocab_size, not num_sampled)
 
 
 @dataclass
@@ -205,15 +172,10 @@ class TeacherManifest(Record):
         check_types(self)
 
     @property
-    def bits(self) -> int:
-        """Return the number of bits of a token id above the lower 16."""
-        return high_bits(self.vocab_size)
-
-    @property
     def bytes_per_token(self) -> float:
         """Return the bytes of a stored token, with its own id."""
-        ids = (self.top + self.samples) * (LOW_BITS + self.bits) / 8
-        return ids + 2 * self.top + 2 + 4
+        ids = (self.top + self.samples) * (LOW_BITS + high_bits(self.vocab_size)) / 8
+        return ids + 2 * self.top + 4 + 4
 
     @property
     def sha256(self) -> str:
@@ -229,9 +191,9 @@ class TeacherManifest(Record):
         """
         path = folder / MANIFEST_NAME
         if not path.is_file():
-            reason = "holds no teacher file"
-            if (folder / shard_name(0)).is_file():
-                reason = "holds a teacher file that is not complete. Run the command that writes it again, which resumes"
+            reason = "holds no teacher file. Write one with `structprune teacher`, or check the path"
+            if any(folder.glob("shard-*.safetensors")):
+                reason = "holds a teacher file that is not complete. Run the same command again, which resumes"
             raise StructPruneError(f"{folder} {reason}.")
         try:
             return cls(**read_json(path))
@@ -240,10 +202,17 @@ class TeacherManifest(Record):
 
 
 def is_teacher_file(folder: Any) -> bool:
-    """Return whether a folder holds a teacher file, complete or not."""
-    if not isinstance(folder, (str, Path)):
+    """Return whether a folder holds a teacher file, complete or not.
+
+    Raises:
+        StructPruneError: If it holds a model too.
+    """
+    if not isinstance(folder, (str, Path)) or not Path(folder).is_dir():
         return False
-    return Path(folder, MANIFEST_NAME).is_file() or Path(folder, shard_name(0)).is_file()
+    is_file = Path(folder, MANIFEST_NAME).is_file() or any(Path(folder).glob("shard-*.safetensors"))
+    if is_file and Path(folder, "config.json").is_file():
+        raise StructPruneError(f"{folder} holds both a model and a teacher file. Move one of them to another folder.")
+    return is_file
 
 
 def shard_name(number: int) -> str:
@@ -316,7 +285,14 @@ def divided(rows: Sequence[Sequence[int]]) -> list[int]:
 RowTensors = Callable[[Sequence[Sequence[int]], torch.Generator], dict[str, Tensor]]
 
 
-def write_shards(folder: Path, manifest: TeacherManifest, rows: Sequence[Sequence[int]], compute: RowTensors) -> None:
+def write_shards(
+    folder: Path,
+    manifest: TeacherManifest,
+    rows: Sequence[Sequence[int]],
+    compute: RowTensors,
+    config: PretrainedConfig | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
     """Write the shards of a teacher file, and its manifest last.
 
     Complete shards of the same settings are kept, so that a killed run resumes. Each process writes every N-th shard.
@@ -326,11 +302,20 @@ def write_shards(folder: Path, manifest: TeacherManifest, rows: Sequence[Sequenc
         manifest: The settings.
         rows: The documents.
         compute: A function that computes the tensors of some rows.
+        config: The config of the teacher.
+        tokenizer: The tokenizer of the teacher.
 
     Raises:
-        StructPruneError: If the folder holds another teacher file, or the disk is full.
+        StructPruneError: If the folder holds another teacher file or a model, or the disk is too small.
     """
     identity = manifest.sha256
+    size = round(manifest.tokens * manifest.bytes_per_token)
+    is_teacher_file(folder)
+    if (folder / "config.json").is_file():
+        raise StructPruneError(f"{folder} holds a model. Choose another folder for the teacher file.")
+    Output(folder).check_place(size)
+    folder.mkdir(parents=True, exist_ok=True)
+    say(f"{manifest.tokens:,} tokens in {manifest.rows:,} rows take {readable_size(size)}")
     starts = [0] + list(accumulate(manifest.shards))
     numbers = [number for number in range(len(manifest.shards)) if not _is_written(folder, number, identity)]
     done = len(manifest.shards) - len(numbers)
@@ -351,6 +336,9 @@ def write_shards(folder: Path, manifest: TeacherManifest, rows: Sequence[Sequenc
             new.replace(path)
         wait_for_all()
         if is_first_rank():
+            for part in (config, tokenizer):
+                if part is not None:
+                    part.save_pretrained(folder / TEACHER)
             manifest.save(folder / MANIFEST_NAME)
     except Exception as error:
         if not is_write_error(error):
@@ -374,9 +362,108 @@ def _is_written(folder: Path, number: int, identity: str) -> bool:
         return False
     if settings != identity:
         raise StructPruneError(
-            f"{folder} holds the predictions of another teacher, or on other text. Choose another folder, or remove it."
+            f"{folder} holds predictions of another teacher or on other text. Choose another folder, or remove it."
         )
     return True
+
+
+@torch.no_grad()
+def write_teacher(
+    teacher: PreTrainedModel,
+    data: Iterable[Any],
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    top: int = TOP,
+    samples: int = SAMPLES,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> TeacherManifest:
+    """Write the predictions of a teacher on a tokenized data set into a folder; `attach_teacher` reads them.
+
+    A run that was killed resumes if the call is repeated. Processes that `torchrun` has started each write a part.
+    The weights of a teacher that accelerate offloads are loaded once for each shard of about 262,144 tokens.
+
+    Args:
+        teacher: A causal language model.
+        data: Lists of token ids, or rows with `input_ids`, such as the `train_dataset` of a Trainer; see `rows_of`.
+            A document that a Trainer truncates later is found too.
+        folder: The folder of the teacher file.
+        tokenizer: The tokenizer of the teacher, which is needed for a student with a trimmed vocabulary. By default
+            it is read from the folder of the teacher.
+        top: The number of the most probable tokens at each position, whose probabilities are stored.
+        samples: The number of tokens that are sampled from the rest. With 0, the estimate of the divergence is biased.
+        temperature: The temperature of the distributions, as in `attach_teacher`.
+        seed: The seed of the samples.
+
+    Returns:
+        The manifest of the file.
+
+    Raises:
+        StructPruneError: If an argument is out of range, the folder holds something else, or the disk is too small.
+    """
+    check_weights(temperature, 0.0)
+    if not predicts_next(teacher):
+        raise StructPruneError(f"`teacher` must be a causal language model, got {type(teacher).__name__}.")
+    vocab_size = int(teacher.config.get_text_config().vocab_size)
+    if not 1 <= top <= vocab_size:
+        raise StructPruneError(f"`top` must be from 1 to the vocabulary of {vocab_size} tokens, got {top}.")
+    if not 0 <= samples <= MAX_SAMPLES:
+        raise StructPruneError(f"`samples` must be from 0 to {MAX_SAMPLES}, got {samples}.")
+
+    rows = rows_of(data)
+    largest = max(map(max, rows))
+    if largest >= vocab_size:
+        raise StructPruneError(
+            f"The text has the token id {largest}, and the teacher has {vocab_size} tokens. Tokenize it with the "
+            "tokenizer of the teacher."
+        )
+    check_positions(teacher, max(map(len, rows)), f"A row of {max(map(len, rows))} tokens")
+
+    reader = tokenizer or tokenizer_of(teacher, trust_remote_code=False)
+    manifest = TeacherManifest(
+        teacher=without_folders(teacher.name_or_path or ""),
+        teacher_sha256=fingerprint(teacher),
+        tokenizer_sha256="" if reader is None else vocabulary_hash(reader),
+        vocab_size=vocab_size,
+        text_sha256=json_hash(rows),
+        rows=len(rows),
+        tokens=sum(map(len, rows)),
+        longest=max(map(len, rows)),
+        top=top,
+        samples=samples,
+        temperature=float(temperature),
+        seed=seed,
+        shards=divided(rows),
+    )
+
+    predictor = Predictor(teacher)
+    arch = describe(teacher)
+    tokens = tokens_per_pass(teacher)
+
+    def compute(own_rows: Sequence[Sequence[int]], generator: torch.Generator) -> dict[str, Tensor]:
+        text = Text([torch.tensor(row) for row in own_rows])
+        parts: dict[int, list[Tensor]] = {}
+        for batch, predictions in predicted(predictor, batches_of(text, range(len(own_rows)), tokens), arch):
+            chunks = []
+            for start in range(0, sum(batch.counts), predictor.tokens_at_once):
+                logits = predictions.logits(start, start + predictor.tokens_at_once).float() / temperature
+                chunks.append([part.cpu() for part in compressed(logits, top, samples, generator)])
+            columns = [torch.cat(column).split(batch.counts) for column in zip(*chunks, strict=True)]
+            for place, number in enumerate(batch.numbers):
+                parts[number] = [column[place] for column in columns]
+
+        ids, log_probabilities, negative_entropy = (
+            torch.cat([parts[number][index] for number in range(len(own_rows))]) for index in range(3)
+        )
+        tensors = pack_ids(ids, high_bits(vocab_size))
+        tensors["log_probabilities"] = log_probabilities
+        tensors["negative_entropy"] = negative_entropy
+        return tensors
+
+    with evaluating(teacher), stage("teacher", {}):
+        write_shards(Path(folder), manifest, rows, compute, teacher.config, reader)
+    return manifest
 
 
 class TeacherFile:
@@ -453,7 +540,7 @@ class TeacherFile:
         for name in self._shards[number].keys():
             if name not in ("input_ids", "lengths"):
                 parts[name] = self._shards[number].get_slice(name)[first : first + len(ids) - 1]
-        return predictions_of(parts, self.manifest.bits)
+        return predictions_of(parts, self.manifest)
 
     def _refuse(self, ids: list[int], candidates: Sequence[int]) -> NoReturn:
         """Raise for a document that is not in the file, with the first difference from the nearest row."""
@@ -500,14 +587,56 @@ class StoredTeacher:
         places = torch.cat([flat[:-1] for flat, _ in documents])
         parts = [self.file.predictions(ids) for _, ids in documents]
 
-        stored = StoredPredictions(
-            torch.cat([part.ids for part in parts]),
-            torch.cat([part.probabilities for part in parts]),
-            torch.cat([part.negative_entropy for part in parts]),
+        stored = replace(
+            parts[0],
+            ids=torch.cat([part.ids for part in parts]),
+            probabilities=torch.cat([part.probabilities for part in parts]),
+            negative_entropy=torch.cat([part.negative_entropy for part in parts]),
         )
-        index = torch.full((inputs["input_ids"].numel(),), -1)
+        index = torch.zeros(inputs["input_ids"].numel(), dtype=torch.int64)
         index[places] = torch.arange(len(places))
-        return stored[index[positions.cpu()]].to(positions.device)
+        return stored.at(index[positions.cpu()], positions.device)
+
+
+def stored_teacher(
+    folder: str | Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+    temperature: float = 1.0,
+) -> StoredTeacher:
+    """Return the teacher of a teacher file for a model.
+
+    Args:
+        folder: The folder of the teacher file.
+        model: The model that is trained.
+        tokenizer: The tokenizer of `model`.
+        teacher_tokenizer: The tokenizer of the teacher. By default it is read from the file.
+        temperature: The temperature of the training.
+
+    Raises:
+        StructPruneError: If the file is not complete, has another temperature, or has tokens that `model` lacks.
+    """
+    file = TeacherFile(folder)
+    manifest = file.manifest
+    if manifest.temperature != temperature:
+        raise StructPruneError(
+            f"{folder} stores the predictions at the temperature {manifest.temperature:g}, and `temperature` is "
+            f"{temperature:g}. Pass `temperature={manifest.temperature:g}`, or write another file."
+        )
+
+    if not (file.folder / TEACHER / "config.json").is_file():
+        size = model.config.get_text_config().vocab_size
+        if size == manifest.vocab_size:
+            return StoredTeacher(file, tokenizer)
+        raise StructPruneError(
+            f"{folder} has predictions of {manifest.vocab_size} tokens, and the model has {size}. Write the file with "
+            "the `config` and the `tokenizer` of the teacher."
+        )
+
+    teacher = meta_model(AutoConfig.from_pretrained(file.folder / TEACHER))
+    teacher.name_or_path = str(file.folder / TEACHER)
+    return StoredTeacher(file, *tokens_of_teacher(teacher, model, tokenizer, teacher_tokenizer))
 
 
 def documents_of(inputs: Mapping[str, Any]) -> Iterator[tuple[Tensor, list[int]]]:
