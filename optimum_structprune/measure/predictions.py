@@ -18,13 +18,13 @@ from ..method.devices import rows_at_once
 # On a CPU, the number of tokens in a forward pass, and the number of tokens whose loss is computed at a time. The loss
 # copies their logits in fp32.
 TOKENS_PER_PASS = 512
-TOKENS_AT_ONCE = 128
+LOSS_TOKENS = 128
 FP32_BYTES = 4
 
 
 def tokens_at_once(device: torch.device, vocabulary: int) -> int:
     """Return the number of tokens whose loss is computed at a time on a device."""
-    return rows_at_once(device, FP32_BYTES * vocabulary, TOKENS_AT_ONCE)
+    return rows_at_once(device, FP32_BYTES * vocabulary, LOSS_TOKENS)
 
 
 def tokens_per_pass(model: Any) -> int:
