@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..measure.batches import IGNORED, PADDING, AlignedTargets, Sample, align_document, join_documents, pad_samples
+from ..measure.batches import IGNORED, PADDING, AlignedTargets, Sample, aligned_sample, pad_samples
 from ..vocabulary.token_alignment import TokenAlignment
 
 
@@ -101,20 +101,19 @@ class AlignedCollator:
             bounds.insert(0, 0)
         bounds.append(len(ids))
 
-        documents = []
+        sample: Sample = {"input_ids": [], "labels": [], "position_ids": []}
         for start, end in pairwise(bounds):
-            documents.append(self._document(ids[start:end], labels[start:end]))
-        return join_documents(documents)
+            teacher_ids = self._teacher_ids(ids[start:end])
+            sample["input_ids"] += teacher_ids
+            sample["position_ids"] += range(len(teacher_ids))
 
-    def _document(self, ids: list[int], labels: list[int]) -> Sample:
-        teacher_ids = self._teacher_ids(ids)
-        is_counted = []
-        start = 0
-        for token in teacher_ids:
-            end = start + len(self.alignment.spellings[token])
-            is_counted.append(all(label != IGNORED for label in labels[start:end]))
-            start = end
-        return align_document(self.alignment, teacher_ids, is_counted)
+            part_start = start
+            for token in teacher_ids:
+                part_end = part_start + len(self.alignment.spellings[token])
+                counts = all(label != IGNORED for label in labels[part_start:part_end])
+                sample["labels"].append(token if counts else IGNORED)
+                part_start = part_end
+        return aligned_sample(sample, self.alignment)
 
     def _teacher_ids(self, ids: list[int]) -> list[int]:
         """Return the teacher's tokens of a text. Their spelling is exactly `ids`."""

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 from optimum_structprune import StructPruner, attach_teacher
 from optimum_structprune.domains.sources import builtin_documents
-from optimum_structprune.measure.batches import align_document, join_documents, pad_samples
+from optimum_structprune.measure.batches import aligned_sample, pad_samples
 from optimum_structprune.recovery.aligned_batches import AlignedCollator
 from optimum_structprune.vocabulary.token_alignment import TokenAlignment
 
@@ -154,14 +154,14 @@ def test_the_loss_is_the_divergence_from_the_teachers_tokens(trimmed, tmp_path):
 
 def test_rows_of_packed_documents_are_numbered_consecutively():
     alignment = TokenAlignment([(0,), (1,), (2,), (0, 1), (1, 2, 0)], 3)
-    first = align_document(alignment, [2, 3, 4], [True, True, True])
+    first = aligned_sample({"input_ids": [2, 3, 4], "labels": [2, 3, 4]}, alignment)
     assert first["input_ids"] == [2, 0, 1, 1, 2, 0]
     assert first["align_rows"] == [-1, 0, 0, 1, 1, 1]
     assert first["labels"] == [-100, 0, 1, 1, 2, 0]
     assert first["teacher_labels"] == [-100, 3, 4]
 
-    second = align_document(alignment, [1, 0, 3], [True, False, True])
-    joined = join_documents([first, second])
+    sample = {"input_ids": [2, 3, 4, 1, 0, 3], "labels": [2, 3, 4, 1, -100, 3], "position_ids": [0, 1, 2, 0, 1, 2]}
+    joined = aligned_sample(sample, alignment)
     assert joined["align_rows"] == [-1, 0, 0, 1, 1, 1, -1, -1, 2, 2]
     assert joined["position_ids"] == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3]
     assert joined["teacher_position_ids"] == [0, 1, 2, 0, 1, 2]
