@@ -22,8 +22,8 @@ from ..measure.losses import Losses, measure, totals
 from ..measure.text import Text
 from ..measure.vectors import Embeddings, Texts, passages_of
 from ..pruning.comparison import enter_vectors
-from ..record.evaluation import Evaluation
-from ..record.figures import DENSE, PRUNED, AnswersResult, DomainResult, Figure, language_costs, perplexity_result
+from ..record.figures import ORIGINAL, PRUNED, AnswersResult, Figure, TextResult, language_costs, perplexity_result
+from ..record.report import Evaluation
 from ..system.fingerprint import vocabulary_hash
 from ..system.placement import check_devices
 from ..vocabulary.token_alignment import TokenAlignment
@@ -79,8 +79,8 @@ def evaluate(
             not fit each other, the tokenizer or the samples.
     """
     resolved_domains = resolve(as_domain(domain) for domain in domains)
-    models = {PRUNED: model} if dense is None else {DENSE: dense, PRUNED: model}
-    tokenizers = {PRUNED: tokenizer, DENSE: dense_tokenizer or tokenizer}
+    models = {PRUNED: model} if dense is None else {ORIGINAL: dense, PRUNED: model}
+    tokenizers = {PRUNED: tokenizer, ORIGINAL: dense_tokenizer or tokenizer}
     for name, model_tokenizer in tokenizers.items():
         check_kinds(models.get(name, model), model_tokenizer)
         check_reads_any_text(model_tokenizer)
@@ -91,7 +91,7 @@ def evaluate(
     _check_counts(num_samples=num_samples, batch_size=batch_size, limit=limit, max_new_tokens=max_new_tokens)
 
     # Everything is read before anything is computed, so that an error shows at once.
-    texts = [read_heldout(domain, tokenizers[DENSE], seq_length, num_samples) for domain in resolved_domains]
+    texts = [read_heldout(domain, tokenizers[ORIGINAL], seq_length, num_samples) for domain in resolved_domains]
     translations = read_pairs(pairs)
     questions: list[Question] = []
     if answers is not None:
@@ -109,7 +109,7 @@ def evaluate(
         for text in texts:
             texts_by_model[text.domain.name] = _texts_by_model(text.samples, models, tokenizers, tokens_differ)
 
-    evaluation = _empty_evaluation(models, tokenizers[DENSE], seq_length)
+    evaluation = _empty_evaluation(models, tokenizers[ORIGINAL], seq_length)
     manifest = manifest or Manifest.seen_by(model)
     if manifest is not None:
         _compare_text(evaluation, manifest, texts)
@@ -138,7 +138,7 @@ def _texts_by_model(
         tokenizers: Their tokenizers.
         tokens_differ: Whether the tokenizers differ.
     """
-    text = Text.of(samples, tokenizers[DENSE])
+    text = Text.of(samples, tokenizers[ORIGINAL])
     if not tokens_differ:
         check_vocabulary(int(samples.max()), models[PRUNED].config.get_text_config().vocab_size)
         return dict.fromkeys(models, text)
@@ -150,7 +150,7 @@ def _domain_result(
     texts: Mapping[str, Text],
     parts: TokenAlignment | None,
     tokens: int | None,
-) -> DomainResult:
+) -> TextResult:
     """Return the figures of a domain that the models and their vocabularies allow.
 
     Args:
@@ -160,14 +160,14 @@ def _domain_result(
         tokens: The maximum number of tokens in a forward pass.
     """
     model = models[PRUNED]
-    dense = models.get(DENSE)
+    dense = models.get(ORIGINAL)
     text = texts[PRUNED]
     measured = Losses()
     values: dict[str, list[Tensor]] = {}
     if text.original is None:
         measured = measure(model, text, dense, tokens=tokens)
         if dense is not None:
-            values[DENSE] = measured.other
+            values[ORIGINAL] = measured.other
         values[PRUNED] = measured.loss
     else:
         values = {name: measure(models[name], own_text).loss for name, own_text in texts.items()}
@@ -195,9 +195,9 @@ def _empty_evaluation(
         tokenizer: The tokenizer that cuts the text into samples.
         seq_length: The number of tokens in a sample.
     """
-    evaluation = Evaluation(_name(models[PRUNED]), seq_length=seq_length)
-    if DENSE in models:
-        evaluation.original = _name(models[DENSE])
+    evaluation = Evaluation(model=_name(models[PRUNED]), seq_length=seq_length)
+    if ORIGINAL in models:
+        evaluation.original = _name(models[ORIGINAL])
 
     prefix = prefix_token(tokenizer)
     if prefix is not None:
@@ -257,13 +257,13 @@ def _compare_vectors(
     """Enter the similarity of an encoder's vectors to the vectors of the original model."""
     compared_texts: dict[str, Texts | Sequence[str]] = {}
     for text in texts:
-        compared_texts[text.domain.name] = passages_of(text.samples, tokenizers[DENSE])
+        compared_texts[text.domain.name] = passages_of(text.samples, tokenizers[ORIGINAL])
     compared_texts.update(pairs)
 
-    embeddings = Embeddings(models[DENSE], compared_texts, tokenizers[DENSE], tokens_differ, pairs)
+    embeddings = Embeddings(models[ORIGINAL], compared_texts, tokenizers[ORIGINAL], tokens_differ, pairs)
     embeddings.set_tokenizer(tokenizers[PRUNED], models[PRUNED])
     if embeddings.spoken:
-        costs = with_costs_after(costs_before(None, tokenizers[DENSE], ()), None, tokenizers[PRUNED])
+        costs = with_costs_after(costs_before(None, tokenizers[ORIGINAL], ()), None, tokenizers[PRUNED])
         evaluation.languages = language_costs(costs)
     enter_vectors(evaluation, embeddings, models[PRUNED])
 
@@ -276,11 +276,11 @@ def _parts(
     Return None if the model cannot spell all of them, for example because it has tokens of its own.
     """
     try:
-        parts = TokenAlignment.between(models[DENSE], tokenizers[DENSE], models[PRUNED], tokenizers[PRUNED])
+        parts = TokenAlignment.between(models[ORIGINAL], tokenizers[ORIGINAL], models[PRUNED], tokenizers[PRUNED])
     except StructPruneError:
         return None
 
-    if not all(parts.spellings[: len(tokenizers[DENSE])]):
+    if not all(parts.spellings[: len(tokenizers[ORIGINAL])]):
         return None
     return parts
 
@@ -308,10 +308,11 @@ def _answers(
     for name, model in models.items():
         answers[name] = ask(model, tokenizers[name], questions, max_new_tokens, batch_size)
 
-    result = answers_result(questions, answers)
+    result = answers_result(questions, answers, next(iter(tokenizers.values())))
     if parts is not None:
-        prompts = [question.ids(tokenizers[DENSE]) for question in questions]
-        result.divergence = answer_divergence(models[DENSE], models[PRUNED], parts, prompts, answers[DENSE])
+        prompts = [question.ids(tokenizers[ORIGINAL]) for question in questions]
+        divergence = answer_divergence(models[ORIGINAL], models[PRUNED], parts, prompts, answers[ORIGINAL])
+        result.divergence = Figure.of({PRUNED: divergence})
     return result
 
 

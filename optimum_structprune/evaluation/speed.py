@@ -21,7 +21,7 @@ from ..arch.meta import check_positions, predicts_next
 from ..errors import StructPruneError
 from ..forward.generation import cache_bytes, cache_name, read_prompt, write_tokens
 from ..method.layers import input_device
-from ..record.speed import Speed, Spread, Timing
+from ..record.report import Speed, Spread, Timing
 
 
 # torch's clock waits for the accelerator. CPU time does not include the time of other jobs.

@@ -213,7 +213,7 @@ def _measured(
         stored = _layer_by_layer(predictor.model, arch, batches)
 
     by_name: defaultdict[str, list[Tensor]] = defaultdict(list)
-    for index, batch in enumerate(progress(batches, desc="Measuring", unit="batch", leave=False, delay=1)):
+    for index, batch in enumerate(progress(batches, unit="batch", leave=False, delay=1)):
         with skipping_layers(stored, index):
             predictions = predictor.predict(batch.inputs, batch.positions)
         others = None

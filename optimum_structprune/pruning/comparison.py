@@ -16,13 +16,11 @@ from ..errors import StructPruneError
 from ..margins import KINDS_DIFFER, PARTS_DIFFER
 from ..measure.losses import measure_all, totals
 from ..measure.text import Text
-from ..record.evaluation import Evaluation
 from ..record.figures import (
-    DENSE,
+    ORIGINAL,
     PRUNED,
-    DomainResult,
     Figure,
-    VectorResult,
+    Measurements,
     language_costs,
     perplexity_result,
     unseen_of,
@@ -71,7 +69,11 @@ class Comparison:
         run = self.run
         domains = run.data.domains
         heldout_tokens = run.config.holdout * sum(domain.samples.numel() for domain in domains)
-        tokens_per_domain = min(MEASURED_TOKENS, round(heldout_tokens)) // len(domains)
+        max_tokens = min(MEASURED_TOKENS, round(heldout_tokens))
+        if run.config.removes_only_tokens:
+            # Measuring would take most of the run.
+            max_tokens //= 2
+        tokens_per_domain = max_tokens // len(domains)
         texts = {domain.name: Text.short(domain.heldout, run.dense_tokenizer, tokens_per_domain) for domain in domains}
 
         # Inputs that a program gave have no origin.
@@ -154,7 +156,9 @@ class Comparison:
 
         costs = language_costs(by_language)
         for code, result in costs.items():
-            result.vectors = run.report.languages[code].vectors
+            vectors = run.report.languages[code]
+            result.texts = vectors.texts
+            result.cosine = vectors.cosine
         run.report.languages = costs
 
 
@@ -191,7 +195,7 @@ class DomainLosses:
         """Enter the figures of both models into the report."""
         pruned_losses = self._losses(model, arch)
         for name, text in self.texts.items():
-            totals_by_model = {DENSE: self.dense_losses[name], PRUNED: pruned_losses[name]}
+            totals_by_model = {ORIGINAL: self.dense_losses[name], PRUNED: pruned_losses[name]}
             losses = {model_name: total / text.tokens for model_name, total in totals_by_model.items()}
             tokens = int(text.tokens.sum())
 
@@ -225,20 +229,21 @@ def _raise_not_a_number(name: str) -> NoReturn:
     )
 
 
-def enter_vectors(record: Report | Evaluation, embeddings: Embeddings, model: PreTrainedModel) -> None:
-    """Enter the figures of a pruned encoder into a record, with perplexity if a head predicts tokens."""
+def enter_vectors(table: Measurements, embeddings: Embeddings, model: PreTrainedModel) -> None:
+    """Enter the figures of a pruned encoder into a table, with perplexity if a head predicts tokens."""
     by_domain, by_language = embeddings.figures(model)
-    for name, figures in by_domain.items():
-        record.domains[name] = DomainResult(vectors=VectorResult.of(figures))
+    table.domains.update(by_domain)
 
     for name, pruned_losses in embeddings.losses(model).items():
-        losses = {DENSE: embeddings.dense_losses[name], PRUNED: pruned_losses}
+        losses = {ORIGINAL: embeddings.dense_losses[name], PRUNED: pruned_losses}
         tokens = int(embeddings.gaps[name].tokens.sum())
         documents = torch.tensor(embeddings.texts[name].documents)[: len(pruned_losses)]
-        result = perplexity_result(losses, tokens, documents)
-        result.vectors = record.domains[name].vectors
-        record.domains[name] = result
+        loss = perplexity_result(losses, tokens, documents)
+        result = by_domain[name]
+        result.perplexity = loss.perplexity
+        result.tokens = loss.tokens
+        result.documents = loss.documents
 
-    for code, language in record.languages.items():
-        if code in by_language:
-            language.vectors = VectorResult.of(by_language[code])
+    for code, vectors in by_language.items():
+        table.languages[code].texts = vectors.texts
+        table.languages[code].cosine = vectors.cosine

@@ -16,7 +16,7 @@ from ..measure.batches import Sample, SampleCollator
 from ..measure.losses import Losses
 from ..measure.predictions import Predictor
 from ..measure.text import Text
-from ..record.figures import DENSE, PRUNED, RECOVERED, DomainResult, Figure, perplexity_result, unseen_of
+from ..record.figures import ORIGINAL, PRUNED, RECOVERED, Figure, TextResult, perplexity_result, unseen_of
 from ..record.report import CurvePoint, RecoveryReport
 from .chunked_loss import device_kind
 from .placement import is_sharded
@@ -83,25 +83,25 @@ def enter_measurements(
         chosen: The kinds of text that compared checkpoints. They have no perplexity in the report.
     """
     for kind, pruned_values in pruned.items():
-        result = DomainResult()
+        result = TextResult()
         if kind not in chosen:
             result = _perplexity(kind, pruned_values, recovered[kind])
         if pruned_values.kl:
             pruned_kl = float(losses.means(pruned_values.kl).mean())
             recovered_kl = float(losses.means(recovered[kind].kl).mean())
-            result.divergence = Figure(pruned=pruned_kl, recovered=recovered_kl)
+            result.divergence = Figure.of({PRUNED: pruned_kl, RECOVERED: recovered_kl})
 
         if kind == OTHER_TEXT:
             report.unseen = unseen_of(result, "")
-        elif result != DomainResult():
+        elif result != TextResult():
             report.domains[kind] = result
 
 
-def _perplexity(kind: str, pruned: Losses, recovered: Losses) -> DomainResult:
+def _perplexity(kind: str, pruned: Losses, recovered: Losses) -> TextResult:
     """Return the perplexities of the teacher, the pruned and the recovered model on one kind of text."""
     by_model: dict[str, Tensor] = {}
     if pruned.other:
-        by_model[DENSE] = losses.means(pruned.other)
+        by_model[ORIGINAL] = losses.means(pruned.other)
     by_model[PRUNED] = losses.means(pruned.loss)
     by_model[RECOVERED] = losses.means(recovered.loss)
 

@@ -10,17 +10,19 @@ from itertools import groupby
 from math import ceil, floor, isfinite, log10
 
 from ..config.pruning import LANGUAGES
-from ..record.figures import PRUNED, RECOVERED, Figure, known_languages, ratios_of
+from ..record.figures import ORIGINAL, PRUNED, RECOVERED, Figure, Measurements, known_languages, ratios_of
 from ..record.report import CurvePoint, Report
-from ..record.summary import UNITS
 from ..record.table import margin_digits
-from ..record.verdict import LANGUAGE_LIMIT, judged_domains, judged_unseen
+from ..record.verdict import LANGUAGE_LIMIT
+from ..record.view import UNITS
 
 
 WIDE, NARROW = 600, 360
 ROW_HEIGHT = 26
 AXIS_HEIGHT = 44
 BAR_HEIGHT = 90
+# The width of a character of a label in pixels.
+CHARACTER_WIDTH = 7
 MAX_LABEL = 22
 MAX_LANGUAGES = 6
 # The characters that XML does not allow.
@@ -61,6 +63,14 @@ class Mark:
         ends += [last - margin, last + margin]
         return ends
 
+    def text(self, unit: str) -> str:
+        """Return the last value with its interval."""
+        last = list(self.values.values())[-1]
+        if self.margin is None:
+            return f"{last:.2f}{unit}"
+        places = margin_digits(self.margin)
+        return f"{last:.{places}f}{unit} ± {self.margin:.{places}f}"
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -94,24 +104,22 @@ class Axis:
         return [round(number * step, 10) for number in range(first, last + 1)]
 
 
-def loss_chart(report: Report, width: int = WIDE) -> str:
+def loss_chart(table: Measurements, width: int = WIDE) -> str:
     """Draw the losses by domain with an axis: the original, the pruned and the recovered model.
 
     Args:
-        report: The report of a pruning, with the training after it.
+        table: The measurements of the latest model.
         width: The width in pixels.
 
     Returns:
         The SVG, or an empty text where nothing was measured.
     """
-    marks = [mark for mark in _marks(report) if all(map(isfinite, mark.ends))]
+    marks = [mark for mark in _marks(table) if all(map(isfinite, mark.ends))]
     if not marks:
         return ""
 
-    unit = "×"
-    if any(domain.vectors for domain in report.domains.values()):
-        unit = ""
-    axis = _loss_axis(marks, width)
+    unit = "" if table.has_vectors else "×"
+    axis = _loss_axis(marks, unit, width)
 
     rows = ""
     y = 14
@@ -123,12 +131,12 @@ def loss_chart(report: Report, width: int = WIDE) -> str:
         y += ROW_HEIGHT
 
     bottom = y - ROW_HEIGHT // 2
-    body = _horizontal_axis(axis, bottom, unit, width) + rows
+    body = _horizontal_axis(axis, bottom, unit, width) + _legend(marks, bottom + 34) + rows
     return _svg(width, bottom + AXIS_HEIGHT, body, "Losses by domain")
 
 
-def _loss_axis(marks: Sequence[Mark], width: int) -> Axis:
-    """Return an axis with space for all rows and for the value 1 of the original model."""
+def _loss_axis(marks: Sequence[Mark], unit: str, width: int) -> Axis:
+    """Return an axis with the values of all rows and the value 1 of the original model, and space for the labels."""
     ends = [1.0]
     for mark in marks:
         ends += mark.ends
@@ -137,50 +145,37 @@ def _loss_axis(marks: Sequence[Mark], width: int) -> Axis:
     padding = 0.03 * max(high - low, 0.02)
 
     label_width = 0.28 * width if width >= WIDE else 118
-    return Axis(low - padding, high + padding, label_width, width - 96)
+    value_width = CHARACTER_WIDTH * max(len(mark.text(unit)) for mark in marks)
+    return Axis(low - padding, high + padding, label_width, width - value_width - 14)
 
 
-def _marks(report: Report) -> list[Mark]:
-    """Return the rows of the chart of losses."""
-    domains = judged_domains(report)
+def _marks(table: Measurements) -> list[Mark]:
+    """Return the rows of the chart of losses. Of the languages that got worse, the worst come first."""
     marks = []
+    for name, domain in table.domains.items():
+        neighbours = domain.neighbours
+        if neighbours is not None:
+            marks.append(Mark("Neighbours kept", name, neighbours.values, neighbours.margin))
+    if table.has_vectors:
+        return marks
 
-    for name, domain in domains.items():
-        if domain.vectors is not None and domain.vectors.neighbours is not None:
-            neighbours = domain.vectors.neighbours
-            marks.append(Mark("Neighbours kept", name, {PRUNED: neighbours.pruned or 0.0}, neighbours.margin))
-
-    for name, figure in ratios_of(domains).items():
-        if domains[name].vectors is None:
-            marks.append(_ratio_mark("Calibration domains", name, figure))
-
-    unseen = judged_unseen(report)
+    for name, figure in ratios_of(table.domains).items():
+        marks.append(_ratio_mark("Calibration domains", name, figure))
+    unseen = table.unseen
     if unseen is not None and unseen.perplexity is not None and unseen.perplexity.ratio is not None:
         marks.append(_ratio_mark("Unseen text", unseen.source, unseen.perplexity))
 
-    if not any(domain.vectors for domain in domains.values()):
-        marks += _language_marks(report)
+    known = known_languages(table.languages)
+    worse = {code: result.cost for code, result in known.items() if result.is_worse(LANGUAGE_LIMIT)}
+    for code, cost in list(worse.items())[:MAX_LANGUAGES]:
+        marks.append(_ratio_mark("Languages that got worse", LANGUAGES[code], cost))
     return marks
 
 
-def _language_marks(report: Report) -> list[Mark]:
-    """Return the rows of the languages that got worse, the worst first."""
-    marks = []
-    for code, result in known_languages(report.languages).items():
-        if result.is_worse(LANGUAGE_LIMIT):
-            ratio = result.cost.ratio or 0.0
-            marks.append(Mark("Languages that got worse", LANGUAGES[code], {PRUNED: ratio}))
-    return marks[:MAX_LANGUAGES]
-
-
 def _ratio_mark(group: str, label: str, figure: Figure) -> Mark:
-    """Return a row of perplexities relative to the original model."""
-    if figure.dense is None:
-        values = {RECOVERED: figure.ratio or 0.0}
-    else:
-        dense = figure.dense or 1.0
-        values = {name: value / dense for name, value in figure.by_model().items() if name in NAMES}
-    return Mark(group, label, values, figure.margin)
+    """Return a row of figures relative to the original model."""
+    ratios = {model: figure.ratio_of(model) or 0.0 for model in figure.values if model != ORIGINAL}
+    return Mark(group, label, ratios, figure.margin)
 
 
 def _row(mark: Mark, axis: Axis, y: int, unit: str, width: int) -> str:
@@ -189,9 +184,7 @@ def _row(mark: Mark, axis: Axis, y: int, unit: str, width: int) -> str:
     last = mark.values[last_model]
     body = f'<text x="12" y="{y + 4}">{_label(mark.label, width)}</text>'
 
-    places = 2
     if mark.margin is not None:
-        places = margin_digits(mark.margin)
         start = axis.place(last - mark.margin)
         end = axis.place(last + mark.margin)
         body += f'<path class="margin {last_model}" d="M{start:.1f} {y}H{end:.1f}"/>'
@@ -200,10 +193,7 @@ def _row(mark: Mark, axis: Axis, y: int, unit: str, width: int) -> str:
         title = f"<title>{NAMES[name]} {value:.3f}</title>"
         body += f'<circle class="{name}" cx="{axis.place(value):.1f}" cy="{y}" r="5">{title}</circle>'
 
-    text = f"{last:.{places}f}{unit}"
-    if mark.margin is not None:
-        text += f" ± {mark.margin:.{places}f}"
-    return body + f'<text x="{axis.end + 10:.0f}" y="{y + 4}">{text}</text>'
+    return body + f'<text x="{axis.end + 10:.0f}" y="{y + 4}">{mark.text(unit)}</text>'
 
 
 def _label(text: str, width: int) -> str:
@@ -217,7 +207,7 @@ def _label(text: str, width: int) -> str:
 
 
 def _horizontal_axis(axis: Axis, bottom: float, unit: str, width: int) -> str:
-    """Draw a horizontal axis with its ticks, the line of the original model, and the legend."""
+    """Draw a horizontal axis with its ticks and the line of the original model."""
     num_ticks = 6 if width >= WIDE else 3
     ticks = axis.ticks(num_ticks)
     places = 2
@@ -230,13 +220,19 @@ def _horizontal_axis(axis: Axis, bottom: float, unit: str, width: int) -> str:
         label = f"{tick:.{places}f}{unit}"
         body += f'<path class="grid" d="M{x:.1f} 4V{bottom}"/>'
         body += f'<text class="note" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{label}</text>'
-    body += f'<path class="original" d="M{axis.place(1.0):.1f} 4V{bottom}"/>'
+    return body + f'<path class="original" d="M{axis.place(1.0):.1f} 4V{bottom}"/>'
 
-    y = bottom + 34
-    body += f'<path class="original" d="M4 {y - 4}h18"/><text class="note" x="27" y="{y}">original</text>'
-    body += f'<circle class="pruned" cx="92" cy="{y - 4}" r="5"/><text class="note" x="101" y="{y}">pruned</text>'
-    body += f'<circle class="recovered" cx="160" cy="{y - 4}" r="5"/>'
-    return body + f'<text class="note" x="169" y="{y}">recovered</text>'
+
+def _legend(marks: Sequence[Mark], y: float) -> str:
+    """Draw the symbols of the original model and of the models in the rows, with their names."""
+    body = f'<path class="original" d="M4 {y - 4}h18"/><text class="note" x="27" y="{y}">original</text>'
+    x = 92
+    for name, label in NAMES.items():
+        if any(name in mark.values for mark in marks):
+            body += f'<circle class="{name}" cx="{x}" cy="{y - 4}" r="5"/>'
+            body += f'<text class="note" x="{x + 9}" y="{y}">{label}</text>'
+            x += 68
+    return body
 
 
 def curve_chart(curve: Sequence[CurvePoint], width: int = WIDE) -> str:
@@ -254,7 +250,7 @@ def curve_chart(curve: Sequence[CurvePoint], width: int = WIDE) -> str:
         return ""
 
     height = 200
-    x_axis = Axis(0.0, float(max(point.tokens for point in points)), 52, width - 20)
+    x_axis = Axis(0.0, float(max(point.tokens for point in points)), 52, width - 36)
     y_axis = Axis(0.0, max(point.kl for point in points) * 1.08, height, 12)
     num_x_ticks = 5 if width >= WIDE else 3
     body = _curve_ticks(x_axis, y_axis, height, num_x_ticks)
@@ -267,7 +263,7 @@ def curve_chart(curve: Sequence[CurvePoint], width: int = WIDE) -> str:
         body += f'<circle class="recovered" cx="{x:.1f}" cy="{y:.1f}" r="4">{title}</circle>'
 
     title = "KL to the teacher (nats per token) over training tokens"
-    body += f'<text class="note" x="{x_axis.start}" y="{height + 34}">{title}</text>'
+    body += f'<text class="note" x="4" y="{height + 34}">{title}</text>'
     return _svg(width, height + 42, body, "Validation loss during training")
 
 
@@ -302,7 +298,7 @@ def widths_chart(report: Report, width: int = WIDE) -> str:
     body = ""
     top = 0
     for kind, widths in uneven.items():
-        full = report.dense_widths[kind]
+        full = report.original_widths[kind]
         base = top + 26 + BAR_HEIGHT
         body += f'<text class="group" x="4" y="{top + 16}">{escape(UNITS.get(kind, kind))}, of {full:,}</text>'
         body += _bars(widths, full, base, width)

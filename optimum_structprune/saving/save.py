@@ -31,7 +31,7 @@ from ..forward.settings import own_settings
 from ..method.devices import free_bytes
 from ..record.plan import PLAN_NAME
 from ..record.report import REPORT_NAME, PruneRecords
-from ..record.summary import CHANGED
+from ..record.view import CHANGED
 from ..sources.offloaded import layer_device_map
 from ..system.disk import OFFLOAD, Output, used_paths
 from ..system.fingerprint import checksums

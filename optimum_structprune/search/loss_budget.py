@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import inf, log
 from statistics import fmean
-from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,10 +18,10 @@ from ..config.pruning import LOSS, StructPruneConfig
 from ..domains.manifest import EARLIER, Entry, Manifest
 from ..errors import StructPruneError
 from ..margins import MIN_RELATIVE_MARGIN
-from ..pruning.memory import check_memory
 from ..pruning.request import PruningRequest, resolve_request
-from ..record.figures import Figure, margin_of_mean, mean_ratio, ratios_of
-from ..record.report import PruneRecords, Report
+from ..record.cost import check_memory
+from ..record.figures import Figure, TextResult, margin_of_mean, mean_ratio, ratios_of
+from ..record.report import LossSearch, PruneRecords, Report
 from ..system.stages import say
 
 
@@ -31,9 +30,9 @@ TRIALS = 4
 MOST_TRIALS = 6
 # The loss per difference of the cosine from 1. multilingual-e5-small misses 0 to 11 of 1,000 translations per 0.001.
 LOSS_OF_COSINE = 10
-KINDS = "your domains"
-OTHER = "unseen text"
-LANGUAGES = "the wanted languages"
+YOUR_DOMAINS = "your domains"
+UNSEEN_TEXT = "unseen text"
+WANTED_LANGUAGES = "the wanted languages"
 # The exponent of the loss as a function of the removed share, until two cuts have been measured.
 FIRST_POWER = 1.5
 
@@ -53,28 +52,27 @@ def losses_in(report: Report) -> dict[str, Loss]:
     the domains. The loss of an encoder is ten times the difference of the mean cosine from 1. It is about the largest
     measured share of translations that the encoder no longer finds.
     """
-    vectors = [domain.vectors for domain in report.domains.values()]
-    if any(vectors):
+    if report.has_vectors:
         return _encoder_losses(report)
 
     mean, margin = mean_ratio(ratios_of(report.domains).values())
-    losses: dict[str, Loss] = {KINDS: (mean - 1, margin)}
+    losses: dict[str, Loss] = {YOUR_DOMAINS: (mean - 1, margin)}
     if report.unseen is not None:
         perplexity = report.unseen.perplexity
         if perplexity is not None and perplexity.ratio is not None:
-            losses[OTHER] = (perplexity.ratio - 1, perplexity.margin)
+            losses[UNSEEN_TEXT] = (perplexity.ratio - 1, perplexity.margin)
     return losses
 
 
 def _encoder_losses(report: Report) -> dict[str, Loss]:
     """Return the losses of an encoder by text."""
-    results_by_text = {
-        KINDS: [domain.vectors for domain in report.domains.values()],
-        LANGUAGES: [language.vectors for language in report.languages.values() if language.wanted],
+    results_by_text: dict[str, Iterable[TextResult]] = {
+        YOUR_DOMAINS: report.domains.values(),
+        WANTED_LANGUAGES: [language for language in report.languages.values() if language.wanted],
     }
     losses: dict[str, Loss] = {}
     for text, results in results_by_text.items():
-        cosines = [result.cosine for result in results if result is not None and result.cosine is not None]
+        cosines = [result.cosine for result in results if result.cosine is not None]
         if cosines:
             losses[text] = _cosine_loss(cosines)
     return losses
@@ -248,15 +246,15 @@ class CutSearch:
             f"parameters, may lose {trial.upper_loss:.2g}. Allow this loss, pass more text, or target other spaces."
         )
 
-    def record(self, report: Report) -> dict[str, Any]:
+    def record(self, report: Report) -> LossSearch:
         """Return the outcome of the search for the report of the final pruning."""
         measured = {trial.removed: trial.loss for trial in self.trials.values()}
-        return {
-            "loss": self.limit,
-            "measured": losses_in(report),
-            "next": expected_loss(measured, report.removed + 0.05),
-            "trials": [{"removed": trial.removed} | dict(trial.losses) for trial in self.trials.values()],
-        }
+        return LossSearch(
+            limit=self.limit,
+            measured={text: list(loss) for text, loss in losses_in(report).items()},
+            next=expected_loss(measured, report.removed + 0.05),
+            trials=[{"removed": trial.removed} | dict(trial.losses) for trial in self.trials.values()],
+        )
 
     def _config_for(self, removed: float) -> StructPruneConfig:
         """Return the config that removes a share of the parameters."""

@@ -80,7 +80,7 @@ class RunState:
             dense_model = model
             model = deepcopy(model)
 
-        report = report or Report(arch.model_type, data.config.scored_by)
+        report = report or Report(model_type=arch.model_type, criterion=data.config.scored_by)
         return cls(
             model=model,
             arch=arch,

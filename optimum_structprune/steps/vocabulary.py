@@ -27,7 +27,7 @@ from .resize import drop_tokens_
 
 
 # The number of positions at which the dense model predicts the next token.
-EXPECTED_TOKENS = 2**14
+EXPECTED_TOKENS = 2**12
 
 
 class TrimVocabulary(Step):
@@ -116,7 +116,7 @@ def config_of_the_rest(request: VocabularyRequest, state: RunState) -> StructPru
 
 
 def _expected(state: RunState) -> Tensor | None:
-    """Return the share of each token in the predictions of the dense model, over 16,384 tokens of text.
+    """Return the share of each token in the predictions of the dense model, over 4,096 tokens of text.
 
     Returns:
         The shares, shape `(rows,)`. None if the model does not predict tokens, or if the config does not set domains,

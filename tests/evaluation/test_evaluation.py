@@ -79,8 +79,8 @@ def test_an_evaluation_against_the_dense_model_has_all_figures(folder):
     assert "KL" in str(evaluation)
     result = evaluation.domains["a"]
     assert result.tokens == 4 * 23
-    assert result.perplexity.by_model() == {
-        "dense": float(means(measured.other).mean().exp()),
+    assert result.perplexity.values == {
+        "original": float(means(measured.other).mean().exp()),
         "pruned": float(means(measured.loss).mean().exp()),
     }
     assert result.divergence.pruned == float(torch.cat(measured.kl).mean())
@@ -96,7 +96,7 @@ def test_an_evaluation_of_one_model_has_its_perplexity(folder):
     evaluation = evaluate(MODEL, tokenizer(), [domain_fields], seq_length=24, num_samples=4)
 
     result = evaluation.domains["a"]
-    assert result.perplexity.by_model() == {"pruned": pytest.approx(expected_perplexity, rel=1e-9)}
+    assert result.perplexity.values == {"pruned": pytest.approx(expected_perplexity, rel=1e-9)}
     assert result.divergence is None
     assert "KL" not in str(evaluation)
     assert str(evaluation).endswith("Samples have 24 tokens, each begins with '<s>'.")
@@ -199,17 +199,17 @@ def test_models_with_different_vocabularies_are_compared_per_token_of_the_dense_
     # The small model lacks tokens of the text, so its predictions differ.
     assert result.divergence.pruned > 1e-2
     # It needs more tokens for the same text.
-    perplexities = result.perplexity.by_model()
-    assert perplexities["pruned"] > perplexities["dense"]
+    perplexities = result.perplexity.values
+    assert perplexities["pruned"] > perplexities["original"]
 
-    bits = result.bits_per_byte.by_model()
-    for name in ("pruned", "dense"):
+    bits = result.bits_per_byte.values
+    for name in ("pruned", "original"):
         assert bits[name] == pytest.approx(log(perplexities[name], 2) * 117 / num_bytes, rel=1e-6)
     assert f"{bits['pruned']:.3f}" in str(evaluation)
 
     # Without the dense model, the perplexity is also per token of the dense tokenizer.
     single = evaluate(SMALL_MODEL, SMALL_TOKENIZER, [MATH], dense_tokenizer=TEXT_TOKENIZER, **MATH_SIZE)
-    assert single.domains["a"].perplexity.by_model() == {"pruned": pytest.approx(perplexities["pruned"])}
+    assert single.domains["a"].perplexity.values == {"pruned": pytest.approx(perplexities["pruned"])}
 
 
 def test_a_damaged_model_diverges_further():
@@ -250,7 +250,7 @@ def test_the_command_evaluates_each_model_with_its_own_tokenizer(tmp_path, capsy
     assert main(["evaluate", models[0], "--against", models[1]] + options) == 0
     evaluation = json.loads(output.read_text())["models"]["pruned"]["evaluation"]
     domain = evaluation["domains"]["a"]
-    assert domain["perplexity"]["pruned"] == pytest.approx(domain["perplexity"]["dense"], rel=1e-6)
+    assert domain["perplexity"]["pruned"] == pytest.approx(domain["perplexity"]["original"], rel=1e-6)
     # The same ids are different tokens, so outputs cannot be compared.
     assert "divergence" not in domain
     assert "agreement" not in domain
@@ -306,16 +306,16 @@ def test_an_encoder_equals_itself_and_differs_from_another(encoders):
         assert not evaluation.warnings
         assert all(domain.perplexity is None for domain in evaluation.domains.values())
 
-    identical_text, identical_pairs = (domain.vectors for domain in identical.domains.values())
+    identical_text, identical_pairs = identical.domains.values()
     assert identical_text.cosine.pruned == pytest.approx(1)
     assert identical_text.neighbours.pruned == 1
-    assert identical_pairs.retrieval.dense == identical_pairs.retrieval.pruned
+    assert identical_pairs.retrieval.original == identical_pairs.retrieval.pruned
     assert identical_pairs.texts == 24
 
-    different_text, different_pairs = (domain.vectors for domain in different.domains.values())
+    different_text, different_pairs = different.domains.values()
     assert different_text.cosine.pruned < 0.99
     assert 0 <= different_text.neighbours.pruned < 1
-    assert different_pairs.retrieval.dense == identical_pairs.retrieval.dense
+    assert different_pairs.retrieval.original == identical_pairs.retrieval.original
     assert 0 <= different_pairs.retrieval.pruned <= 1
 
     assert "cosine, a" in str(different)
@@ -347,7 +347,7 @@ def test_the_command_compares_several_encoders(encoders, capsys, monkeypatch):
     for name in ("small", "smaller"):
         domains = record["models"][name]["evaluation"]["domains"]
         assert list(domains) == ["a", f"pairs {files[0]}", "pairs yy", f"pairs {files[2]}"]
-        assert all("vectors" in domain for domain in domains.values())
+        assert all("texts" in domain for domain in domains.values())
 
 
 # --- errors

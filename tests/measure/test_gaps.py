@@ -38,7 +38,7 @@ def compare(model, reader, dense, dense_reader):
     )
     domains = evaluation.domains
     assert domains.keys() == {"math", "prose"}
-    assert all(domain.vectors for domain in domains.values())
+    assert all(domain.texts for domain in domains.values())
     return evaluation, [domain.perplexity.ratio for domain in domains.values()]
 
 
@@ -102,7 +102,7 @@ def test_a_run_reports_the_loss_of_missing_text(tmp_path):
 
     domains = pruner.report.domains
     assert domains.keys() == {"math", "prose"}
-    assert all(domain.perplexity and domain.vectors for domain in domains.values())
+    assert all(domain.perplexity and domain.texts for domain in domains.values())
     assert "missing text" in str(pruner.report)
 
     pruner.save(small, tmp_path / "out")

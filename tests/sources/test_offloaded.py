@@ -110,9 +110,9 @@ def test_an_offloaded_model_is_pruned_as_in_memory(case, place, tmp_path):
         torch.testing.assert_close(logits(small), logits(expected), rtol=1e-4, atol=1e-5)
 
     for name, domain in expected_pruner.report.domains.items():
-        perplexities = pruner.report.domains[name].perplexity.by_model()
-        assert perplexities == pytest.approx(domain.perplexity.by_model(), rel=1e-4)
-    assert pruner.report.dense == expected_pruner.report.dense
+        perplexities = pruner.report.domains[name].perplexity.values
+        assert perplexities == pytest.approx(domain.perplexity.values, rel=1e-4)
+    assert pruner.report.original == expected_pruner.report.original
     assert pruner.report.pruned == expected_pruner.report.pruned
 
     pruner.save(small, tmp_path / "small", tokenizer())
