@@ -18,11 +18,11 @@ from .arch.spec import VOCAB
 from .config.pruning import LOSS, RunOptions, StructPruneConfig
 from .domains.manifest import EARLIER, Entry, Manifest
 from .errors import StructPruneError, warn
-from .forward.metrics import UNSEEN
+from .margins import MIN_RELATIVE_MARGIN
 from .pruner import PruneResult, StructPruner
 from .pruning.memory import check_memory
 from .pruning.request import PruningRequest, check_arguments, check_config_kind, resolve_request
-from .record.report import Report
+from .record.report import LossSearch, Report
 from .search.loss_budget import expected_loss, largest_cut, losses_in
 from .steps.division import copy_with_shared_weights
 from .system.stages import say
@@ -103,12 +103,12 @@ def prune_within_loss(
     report = result.report
 
     report.seconds["trials"] = seconds
-    report.wish = {
-        "loss": limit,
-        "measured": losses_in(report),
-        "next": expected_loss(trials.measured_losses, report.removed + 0.05),
-        "trials": trials.records,
-    }
+    report.loss_search = LossSearch(
+        limit=limit,
+        measured={text: list(loss) for text, loss in losses_in(report).items()},
+        next=expected_loss(trials.measured_losses, report.removed + 0.05),
+        trials=trials.records,
+    )
     return result
 
 
@@ -242,7 +242,7 @@ class CutTrials:
 def _upper_bound(loss: float, margin: float | None) -> float:
     """Return the upper bound of a loss. A loss without a margin, from a single document, may be twice as large."""
     if margin is None:
-        return loss + max(loss, UNSEEN)
+        return loss + max(loss, MIN_RELATIVE_MARGIN)
     return loss + margin
 
 

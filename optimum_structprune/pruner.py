@@ -16,13 +16,13 @@ from .config.pruning import LOSS, RunOptions, StructPruneConfig
 from .domains.manifest import Manifest, remember_text
 from .domains.packing import Domain
 from .errors import StructPruneError, warn
-from .forward.metrics import own_settings
-from .pruning.measure import Comparison
+from .forward.settings import own_settings
+from .pruning.comparison import Comparison
 from .pruning.memory import check_memory
 from .pruning.request import check_arguments, check_config_kind, resolve_request
 from .record.plan import Plan
 from .record.report import PruneRecords, Report
-from .record.summary import request_line
+from .record.view import View
 from .saving.save import save_pruned
 from .search.sensitivity import final_widths
 from .sources.data import CalibrationData
@@ -187,9 +187,14 @@ class StructPruner:
         check_memory(request, inplace)
 
         earlier = earlier or Manifest.seen_by(model)
-        report = Report(info.arch.model_type, request.config.scored_by)
+        report = Report(model_type=info.arch.model_type, criterion=request.config.scored_by)
         with report.timed("domains"):
             data = CalibrationData.read(request.config, model, tokenizer, inputs, self.options, earlier)
+        if data.config.recovery is not None:
+            from .recovery.text import check_training_text  # training libraries take seconds to import
+
+            manifest = Manifest.of(data.config, data.domains, tokenizer).after(earlier)
+            check_training_text(data.config.recovery, data.config, model, tokenizer, manifest)
         state = RunState.start(model, info.arch, data, tokenizer, inplace, report, earlier)
 
         with refusing_half_pruned(state):
@@ -270,9 +275,9 @@ class StructPruner:
             remember_text(state.dense_model, state.dense_tokenizer)
         remember_text(state.model, state.tokenizer, manifest)
 
-        request = request_line(report)
-        if request.startswith("warning: "):
-            warn(request.removeprefix("warning: "))
+        for line in View(report).request:
+            if line.startswith("warning: "):
+                warn(line.removeprefix("warning: "))
 
         # The record names tokens as a target only if the user's config does.
         config = replace(state.config, targets=self.config.targets)

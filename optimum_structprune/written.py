@@ -16,7 +16,7 @@ from .errors import StructPruneError, one_line, warn
 LIST_NAME = "written_files.json"
 # The schema version of the files of settings, and of the files of measurements.
 FORMAT_VERSION = 1
-RECORD_VERSION = 2
+RECORD_VERSION = 3
 VERSION_KEY = "format_version"
 PRESET = "preset:"  # the prefix of a source that names a preset
 

@@ -99,5 +99,5 @@ def test_the_demo_prunes_and_recovers_a_real_model(smollm2, tmp_path):
     assert "report.html" in output
 
     report = Report.load(tmp_path / "smollm2-recovered" / "report.json")
-    assert report.pruned.parameters <= 0.95 * report.dense.parameters
+    assert report.pruned.parameters <= 0.95 * report.original.parameters
     assert report.unseen.perplexity.ratio < 2

@@ -119,7 +119,7 @@ def measure_model(args: Namespace, name: str, folder: Path, stages: Stages, resu
     pruner = StructPruner(config)
     with stages.stage("prune"):
         pruned = pruner.prune_model(model, tokenizer, inplace=True)
-    result["parameters"] = {"dense": pruner.report.dense.parameters, "pruned": pruner.report.pruned.parameters}
+    result["parameters"] = {"dense": pruner.report.original.parameters, "pruned": pruner.report.pruned.parameters}
     result["pruning_seconds"] = pruner.report.seconds
     result["domains"] = pruner.report.to_dict()["domains"]
     # Free the memory for the original model.

@@ -20,9 +20,8 @@ from ..evaluation.evaluate import check_evaluation
 from ..evaluation.heldout import distinct_names
 from ..evaluation.speed import cache_per_token, check_speed, measure_speed
 from ..forward.generation import cache_name
-from ..record.evaluation import ORIGINAL, MeasuredModel, Measurement
-from ..record.figures import PRUNED, SizeResult
-from ..record.measured import measurement_lines
+from ..record.figures import ORIGINAL, PRUNED, SizeResult
+from ..record.report import MeasuredModel, Measurement
 from ..saving.names import EVALUATION_NAME, SPEED_NAME
 from ..saving.page import check_result, write_report
 from ..system.disk import check_folder
@@ -63,9 +62,9 @@ def evaluate(args: Namespace) -> Result:
         measurement.speed = measure_speed(models, **speed_settings)
 
     # The vectors of encoders do not depend on the tokenizer.
-    if not _has_perplexity(measurement):
+    if not any(evaluation.has_perplexity for evaluation in measurement.evaluations):
         notes = []
-    lines = measurement_lines(measurement)
+    lines = [str(measurement)]
     lines += notes
     values = measurement.to_dict()
     values["notes"] = notes
@@ -76,17 +75,9 @@ def evaluate(args: Namespace) -> Result:
     return _with_page(args, lines, values)
 
 
-def _has_perplexity(measurement: Measurement) -> bool:
-    """Return whether the perplexity of any model was measured."""
-    for evaluation in measurement.evaluations.values():
-        if any(domain.perplexity is not None for domain in evaluation.domains.values()):
-            return True
-    return False
-
-
 def _save_records(measurement: Measurement, folder: Path) -> None:
     """Save the evaluation and the speed in the folder of the result."""
-    for evaluation in measurement.evaluations.values():
+    for evaluation in measurement.evaluations:
         evaluation.save(folder / EVALUATION_NAME)
     if measurement.speed is not None:
         measurement.speed.save(folder / SPEED_NAME)
@@ -121,7 +112,7 @@ def _check_page(args: Namespace) -> None:
 
 def _with_page(args: Namespace, lines: list[str], values: Mapping[str, object]) -> Result:
     """Write the page, and return the result with its path."""
-    page = write_report(args.models[0], dense=args.against or "")
+    page = write_report(args.models[0], original=args.against or "")
 
     all_lines = list(lines)
     all_lines.append(f"Report: {page}")

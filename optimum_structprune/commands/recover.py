@@ -13,11 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config.pruning import CONFIG_NAME, StructPruneConfig
 from ..config.recovery import RecoveryConfig
-from ..errors import StructPruneError
 from ..evaluation.answers import ShortCheck
-from ..record.report import REPORT_NAME, Report
-from ..record.summary import next_command, recovery_lines, report_lines
-from ..record.verdict import judge
+from ..record.view import View
 from ..recovery.recover import NothingGainedWarning, Recovery, check_recovery
 from ..recovery.teacher import tokens_of_teacher
 from ..saving.page import write_page_or_warn
@@ -90,7 +87,7 @@ def recover_and_save(
 
     report = recovery.report
     assert report is not None
-    pruning_report = _pruning_report(args.model)
+    pruning_report = recovery.pruning_report
     check = ShortCheck(tokenizer, report.tokens)
     check.ask("recovered", recovered)
     report.answers = check.result(None if pruning_report is None else pruning_report.answers)
@@ -101,30 +98,23 @@ def recover_and_save(
         remove_checkpoints(checkpoints)
 
     if pruning_report is None:
-        lines = recovery_lines(report)
+        lines = [str(report)]
         suggestion = ""
     else:
         pruning_report.recovery = report
-        lines = report_lines(pruning_report)
+        view = View(pruning_report)
+        lines = view.lines()
         name = pruning_report.model.name or ""
         # A report has the id of a model on the Hub, but not the path of a local folder.
         original = args.teacher or "ORIGINAL"
         if args.teacher is None and "/" in name:
             original = name
-        suggestion = next_command(judge(pruning_report), original, args.output, is_recovered=True)
+        suggestion = view.next_command(original, args.output)
 
     lines += result_lines(args.output, recovered.config, recovery.pruning.arch_file)
     values = report.to_dict()
     values["output"] = args.output
     return Result("\n".join(lines), values, suggestion)
-
-
-def _pruning_report(folder: str) -> Report | None:
-    """Return the report of the pruning of a model, or None if the folder has no report or it cannot be read."""
-    try:
-        return Report.load(Path(folder, REPORT_NAME))
-    except StructPruneError:
-        return None
 
 
 def _say_how_to_resume(args: Namespace, checkpoints: Path) -> None:

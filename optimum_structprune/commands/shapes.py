@@ -15,7 +15,7 @@ from ..arch.spec import VOCAB, ArchSpec
 from ..config.pruning import StructPruneConfig
 from ..dryrun import dry_run
 from ..errors import StructPruneError
-from ..record.summary import target_line
+from ..record.view import target_line
 from .arguments import pruning_config, run_options
 from .loading import Loading
 from .output import Result

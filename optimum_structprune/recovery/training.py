@@ -13,7 +13,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import IntervalStrategy
 
-from ..errors import StructPruneError, one_line
+from ..errors import StructPruneError, one_line, reason_of
 from ..system.disk import is_write_error
 from ..system.stages import progress, say, stage
 from .adapter import LIBRARY_ERRORS
@@ -232,7 +232,7 @@ def train(trainer: Trainer, checkpoint: str | None) -> float:
 def _advice(error: Exception, trainer: Trainer, checkpoint: str | None) -> str:
     """Return the message for an error of a training."""
     message = (
-        f"Training stopped at step {trainer.state.global_step}, {type(error).__name__}: {one_line(error)}. The model "
+        f"Training stopped at step {trainer.state.global_step}, {type(error).__name__}: {reason_of(error)}. The model "
         "is as it was."
     )
 

@@ -10,11 +10,11 @@ from itertools import groupby
 from math import ceil, floor, isfinite, log10
 
 from ..config.pruning import LANGUAGES
-from ..record.figures import PRUNED, RECOVERED, Figure, known_languages, ratios_of
+from ..record.figures import ORIGINAL, PRUNED, RECOVERED, Figure, Measurements, known_languages, ratios_of
 from ..record.report import CurvePoint, Report
-from ..record.summary import UNITS
 from ..record.table import margin_digits
-from ..record.verdict import LANGUAGE_LIMIT, judged_domains, judged_unseen
+from ..record.verdict import LANGUAGE_LIMIT
+from ..record.view import UNITS
 
 
 WIDE, NARROW = 600, 360
@@ -104,23 +104,21 @@ class Axis:
         return [round(number * step, 10) for number in range(first, last + 1)]
 
 
-def loss_chart(report: Report, width: int = WIDE) -> str:
+def loss_chart(table: Measurements, width: int = WIDE) -> str:
     """Draw the losses by domain with an axis: the original, the pruned and the recovered model.
 
     Args:
-        report: The report of a pruning, with the training after it.
+        table: The measurements of the latest model.
         width: The width in pixels.
 
     Returns:
         The SVG, or an empty text where nothing was measured.
     """
-    marks = [mark for mark in _marks(report) if all(map(isfinite, mark.ends))]
+    marks = [mark for mark in _marks(table) if all(map(isfinite, mark.ends))]
     if not marks:
         return ""
 
-    unit = "×"
-    if any(domain.vectors for domain in report.domains.values()):
-        unit = ""
+    unit = "" if table.has_vectors else "×"
     axis = _loss_axis(marks, unit, width)
 
     rows = ""
@@ -151,47 +149,33 @@ def _loss_axis(marks: Sequence[Mark], unit: str, width: int) -> Axis:
     return Axis(low - padding, high + padding, label_width, width - value_width - 14)
 
 
-def _marks(report: Report) -> list[Mark]:
-    """Return the rows of the chart of losses."""
-    domains = judged_domains(report)
+def _marks(table: Measurements) -> list[Mark]:
+    """Return the rows of the chart of losses. Of the languages that got worse, the worst come first."""
     marks = []
+    for name, domain in table.domains.items():
+        neighbours = domain.neighbours
+        if neighbours is not None:
+            marks.append(Mark("Neighbours kept", name, neighbours.values, neighbours.margin))
+    if table.has_vectors:
+        return marks
 
-    for name, domain in domains.items():
-        if domain.vectors is not None and domain.vectors.neighbours is not None:
-            neighbours = domain.vectors.neighbours
-            marks.append(Mark("Neighbours kept", name, {PRUNED: neighbours.pruned or 0.0}, neighbours.margin))
-
-    for name, figure in ratios_of(domains).items():
-        if domains[name].vectors is None:
-            marks.append(_ratio_mark("Calibration domains", name, figure))
-
-    unseen = judged_unseen(report)
+    for name, figure in ratios_of(table.domains).items():
+        marks.append(_ratio_mark("Calibration domains", name, figure))
+    unseen = table.unseen
     if unseen is not None and unseen.perplexity is not None and unseen.perplexity.ratio is not None:
         marks.append(_ratio_mark("Unseen text", unseen.source, unseen.perplexity))
 
-    if not any(domain.vectors for domain in domains.values()):
-        marks += _language_marks(report)
+    known = known_languages(table.languages)
+    worse = {code: result.cost for code, result in known.items() if result.is_worse(LANGUAGE_LIMIT)}
+    for code, cost in list(worse.items())[:MAX_LANGUAGES]:
+        marks.append(_ratio_mark("Languages that got worse", LANGUAGES[code], cost))
     return marks
 
 
-def _language_marks(report: Report) -> list[Mark]:
-    """Return the rows of the languages that got worse, the worst first."""
-    marks = []
-    for code, result in known_languages(report.languages).items():
-        if result.is_worse(LANGUAGE_LIMIT):
-            ratio = result.cost.ratio or 0.0
-            marks.append(Mark("Languages that got worse", LANGUAGES[code], {PRUNED: ratio}))
-    return marks[:MAX_LANGUAGES]
-
-
 def _ratio_mark(group: str, label: str, figure: Figure) -> Mark:
-    """Return a row of perplexities relative to the original model."""
-    if figure.dense is None:
-        values = {RECOVERED: figure.ratio or 0.0}
-    else:
-        dense = figure.dense or 1.0
-        values = {name: value / dense for name, value in figure.by_model().items() if name in NAMES}
-    return Mark(group, label, values, figure.margin)
+    """Return a row of figures relative to the original model."""
+    ratios = {model: figure.ratio_of(model) or 0.0 for model in figure.values if model != ORIGINAL}
+    return Mark(group, label, ratios, figure.margin)
 
 
 def _row(mark: Mark, axis: Axis, y: int, unit: str, width: int) -> str:
@@ -314,7 +298,7 @@ def widths_chart(report: Report, width: int = WIDE) -> str:
     body = ""
     top = 0
     for kind, widths in uneven.items():
-        full = report.dense_widths[kind]
+        full = report.original_widths[kind]
         base = top + 26 + BAR_HEIGHT
         body += f'<text class="group" x="4" y="{top + 16}">{escape(UNITS.get(kind, kind))}, of {full:,}</text>'
         body += _bars(widths, full, base, width)

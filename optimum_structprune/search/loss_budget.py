@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from math import inf, log
 from statistics import fmean
 
-from ..record.figures import Figure, margin_of_mean, mean_ratio, ratios_of
+from ..record.figures import Figure, TextResult, margin_of_mean, mean_ratio, ratios_of
 from ..record.report import Report
 
 
@@ -16,9 +16,9 @@ TRIALS = 4
 MOST_TRIALS = 6
 # The loss per difference of the cosine from 1. multilingual-e5-small misses 0 to 11 of 1,000 translations per 0.001.
 LOSS_OF_COSINE = 10
-KINDS = "your domains"
-OTHER = "unseen text"
-LANGUAGES = "the wanted languages"
+YOUR_DOMAINS = "your domains"
+UNSEEN_TEXT = "unseen text"
+WANTED_LANGUAGES = "the wanted languages"
 # The exponent of the loss as a function of the removed share, until two cuts have been measured.
 FIRST_POWER = 1.5
 
@@ -33,28 +33,27 @@ def losses_in(report: Report) -> dict[str, Loss]:
     the domains. The loss of an encoder is ten times the difference of the mean cosine from 1. It is about the largest
     measured share of translations that the encoder no longer finds.
     """
-    vectors = [domain.vectors for domain in report.domains.values()]
-    if any(vectors):
+    if report.has_vectors:
         return _encoder_losses(report)
 
     mean, margin = mean_ratio(ratios_of(report.domains).values())
-    losses: dict[str, Loss] = {KINDS: (mean - 1, margin)}
+    losses: dict[str, Loss] = {YOUR_DOMAINS: (mean - 1, margin)}
     if report.unseen is not None:
         perplexity = report.unseen.perplexity
         if perplexity is not None and perplexity.ratio is not None:
-            losses[OTHER] = (perplexity.ratio - 1, perplexity.margin)
+            losses[UNSEEN_TEXT] = (perplexity.ratio - 1, perplexity.margin)
     return losses
 
 
 def _encoder_losses(report: Report) -> dict[str, Loss]:
     """Return the losses of an encoder by text."""
-    results_by_text = {
-        KINDS: [domain.vectors for domain in report.domains.values()],
-        LANGUAGES: [language.vectors for language in report.languages.values() if language.wanted],
+    results_by_text: dict[str, Iterable[TextResult]] = {
+        YOUR_DOMAINS: report.domains.values(),
+        WANTED_LANGUAGES: [language for language in report.languages.values() if language.wanted],
     }
     losses: dict[str, Loss] = {}
     for text, results in results_by_text.items():
-        cosines = [result.cosine for result in results if result is not None and result.cosine is not None]
+        cosines = [result.cosine for result in results if result.cosine is not None]
         if cosines:
             losses[text] = _cosine_loss(cosines)
     return losses

@@ -37,7 +37,7 @@ def test_the_records_of_the_pruning_are_exported(pruner, folder, tmp_path):
 
     out = tmp_path / "out"
     padding = export_uniform(model, out)
-    assert padding.dense == pruner.report.dense.parameters
+    assert padding.dense == pruner.report.original.parameters
     added = padding.after - padding.before
     share = added / (padding.dense - padding.before)
     assert f"adds {added:,} zero parameters" in str(padding)

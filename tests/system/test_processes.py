@@ -184,7 +184,7 @@ def assert_same_perplexity(perplexity, expected):
         assert perplexity is None
         return
 
-    assert perplexity.by_model() == pytest.approx(expected.by_model(), rel=1e-5)
+    assert perplexity.values == pytest.approx(expected.values, rel=1e-5)
     # The margin of a single document is unknown.
     if expected.margin is None:
         assert perplexity.margin is None

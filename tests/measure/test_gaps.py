@@ -6,7 +6,7 @@ from helpers import with_tokens
 from models import build, config, described, random_model, real_text_model, tokenizer
 
 from optimum_structprune import DomainConfig, StructPruner, evaluate
-from optimum_structprune.forward.gaps import MAX_WORD_TOKENS, NOT_PREDICTED, Gaps, fills_gaps
+from optimum_structprune.measure.gaps import MAX_WORD_TOKENS, NOT_PREDICTED, Gaps, fills_gaps
 
 
 KINDS = [DomainConfig(name=kind, source=f"builtin:{kind}") for kind in ("math", "prose")]
@@ -37,7 +37,7 @@ def compare(model, reader, dense, dense_reader):
     )
     domains = evaluation.domains
     assert domains.keys() == {"math", "prose"}
-    assert all(domain.vectors for domain in domains.values())
+    assert all(domain.texts for domain in domains.values())
     return evaluation, [domain.perplexity.ratio for domain in domains.values()]
 
 
@@ -101,7 +101,7 @@ def test_a_run_reports_the_loss_of_missing_text(tmp_path):
 
     domains = pruner.report.domains
     assert domains.keys() == {"math", "prose"}
-    assert all(domain.perplexity and domain.vectors for domain in domains.values())
+    assert all(domain.perplexity and domain.texts for domain in domains.values())
     assert "missing text" in str(pruner.report)
 
     pruner.save(small, tmp_path / "out")

@@ -5,30 +5,28 @@ import results
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimum_structprune.record.figures import Figure, LanguageResult, TrimResult, VectorResult
+from optimum_structprune.record.figures import Figure, LanguageResult, TrimResult
 from optimum_structprune.record.report import Report
-from optimum_structprune.record.summary import (
-    details,
-    language_lines,
-    loss_lines,
-    next_command,
-    report_lines,
-    size_lines,
-    target_line,
-    vocabulary_lines,
-)
+from optimum_structprune.record.table import aligned
 from optimum_structprune.record.verdict import judge
+from optimum_structprune.record.view import View, language_lines, target_line
 
 
 def lines_of(report: Report) -> list[str]:
     """Return the printed lines of a report, where a table has several lines."""
-    return "\n".join(report_lines(report)).splitlines()
+    return str(report).splitlines()
+
+
+def loss_lines(report: Report) -> list[str]:
+    """Return the printed table of losses, and the notes below it."""
+    view = View(report)
+    return [aligned(view.losses), *view.notes]
 
 
 def test_a_pruning_is_summarized_in_twelve_lines():
     report = results.report([1.39, 1.2], margin=0.08, unseen_ratio=1.5, asked=results.answers(kept=10))
     report.widths = {"mlp": dict.fromkeys(range(30), 1216)}
-    report.dense_widths = {"mlp": 1536}
+    report.original_widths = {"mlp": 1536}
     report.target = 0.125
 
     lines = lines_of(report)
@@ -62,9 +60,25 @@ def test_a_recovery_is_summarized_in_one_table_and_one_verdict():
     assert "Recovery: 400 tokens, 4 steps, 3 s; best checkpoint: step 4 (last)" in lines
 
 
+def test_a_checkpoint_that_is_worse_on_some_text_is_not_called_better_there():
+    """A mean over all validation samples chooses the checkpoint."""
+    report = results.report([1.4])
+    report.recovery = results.recovery((1.4, 1.3), (1.2, 1.1), kept_step=4)
+    for name, pruned, recovered in (("domain 0", 0.13, 0.1333), ("domain 1", 0.2, 0.2004), ("answers", 0.5, 0.4)):
+        report.recovery.domain(name).divergence = Figure(pruned=pruned, recovered=recovered)
+    report.recovery.unseen = results.unseen(1.5, 1.2)
+    report.recovery.unseen.divergence = Figure(pruned=0.3, recovered=0.35)
+
+    line = (
+        "Recovery: 400 tokens, 4 steps, 3 s; best checkpoint: step 4 (last), but farther from the original model on "
+        "domain 0 (KL 0.130 → 0.133) and unseen text (KL 0.300 → 0.350)"
+    )
+    assert line in lines_of(report)
+
+
 def test_a_training_without_a_teacher_is_compared_with_the_pruned_model():
     report = results.report([1.4])
-    report.recovery = results.recovery((1.4, 1.05), has_dense=False)
+    report.recovery = results.recovery((1.4, 1.05), has_original=False)
 
     lines = lines_of(report)
 
@@ -105,49 +119,49 @@ def test_a_size_far_from_the_request_is_a_warning(target, sparsity, is_far):
 
 def test_widths_are_listed_by_layer_if_they_differ():
     report = results.report([1.0])
-    report.dense_widths = {"mlp": 8}
+    report.original_widths = {"mlp": 8}
     report.widths = {"mlp": {0: 4, 1: 8}}
-    assert "FFN channels: 8 → 4-8 (-25.0%) in each of 2 layers" in size_lines(report)
-    assert "FFN channels by layer: 4 8" in list(details(report))
+    assert "FFN channels: 8 → 4-8 (-25.0%) in each of 2 layers" in View(report).sizes
+    assert "FFN channels by layer: 4 8" in list(View(report).details)
 
     report.widths = {"mlp": {0: 4, 1: 4}}
-    assert not any("by layer" in line for line in details(report))
+    assert not any("by layer" in line for line in View(report).details)
 
 
 def test_removed_layers_are_listed():
     report = results.report([1.0])
     report.widths = {"layer": {-1: 3}}
-    report.dense_widths = {"layer": 5}
+    report.original_widths = {"layer": 5}
     report.removed_layers = [2, 3]
 
-    assert "Layers: 5 → 3 (-40.0%): layers 2, 3 removed" in size_lines(report)
+    assert "Layers: 5 → 3 (-40.0%): layers 2, 3 removed" in View(report).sizes
 
     report.widths = {"layer": {-1: 4}, "mlp": {0: 4}}
-    report.dense_widths = {"layer": 5, "mlp": 8}
+    report.original_widths = {"layer": 5, "mlp": 8}
     report.removed_layers = [2]
-    assert "Layers: 5 → 4 (-20.0%): layer 2 removed" in size_lines(report)
-    assert "FFN channels: 8 → 4 (-50.0%) in one layer" in size_lines(report)
+    assert "Layers: 5 → 4 (-20.0%): layer 2 removed" in View(report).sizes
+    assert "FFN channels: 8 → 4 (-50.0%) in one layer" in View(report).sizes
 
 
 def test_vocabulary_trimming_states_the_number_of_split_words():
     report = results.report([1.0], unseen_ratio=1.1)
     report.widths = {"vocab": {-1: 42_112}}
-    report.dense_widths = {"vocab": 49_152}
+    report.original_widths = {"vocab": 49_152}
     report.trimmed = TrimResult(7_040, 0.002, {"always": 311, "usual": 26_586}, scripts={"LATIN": 6_578})
     report.unseen.split_words = 0.008
 
-    assert vocabulary_lines(report) == [
+    assert View(report).notes[1:] == [
         "Vocabulary: 49,152 → 42,112 entries; the removed ones are 0.20% of the held-out tokens",
         "Words now split into more tokens: 0.8% of unseen text; technical text may reach 1.10×",
     ]
-    assert "Removed tokens by script: Latin 6,578." in list(details(report))
+    assert "Removed tokens by script: Latin 6,578." in list(View(report).details)
 
 
 def test_languages_that_got_worse_are_counted():
     languages = {
-        "en": LanguageResult(Figure(1.0, 1.01), known=True),
-        "de": LanguageResult(Figure(1.0, 1.2), wanted=True, known=True),
-        "nl": LanguageResult(Figure(1.0), known=False),
+        "en": LanguageResult(cost=results.cost(1.01), known=True),
+        "de": LanguageResult(cost=results.cost(1.2), wanted=True, known=True),
+        "nl": LanguageResult(cost=Figure.of({"original": 1.0}), known=False),
     }
 
     assert language_lines(languages) == [
@@ -159,7 +173,7 @@ def test_languages_that_got_worse_are_counted():
 
 def test_a_language_of_unknown_tokens_got_worse_although_it_has_fewer_tokens():
     def result(tokens, cosine):
-        return LanguageResult(Figure(1.0, tokens), vectors=VectorResult(4, Figure(None, cosine)))
+        return LanguageResult(cost=results.cost(tokens), texts=4, cosine=Figure.of({"pruned": cosine}))
 
     languages = {"en": result(1.0, 1.0), "de": result(1.1, 0.99), "th": result(0.25, 0.83), "zh": result(0.9, 0.6)}
     assert language_lines(languages) == [
@@ -176,9 +190,9 @@ def test_a_language_of_unknown_tokens_got_worse_although_it_has_fewer_tokens():
     (1.4, "structprune recover 'my out' 'my out-recovered' --teacher m"),
 ])  # fmt: skip
 def test_the_next_command_follows_the_verdict(ratio, command):
-    verdict = judge(results.report([ratio], asked=results.answers()))
+    view = View(results.report([ratio], asked=results.answers()))
 
-    assert next_command(verdict, "m", "my out") == command
+    assert view.next_command("m", "my out") == command
 
 
 def test_an_infinite_loss_is_stated_in_words():
@@ -186,7 +200,7 @@ def test_an_infinite_loss_is_stated_in_words():
     shape = {"proposed_by": "one width", "widths": {"mlp": 8}, "loss": None, "chosen": True}
     report.shapes = [shape, shape]
 
-    assert "Chosen: one width (FFN channels 8), KL not finite" in list(details(report))
+    assert "Chosen: one width (FFN channels 8), KL not finite" in list(View(report).details)
 
 
 def test_vocabulary_trimming_widens_the_interval_of_unseen_text():
