@@ -1,4 +1,4 @@
-"""Prune a model, and return a smaller model of the same class. This module is the main path of the package."""
+"""Prune a model, and return a smaller model of the same class. `StructPruner.prune` is the main path."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from time import perf_counter
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,12 +19,14 @@ from .domains.packing import Domain
 from .errors import StructPruneError, warn
 from .forward.settings import own_settings
 from .pruning.comparison import Comparison
-from .pruning.memory import check_memory
 from .pruning.request import check_arguments, check_config_kind, resolve_request
+from .record.cost import check_memory
 from .record.plan import Plan
 from .record.report import PruneRecords, Report
 from .record.view import View
 from .saving.save import save_pruned
+from .search.division import divide_budget
+from .search.loss_budget import CutSearch
 from .search.sensitivity import final_widths
 from .sources.data import CalibrationData
 from .steps.base import RunState, Step, refusing_half_pruned
@@ -204,7 +207,7 @@ class StructPruner:
             teacher = self._teacher(state)
 
             if request.tokens is not None:
-                TrimVocabulary(request.tokens, comparison.set_tokenizer).apply(state)
+                TrimVocabulary(request.tokens, divide_budget, comparison.set_tokenizer).apply(state)
             widths = final_widths(request, state)
             for step in self.steps(state.arch, state.model, widths):
                 self.apply_step_(state, step)
@@ -348,6 +351,60 @@ class StructPruner:
                 "save a copy of it by `result.save(folder, model=copy)`, with the `result` of `prune`."
             )
         self.result.save(save_directory, tokenizer, overwrite)
+
+
+def prune(
+    model: PreTrainedModel,
+    config: StructPruneConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    inplace: bool = False,
+    inputs: Mapping[str, Tensor] | None = None,
+    options: RunOptions | None = None,
+) -> PruneResult:
+    """Prune a model in one call, and return it with its tokenizer and its records; see `StructPruner.prune`.
+
+    With `budget={"loss": …}`, trial prunings first find the smallest model within this loss.
+
+    Raises:
+        StructPruneError: If `StructPruner.prune` raises, or no cut is within the loss.
+    """
+    pruner = StructPruner(config, options)
+    if LOSS not in (config.budget or {}):
+        return pruner.prune(model, tokenizer, inplace, inputs)
+
+    start = perf_counter()
+    check_arguments(model, tokenizer, inputs, inplace)
+    info = ModelInfo.of(model, config.arch_file)
+    request = resolve_request(config, info, tokenizer, inputs, options=pruner.options)
+
+    def prune_copy(copy: PreTrainedModel, trial_config: StructPruneConfig) -> PruneRecords:
+        trial_pruner = StructPruner(trial_config, replace(pruner.options, checkpoint_dir=None))
+        trial_pruner.measures_any_language = False
+        return trial_pruner.prune(copy, tokenizer, inplace=True).records
+
+    search = CutSearch(request, model, tokenizer, config, prune_copy)
+    pruner = StructPruner(search.largest(), options)
+    seconds = perf_counter() - start
+
+    result = pruner.prune(model, tokenizer, inplace, earlier=search.text_of_trials())
+    result.report.seconds["trials"] = seconds
+    result.report.loss_search = search.record(result.report)
+    return result
+
+
+def prune_model(
+    model: PreTrainedModel,
+    config: StructPruneConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    inplace: bool = False,
+    inputs: Mapping[str, Tensor] | None = None,
+    options: RunOptions | None = None,
+) -> PreTrainedModel:
+    """Prune a model in one call, and return only the model. `prune` also returns its tokenizer and its records."""
+    result = prune(model, config, tokenizer, inplace, inputs, options)
+    if result.tokenizer is not tokenizer:
+        warn("The pruned model has a smaller vocabulary and needs a new tokenizer. Call `prune`, which returns both.")
+    return result.model
 
 
 def recover_(state: RunState, teacher: PreTrainedModel) -> None:

@@ -19,6 +19,7 @@ from ..domains.packing import prompt_ids
 from ..domains.templates import question_messages, read_lines
 from ..errors import StructPruneError, one_line, warn
 from ..forward.generation import continuations
+from ..measure.batches import IGNORED
 from ..measure.losses import measure
 from ..measure.text import Text
 from ..record.figures import Answer, AnsweredQuestion, AnswersResult
@@ -223,15 +224,15 @@ def answer_divergence(
         answers: The answers of the original model.
     """
     rows = []
-    is_counted = []
+    labels = []
     for prompt, answer in zip(prompts, answers, strict=True):
         if answer.ids:
             rows.append(torch.tensor(list(prompt) + answer.ids))
-            is_counted.append(torch.arange(len(rows[-1])) >= len(prompt))
+            labels.append(torch.tensor([IGNORED] * len(prompt) + answer.ids))
 
     if not rows:
         return 0.0
-    measured = measure(model, Text(rows, is_counted=is_counted), dense, parts)
+    measured = measure(model, Text(rows, labels=labels), dense, parts)
     return float(torch.cat(measured.kl).mean())
 
 

@@ -98,9 +98,12 @@ class Predictor:
         """Run the model on a batch, and return its logits, shape `(batch, seq_length, vocab)`.
 
         Args:
-            inputs: `input_ids`, shape `(batch, seq_length)`, and further inputs.
+            inputs: `input_ids`, shape `(batch, seq_length)`, and further inputs. An encoder-decoder makes the inputs
+                of its decoder from `labels`.
         """
         options = accepted_inputs(bare_model(self.model), inputs)
+        if not self.model.config.is_encoder_decoder:
+            options.pop("labels", None)
         ids = options.pop("input_ids")
         for name, value in options.items():
             if isinstance(value, Tensor):

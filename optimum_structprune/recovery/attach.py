@@ -17,15 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from ..arch.hooks import replaced_forward
 from ..arch.meta import predicts_next
 from ..errors import StructPruneError
+from ..measure.batches import IGNORED, AlignedTargets, next_tokens
 from ..measure.kl import divergence
 from ..measure.predictions import Predictions, accepted_inputs, bare_model
-from .aligned_batches import AlignedCollator, AlignedTargets
+from .aligned_batches import AlignedCollator
 from .chunked_loss import TokenLosses, chunk_tokens, chunked_losses
 from .teacher import Teacher, load_teacher
 
 
-# The target of a position whose next token does not count, as everywhere in torch.
-IGNORED = -100
 # Inputs that a model's `forward` uses to compute a loss of its own.
 LOSS_INPUTS = ("labels", "shift_labels", "num_items_in_batch")
 
@@ -240,7 +239,7 @@ class TeacherLoss:
         teacher_inputs = _without(inputs, LOSS_INPUTS)
         teacher_positions = positions
         if self.teacher.alignment is not None:
-            aligned = AlignedTargets.of(inputs, positions)
+            aligned = AlignedTargets.of(inputs, positions, self.teacher.alignment)
             teacher_inputs = aligned.teacher_inputs
             teacher_positions = aligned.teacher_positions
 
@@ -374,8 +373,7 @@ class TeacherLoss:
         chunk_size = chunk_tokens(vocab_size, values.device)
 
         if batch.aligned is not None:
-            assert self.teacher.alignment is not None
-            batch.aligned.split(self.teacher.alignment, chunk_size, values.device)
+            batch.aligned.split(chunk_size, values.device)
 
         def chunk_loss(chunk: Tensor, start: int, end: int) -> TokenLosses:
             logits = project(chunk).float()
@@ -383,10 +381,7 @@ class TeacherLoss:
                 teacher_logits = batch.predictions.logits(start, end, logits.device)
                 kl = divergence(logits, teacher_logits, self.temperature)
             else:
-                assert self.teacher.alignment is not None
-                kl = batch.aligned.divergence(
-                    self.teacher.alignment, logits, batch.predictions, self.temperature, start // chunk_size
-                )
+                kl = batch.aligned.divergence(logits, batch.predictions, start // chunk_size, self.temperature)
 
             loss = (1 - self.task_weight) * self.temperature**2 * kl
             if self.task_weight:
@@ -404,22 +399,6 @@ class _Batch:
     targets: Tensor
     predictions: Predictions
     aligned: AlignedTargets | None
-
-
-def next_tokens(inputs: dict[str, Any]) -> Tensor:
-    """Return the next token of each position of a batch, shape `(batch, seq_length)`, or -100 if it does not count."""
-    if inputs.get("shift_labels") is not None:
-        return inputs["shift_labels"]
-
-    labels = inputs.get("labels")
-    if labels is None:
-        labels = inputs["input_ids"]
-        mask = inputs.get("attention_mask")
-        if mask is not None and mask.shape == labels.shape:
-            labels = labels.masked_fill(mask == 0, IGNORED)
-
-    last = torch.full_like(labels[:, :1], IGNORED)
-    return torch.cat([labels[:, 1:], last], dim=1)
 
 
 def _is_trained(project: Callable[[Tensor], Tensor], hidden: Tensor) -> bool:

@@ -26,7 +26,10 @@ from ..domains.manifest import MANIFEST_NAME, Entry, Manifest, check_kinds, chec
 from ..domains.packing import check_reads_any_text
 from ..errors import StructPruneError, warn
 from ..forward.settings import own_settings
+from ..measure.batches import SampleCollator
 from ..measure.languages import cost_by_language
+from ..method.devices import default_device
+from ..record.cost import check_recovery_memory, recovery_cost
 from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME, RecoveryReport, Report
 from ..saving.save import RECORD_NAMES, save_checked
 from ..system.disk import used_paths
@@ -37,9 +40,7 @@ from .arguments import TrainingSize, training_arguments
 from .checks import check_recovery, trains_on_cpu
 from .learning_rate import NUM_TRIAL_SAMPLES, lower_learning_rate_
 from .measure import enter_curve, enter_measurements, measure_all, validation_loss
-from .memory import check_recovery_memory
 from .resume import TrainingInputs
-from .samples import SampleCollator
 from .teacher import Teacher, load_teacher
 from .text import sample_length, text_config
 from .training import NothingGainedWarning, ShowProgress, StopAtNaN, recovery_trainer, train
@@ -189,7 +190,8 @@ class Recovery:
         dense = model
         if isinstance(teacher, PreTrainedModel):
             dense = teacher
-        check_recovery_memory(self.config, dense, model, loaded=True)
+        cost = recovery_cost(self.config, dense, model, sample_length(self.config, model))
+        check_recovery_memory(cost, default_device(), loaded=True)
 
     def _seen_by(self, model: PreTrainedModel) -> Manifest | None:
         """Return the text that the model has seen, from memory or from the folder of the pruned model."""
@@ -206,7 +208,8 @@ class Recovery:
 
         codes = [code for code, language in report.languages.items() if language.cost.ratio is not None]
         with stage("languages", {}):
-            costs = cost_by_language(model, tokenizer, codes)
+            wanted_codes = [code for code in codes if report.languages[code].wanted]
+            costs = cost_by_language(model, tokenizer, codes, wanted_codes)
         for code in codes:
             language = report.languages[code]
             language.cost = replace(language.cost, pruned=costs.get(code))

@@ -14,12 +14,12 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import IntervalStrategy
 
 from ..errors import StructPruneError, one_line, reason_of
+from ..measure.batches import SampleCollator
 from ..system.disk import is_write_error
 from ..system.stages import progress, say, stage
 from .adapter import LIBRARY_ERRORS
 from .attach import attach_loaded_teacher
 from .learning_rate import lower_rate_of_token_rows_
-from .samples import SampleCollator
 from .teacher import Teacher
 from .training_data import RecoveryData
 

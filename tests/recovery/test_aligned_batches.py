@@ -10,8 +10,8 @@ from transformers import Trainer, TrainingArguments
 
 from optimum_structprune import StructPruner, attach_teacher
 from optimum_structprune.domains.sources import builtin_documents
-from optimum_structprune.recovery.aligned_batches import AlignedCollator, align_document, join_documents
-from optimum_structprune.recovery.samples import pad_samples
+from optimum_structprune.measure.batches import align_document, join_documents, pad_samples
+from optimum_structprune.recovery.aligned_batches import AlignedCollator
 from optimum_structprune.vocabulary.token_alignment import TokenAlignment
 
 

@@ -567,8 +567,8 @@ def test_text_is_spelled_by_the_parts_of_its_tokens(kind):
     assert added_tokens
 
     rows = [dense_reader(text).input_ids for text in TEXT[:2]]
-    is_counted = [torch.arange(len(row)) >= context for row, context in zip(rows, (1, 4), strict=True)]
-    text = Text([torch.tensor(row) for row in rows], is_counted=is_counted)
+    labels = [torch.tensor([-100] * context + row[context:]) for row, context in zip(rows, (1, 4), strict=True)]
+    text = Text([torch.tensor(row) for row in rows], labels=labels)
     divergences = totals(measure(model, text, dense_model, alignment).kl)
     assert divergences.shape == (2,)
     assert (divergences > 0).all()
