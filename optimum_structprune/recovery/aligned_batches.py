@@ -13,10 +13,12 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from ..errors import StructPruneError
 from ..vocabulary.token_alignment import AlignedChunk, TokenAlignment
 from .teacher import Predictions
 
 
+# The label of a token that does not count, as everywhere in torch.
 IGNORED = -100
 # A sample: lists by name, in the tokens of the student and of the teacher. The two texts may have different lengths.
 Sample = dict[str, list[int]]
@@ -96,6 +98,16 @@ def pad_samples(samples: Sequence[Sample]) -> dict[str, Tensor]:
     return batch
 
 
+def check_batch(batch: Any) -> None:
+    """Raise `StructPruneError` if a batch lacks the inputs that a loss of next tokens needs."""
+    for name in ("input_ids", "labels"):
+        if not isinstance(batch, Mapping) or batch.get(name) is None:
+            raise StructPruneError(
+                f"The batches of the Trainer have no `{name}`, which `attach_teacher` needs. Pass a `data_collator` "
+                "that returns both, such as `DataCollatorForLanguageModeling(tokenizer, mlm=False)`."
+            )
+
+
 class AlignedCollator:
     """A collator that adds the teacher's tokens to the batches of another collator in the student's tokens.
 
@@ -141,9 +153,11 @@ class AlignedCollator:
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return the batch of the collator, with the inputs of `AlignedTargets`."""
-        batch: dict[str, Any] = dict(self.collator(features))
+        batch: Any = self.collator(features)
+        check_batch(batch)
+        batch = dict(batch)
         ids = batch["input_ids"]
-        labels = batch.get("labels", ids)
+        labels = batch["labels"]
         positions = batch.get("position_ids")
         mask = batch.get("attention_mask")
         if mask is None or mask.shape != ids.shape:  # a mask of packed documents has more dimensions

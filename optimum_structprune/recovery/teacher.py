@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.hooks import replaced_forward
@@ -20,7 +20,7 @@ from ..errors import StructPruneError
 from ..method.layers import input_device
 from ..system.placement import is_spread
 from ..vocabulary.token_alignment import TokenAlignment
-from .placement import check_device, check_movable, is_sharded, place_teacher, reshard
+from .placement import check_device, check_movable, gathered, is_sharded, place_teacher, reshard
 
 
 def load_teacher(
@@ -91,22 +91,31 @@ def _loaded(name: str | Path, dtype: torch.dtype, trust_remote_code: bool, devic
 
 
 def _same_weights(teacher: nn.Module, model: nn.Module) -> bool:
-    """Return whether two models have the same weights. The comparison ends at the first difference."""
-    teacher_weights = dict(teacher.named_parameters())
+    """Return whether two models have the same weights. Every process must call it, because weights may be sharded."""
     weights = dict(model.named_parameters())
-    if teacher_weights.keys() != weights.keys():
-        return False
+    teacher_weights = dict(teacher.named_parameters())
     # Shapes are compared first, because values of offloaded or large models take time to copy.
-    if any(teacher_weights[name].shape != weight.shape for name, weight in weights.items()):
+    if _shapes(teacher_weights) != _shapes(weights):
         return False
 
-    for name, weight in weights.items():
-        teacher_weight = teacher_weights[name]
-        if weight.is_meta or teacher_weight.is_meta:
-            return False
-        if not torch.equal(weight.detach().float().cpu(), teacher_weight.detach().float().cpu()):
-            return False
-    return True
+    # The comparison ends at the first difference.
+    results = [all(_equal(weight, teacher_weights[name]) for name, weight in weights.items())]
+    # FSDP's RAM-efficient loading reads the weights in the first process only.
+    if distributed.is_initialized():
+        distributed.broadcast_object_list(results)
+    return results[0]
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the shapes of whole weights. ZeRO-3 leaves an empty tensor in place of a sharded weight."""
+    return {name: getattr(weight, "ds_shape", weight.shape) for name, weight in weights.items()}
+
+
+def _equal(weight: Tensor, other: Tensor) -> bool:
+    if weight.is_meta or other.is_meta:
+        return False
+    with gathered(weight) as whole, gathered(other) as other_whole:
+        return torch.equal(whole.float().cpu(), other_whole.float().cpu())
 
 
 def tokens_of_teacher(
@@ -232,7 +241,7 @@ class Teacher:
         with replaced_forward(head, keep_hidden):
             output = caller(**arguments).logits
         if self._plain_head is None:
-            self._plain_head = len(hidden) == 1 and _is_same(output, hidden[0][..., :1])
+            self._plain_head = len(hidden) == 1 and is_same(output, hidden[0][..., :1])
             if not self._plain_head:
                 return self._logits(caller, arguments, positions)
 
@@ -258,7 +267,8 @@ class Teacher:
         return arguments
 
 
-def _is_same(output: Any, expected: Tensor) -> bool:
+def is_same(output: Any, expected: Tensor) -> bool:
+    """Return whether the output of a model is what its head returned."""
     if not isinstance(output, Tensor) or output.shape != expected.shape:
         return False
-    return bool(torch.equal(output.float(), expected.to(output.device).float()))
+    return torch.equal(output.detach().float(), expected.detach().to(output.device).float())
