@@ -18,7 +18,7 @@ from .arch.spec import VOCAB
 from .config.pruning import LOSS, RunOptions, StructPruneConfig
 from .domains.manifest import EARLIER, Entry, Manifest
 from .errors import StructPruneError, warn
-from .forward.metrics import UNSEEN
+from .margins import MIN_RELATIVE_MARGIN
 from .pruner import PruneResult, StructPruner
 from .pruning.memory import check_memory
 from .pruning.request import PruningRequest, check_arguments, check_config_kind, resolve_request
@@ -242,7 +242,7 @@ class CutTrials:
 def _upper_bound(loss: float, margin: float | None) -> float:
     """Return the upper bound of a loss. A loss without a margin, from a single document, may be twice as large."""
     if margin is None:
-        return loss + max(loss, UNSEEN)
+        return loss + max(loss, MIN_RELATIVE_MARGIN)
     return loss + margin
 
 

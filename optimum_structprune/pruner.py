@@ -16,8 +16,8 @@ from .config.pruning import LOSS, RunOptions, StructPruneConfig
 from .domains.manifest import Manifest, remember_text
 from .domains.packing import Domain
 from .errors import StructPruneError, warn
-from .forward.metrics import own_settings
-from .pruning.measure import Comparison
+from .forward.settings import own_settings
+from .pruning.comparison import Comparison
 from .pruning.memory import check_memory
 from .pruning.request import check_arguments, check_config_kind, resolve_request
 from .record.plan import Plan

@@ -14,8 +14,9 @@ from optimum_structprune import DomainConfig, StructPruner, prune_model
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.manifest import CALIBRATED
 from optimum_structprune.errors import InPlaceError, StructPruneError
-from optimum_structprune.forward.metrics import PARTS_DIFFER, UNSEEN, margin_of_error, sample_losses
-from optimum_structprune.pruning.measure import short_rows
+from optimum_structprune.margins import MIN_RELATIVE_MARGIN, PARTS_DIFFER, margin_of_error
+from optimum_structprune.measure.losses import means, measure
+from optimum_structprune.measure.text import Text
 
 
 LAST = {"llama-tied": "model.layers.1.mlp", "bert": "bert.encoder.layer.1.output"}
@@ -138,25 +139,25 @@ def test_perplexities_have_margins_of_error():
     settings = config(widths={"mlp": 20}, num_samples=96)
     reader = tokenizer()
     heldout = load_domains(settings, reader)[0].heldout
-    rows, numbers = short_rows(heldout, reader.eos_token_id, 96 // 2 // 8 * 24)
-    samples = torch.stack(rows)
+    text = Text.short(heldout, reader, 96 // 2 // 8 * 24)
+    numbers = text.documents
     model = build("llama-untied")
     pruner = StructPruner(settings)
     small = pruner.prune_model(model, reader)
 
-    dense_losses = sample_losses(model, samples)
-    pruned_losses = sample_losses(small, samples)
+    dense_losses = means(measure(model, text).loss)
+    pruned_losses = means(measure(small, text).loss)
     increases = pruned_losses - dense_losses
     num_documents = len(numbers.unique())
     ratio = float(increases.mean().exp())
-    margin = ratio * max(margin_of_error(increases, numbers), UNSEEN / num_documents)
+    margin = ratio * max(margin_of_error(increases, numbers), MIN_RELATIVE_MARGIN / num_documents)
     margin = hypot(margin, PARTS_DIFFER * (ratio - 1))
 
     result = pruner.report.domains["a"]
     assert result.perplexity.margin == pytest.approx(margin)
     assert result.perplexity.pruned == pytest.approx(float(pruned_losses.mean().exp()))
     assert result.documents == num_documents >= 5
-    assert result.tokens == samples[:, 1:].numel()
+    assert result.tokens == text.tokens.sum()
 
 
 def test_the_report_states_requested_and_removed_parameters():

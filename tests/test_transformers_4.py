@@ -15,8 +15,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruner
+from optimum_structprune.arch.inference import outputs_for
 from optimum_structprune.domains.sources import builtin_documents
-from optimum_structprune.forward.metrics import outputs_for
 from optimum_structprune.saving.save import make_portable
 
 

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.inference import evaluating
 from ..arch.meta import check_positions, positions_of, predicts_next
 from ..config.domains import ANY, OTHER, SELF
 from ..config.fields import read_yaml
 from ..errors import StructPruneError
 from ..forward.generation import continuations, end_tokens
-from ..forward.metrics import evaluating
 from ..registry import did_you_mean
 from ..system.fingerprint import TextCache, fingerprint
 from ..system.processes import broadcast_object, gather_objects, process_index, unshared

@@ -17,13 +17,15 @@ from ..arch.meta import is_offloaded, is_quantized, predicts_next
 from ..config.domains import ANY, BUILTIN, GENERAL, SELF, DomainConfig, Reiterable, is_general, written_by_model
 from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
-from ..forward.metrics import MANY_DOCUMENTS, MEASURED_TOKENS
+from ..margins import MANY_DOCUMENTS
 from .manifest import Manifest
 from .packing import HELDOUT, PROBE, USED, DocumentPool, Domain, SampleFormat, Tokens, check_vocabulary, tokenised
 from .sources import documents, resolve
 
 
 WRITTEN = SELF + ANY
+# The number of tokens that measure the perplexity of a run, over all domains.
+MEASURED_TOKENS = 4000
 # Documents that are held out in addition to the required tokens are cut to this number of tokens.
 BEGINNING = 64
 logger = logging.getLogger(__name__)

@@ -10,17 +10,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.inference import evaluating
 from ..arch.meta import check_positions, predicts_next
 from ..domains.packing import prompt_ids
 from ..domains.templates import question_messages, read_lines
 from ..errors import StructPruneError, one_line, warn
 from ..forward.generation import continuations
-from ..forward.metrics import evaluating
+from ..measure.losses import measure
+from ..measure.text import Text
 from ..record.figures import Answer, AnsweredQuestion, AnswersResult
 from ..system.stages import progress, stage
-from ..vocabulary.token_alignment import TokenAlignment, divergence_from_dense
+from ..vocabulary.token_alignment import TokenAlignment
 
 
 BUILTIN = "builtin"
@@ -213,21 +216,16 @@ def answer_divergence(
         answers: The answers of the original model.
     """
     rows = []
-    starts = []
-    num_tokens = 0
+    is_counted = []
     for prompt, answer in zip(prompts, answers, strict=True):
         if answer.ids:
-            row = list(prompt)
-            row += answer.ids
-            rows.append(row)
-            starts.append(len(prompt))
-            num_tokens += len(answer.ids)
+            rows.append(torch.tensor(list(prompt) + answer.ids))
+            is_counted.append(torch.arange(len(rows[-1])) >= len(prompt))
 
     if not rows:
         return 0.0
-    with evaluating(dense, model):
-        total = float(divergence_from_dense(parts, dense, model, rows, starts).sum())
-    return total / num_tokens
+    measured = measure(model, Text(rows, is_counted=is_counted), dense, parts)
+    return float(torch.cat(measured.kl).mean())
 
 
 def answers_result(questions: Sequence[Question], answers: Mapping[str, Sequence[WrittenAnswer]]) -> AnswersResult:

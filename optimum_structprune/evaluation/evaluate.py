@@ -6,24 +6,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.meta import check_positions, predicts_next, reads_text
 from ..config.domains import DomainConfig, as_domain
 from ..domains.manifest import CALIBRATED, Manifest, check_kinds, check_tokens
-from ..domains.packing import check_reads_any_text, prefix_token
+from ..domains.packing import check_reads_any_text, check_vocabulary, prefix_token
 from ..domains.sources import resolve
 from ..errors import SeenTextWarning, StructPruneError, warn
-from ..forward.metrics import own_settings
-from ..pruning.embeddings import Embeddings, Texts, passages_of
-from ..record.figures import ORIGINAL, PRUNED, AnswersResult, Figure, language_costs
+from ..forward.settings import own_settings
+from ..measure.languages import costs_before, with_costs_after
+from ..measure.losses import Losses, measure, totals
+from ..measure.text import Text
+from ..measure.vectors import Embeddings, Texts, passages_of
+from ..pruning.comparison import enter_vectors
+from ..record.figures import ORIGINAL, PRUNED, AnswersResult, Figure, TextResult, language_costs, perplexity_result
 from ..record.report import Evaluation
 from ..system.fingerprint import vocabulary_hash
 from ..system.placement import check_devices
-from ..vocabulary.languages import costs_before, with_costs_after
 from ..vocabulary.token_alignment import TokenAlignment
 from .answers import MIN_BATCH, Question, answer_divergence, answers_result, ask, read_questions
-from .heldout import EvaluationText, Heldout, read_heldout, read_pairs
+from .heldout import Heldout, read_heldout, read_pairs
 
 
 @own_settings()
@@ -55,8 +60,8 @@ def evaluate(
             same text with its own tokenizer, and perplexity is per token of the dense one, with or without `dense`.
         seq_length: The number of tokens in a sample.
         num_samples: The maximum number of samples per domain; None reads every domain to its end.
-        batch_size: The number of samples in a forward pass; by default 1 on a CPU and up to 16 on a GPU, see
-            `perplexity`. At least 32 questions are asked together.
+        batch_size: The number of samples in a forward pass; see `perplexity` for the default. At least 32 questions
+            are asked together.
         limit: The maximum number of questions; None asks all of them.
         manifest: The manifest of the model's calibration text. It shows which domains are calibration domains, and
             text that is in both causes a warning. By default it is the manifest in the folder that the model was
@@ -98,24 +103,86 @@ def evaluate(
     if is_causal and dense is not None:
         parts = _parts(models, tokenizers)
 
-    # The constructor raises an error if a model cannot read a text.
-    evaluation_texts: dict[str, EvaluationText] = {}
+    # An error shows that a model cannot read a text.
+    texts_by_model: dict[str, dict[str, Text]] = {}
     if is_causal:
         for text in texts:
-            evaluation_texts[text.domain.name] = EvaluationText(text.samples, models, tokenizers, tokens_differ, parts)
+            texts_by_model[text.domain.name] = _texts_by_model(text.samples, models, tokenizers, tokens_differ)
 
     evaluation = _empty_evaluation(models, tokenizers[ORIGINAL], seq_length)
     manifest = manifest or Manifest.seen_by(model)
     if manifest is not None:
         _compare_text(evaluation, manifest, texts)
 
-    for name, evaluation_text in evaluation_texts.items():
-        evaluation.domains[name] = evaluation_text.measure(batch_size)
+    tokens = None if batch_size is None else batch_size * seq_length
+    for name, by_model in texts_by_model.items():
+        evaluation.domains[name] = _domain_result(models, by_model, parts, tokens)
     if not is_causal:
         _compare_vectors(evaluation, models, tokenizers, texts, translations, tokens_differ)
     if questions:
         evaluation.answers = _answers(models, tokenizers, parts, questions, max_new_tokens, batch_size)
     return evaluation
+
+
+def _texts_by_model(
+    samples: Tensor,
+    models: Mapping[str, PreTrainedModel],
+    tokenizers: Mapping[str, PreTrainedTokenizerBase],
+    tokens_differ: bool,
+) -> dict[str, Text]:
+    """Return one text in the tokens of each model. The original model comes first.
+
+    Args:
+        samples: The token ids of the original tokenizer, shape `(samples, seq_length)`.
+        models: The models.
+        tokenizers: Their tokenizers.
+        tokens_differ: Whether the tokenizers differ.
+    """
+    text = Text.of(samples, tokenizers[ORIGINAL])
+    if not tokens_differ:
+        check_vocabulary(int(samples.max()), models[PRUNED].config.get_text_config().vocab_size)
+        return dict.fromkeys(models, text)
+    return {name: text.for_tokenizer(tokenizers[name], model) for name, model in models.items()}
+
+
+def _domain_result(
+    models: Mapping[str, PreTrainedModel],
+    texts: Mapping[str, Text],
+    parts: TokenAlignment | None,
+    tokens: int | None,
+) -> TextResult:
+    """Return the figures of a domain that the models and their vocabularies allow.
+
+    Args:
+        models: The models.
+        texts: The text in the tokens of each model.
+        parts: The tokens of the original model as parts of the model's tokens; None if the model cannot spell them.
+        tokens: The maximum number of tokens in a forward pass.
+    """
+    model = models[PRUNED]
+    dense = models.get(ORIGINAL)
+    text = texts[PRUNED]
+    measured = Losses()
+    values: dict[str, list[Tensor]] = {}
+    if text.original is None:
+        measured = measure(model, text, dense, tokens=tokens)
+        if dense is not None:
+            values[ORIGINAL] = measured.other
+        values[PRUNED] = measured.loss
+    else:
+        values = {name: measure(models[name], own_text).loss for name, own_text in texts.items()}
+        if parts is not None:
+            measured = measure(model, text.original, dense, parts)
+
+    sums = {name: totals(by_row) for name, by_row in values.items()}
+    losses = {name: total / text.tokens for name, total in sums.items()}
+    result = perplexity_result(losses, int(text.tokens.sum()), text.documents)
+    result.bits_per_byte = Figure.of({name: text.bits_per_byte(total) for name, total in sums.items()})
+    if measured.kl:
+        result.divergence = Figure(pruned=float(torch.cat(measured.kl).mean()))
+    if measured.agrees:
+        result.agreement = Figure(pruned=float(torch.cat(measured.agrees).mean()))
+    return result
 
 
 def _empty_evaluation(
@@ -198,7 +265,7 @@ def _compare_vectors(
     if embeddings.spoken:
         costs = with_costs_after(costs_before(None, tokenizers[ORIGINAL], ()), None, tokenizers[PRUNED])
         evaluation.languages = language_costs(costs)
-    embeddings.enter(evaluation, models[PRUNED])
+    enter_vectors(evaluation, embeddings, models[PRUNED])
 
 
 def _parts(
@@ -245,7 +312,7 @@ def _answers(
     if parts is not None:
         prompts = [question.ids(tokenizers[ORIGINAL]) for question in questions]
         divergence = answer_divergence(models[ORIGINAL], models[PRUNED], parts, prompts, answers[ORIGINAL])
-        result.divergence = Figure.of({PRUNED: divergence})
+        result.divergence = Figure(pruned=divergence)
     return result
 
 

@@ -10,15 +10,15 @@ import torch
 
 from ..arch.spec import EXPERT, LAYER, MODEL, VOCAB
 from ..criteria import reads_gram
-from ..domains.load import texts_of
+from ..domains.load import MEASURED_TOKENS, texts_of
 from ..errors import StructPruneError
-from ..forward.metrics import MEASURED_TOKENS, tokens_at_once
+from ..measure.predictions import TOKENS_PER_PASS, tokens_at_once
+from ..measure.probe import PROBE_TOKENS, STRIDE
 from ..method.calibrate import FP64_BYTES, TOKENS_AT_ONCE, Moments
 from ..method.devices import free_bytes, rows_at_once
 from ..system.placement import bytes_by_device
 from ..system.processes import process_count
 from ..system.stages import readable_size
-from .measure import AT_ONCE, PROBE_TOKENS, STRIDE
 
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ def _trial_bytes(request: PruningRequest, size: CalibrationSize, batch_tokens: i
     They are the hidden states, the kept token rows, the dense values of masked consumers, and the larger of a refit
     and a forward pass over held-out text.
     """
-    from ..steps.division import BATCH_TOKENS, CALIBRATION_TOKENS  # most runs try no division
+    from ..steps.division import CALIBRATION_TOKENS  # most runs try no division
 
     per_domain = max(CALIBRATION_TOKENS // size.domains // size.seq_length, 1)
     trial_size = replace(size, samples=min(per_domain * size.domains, size.samples))
@@ -238,7 +238,7 @@ def _trial_bytes(request: PruningRequest, size: CalibrationSize, batch_tokens: i
     itemsize = request.model_info.plain_model.dtype.itemsize
     working = max(
         _refit_bytes(request, trial_size, batch_tokens),
-        _activation_bytes(request, BATCH_TOKENS),
+        _activation_bytes(request, _measured_tokens(request, size)),
         _loss_bytes(request, trial_size, is_offloaded=False),
     )
     return itemsize * values + working
@@ -320,9 +320,9 @@ def _loss_bytes(request: PruningRequest, size: CalibrationSize, is_offloaded: bo
 
 
 def _measured_tokens(request: PruningRequest, size: CalibrationSize) -> int:
-    """Return the number of held-out tokens in a forward pass; see `metrics.tokens_per_pass`."""
+    """Return the number of held-out tokens in a forward pass; see `tokens_per_pass`."""
     info = request.model_info
-    pass_tokens = rows_at_once(info.device, info.plain_model.dtype.itemsize * _vocabulary(request), AT_ONCE)
+    pass_tokens = rows_at_once(info.device, info.plain_model.dtype.itemsize * _vocabulary(request), TOKENS_PER_PASS)
     if request.inputs is None:
         return min(pass_tokens, MEASURED_TOKENS)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.inference import outputs_for, random_inputs
 from ..arch.load import ModelInfo
 from ..arch.meta import check_changeable, check_positions, is_offloaded, reads_images, reads_text, shrunk_skeleton
 from ..arch.shrink import layers_ahead
@@ -26,7 +27,6 @@ from ..criteria import CRITERIA, DEFAULT_CRITERIA
 from ..domains.manifest import check_kinds, check_tokens
 from ..domains.packing import check_reads_any_text
 from ..errors import StructPruneError, capitalized, one_line, warn
-from ..forward.metrics import outputs_for, random_inputs
 from ..widths.allocation import widths_of
 from ..widths.budget import UnreachableBudgetError
 

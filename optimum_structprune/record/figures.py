@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ..forward.metrics import UNSEEN, margin_of_error
+from ..margins import MIN_RELATIVE_MARGIN, margin_of_error
 
 
 # The constants of `technical_ratio`: the additional loss in nats per token if every word is split, and the share of
@@ -372,10 +372,30 @@ def perplexity_result(
         difference = last - first
         ratio = float(difference.mean().exp())
         # A margin m of the mean loss is, for small m, a relative margin m of exp(mean loss).
-        relative_margin = max(margin_of_error(difference, documents), UNSEEN / num_documents)
+        relative_margin = max(margin_of_error(difference, documents), MIN_RELATIVE_MARGIN / num_documents)
         margin = hypot(ratio * relative_margin, spread * (ratio - 1))
 
     return TextResult(Figure.of(perplexities, margin), tokens=tokens, documents=num_documents)
+
+
+def vector_result(figures: Mapping[str, float]) -> TextResult:
+    """Return the result of a comparison of vectors.
+
+    Args:
+        figures: The output of `measure.vectors.embedding_figures`, and of `retrieval_figures` for pairs.
+    """
+    result = TextResult(texts=int(figures["texts"]))
+    if "cosine" in figures:
+        result.cosine = Figure.of({PRUNED: figures["cosine"]}, figures["cosine_margin"])
+        result.cosine_p5 = Figure(pruned=figures["cosine_p5"])
+        result.cosine_worst = Figure(pruned=figures["cosine_worst"])
+
+    if "neighbours" in figures:
+        result.neighbours = Figure.of({PRUNED: figures["neighbours"]}, figures["neighbours_margin"])
+    if "retrieval" in figures:
+        shares = {ORIGINAL: figures["retrieval_dense"], PRUNED: figures["retrieval"]}
+        result.retrieval = Figure.of(shares, figures["retrieval_margin"])
+    return result
 
 
 def ratios_of(domains: Mapping[str, TextResult]) -> dict[str, Figure]:

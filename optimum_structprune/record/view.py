@@ -10,7 +10,7 @@ from shlex import join
 from ..arch.spec import LAYER, MODEL, VOCAB
 from ..config.pruning import LANGUAGES
 from ..errors import capitalized
-from ..forward.metrics import MANY_DOCUMENTS
+from ..margins import MANY_DOCUMENTS
 from .answers import answers_line, answers_warning
 from .figures import (
     ORIGINAL,

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby, pairwise
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from ..measure.kl import divergence
+from ..measure.predictions import Predictions
 from ..vocabulary.token_alignment import AlignedChunk, TokenAlignment
-from .teacher import Predictions
 
 
 IGNORED = -100
@@ -286,43 +287,21 @@ class AlignedTargets:
             _, self.chunks = alignment.chunks(self.rows, self.nodes, size, device)
 
     def divergence(
-        self, alignment: TokenAlignment, log_student: Tensor, predictions: Predictions, temperature: float, number: int
+        self, alignment: TokenAlignment, logits: Tensor, predictions: Predictions, temperature: float, number: int
     ) -> Tensor:
         """Return the KL divergence from teacher to student in nats for one chunk, shape `(positions,)`, fp32.
 
         Args:
             alignment: The spelling of the teacher's tokens.
-            log_student: The student's log-probabilities of the next tokens, shape `(positions, size)`.
+            logits: The student's logits of the next tokens, shape `(positions, size)`.
             predictions: The teacher's predictions of its counted tokens.
             temperature: The temperature of both distributions.
             number: The number of the chunk.
         """
-        if not len(log_student):
-            return log_student.sum(-1)
+        if not len(logits):
+            return logits.sum(-1)
 
         chunk = self.chunks[number]
         with torch.no_grad():
-            logits = predictions.logits(chunk.dense.start, chunk.dense.stop, log_student.device).float()
-            target, weight = alignment.next_part((logits / temperature).softmax(-1), chunk)
-            negative_entropy = torch.special.xlogy(target, target).sum(-1)
-        return weight * (negative_entropy - (target * log_student).sum(-1))
-
-    def teacher_losses(self, predictions: Predictions, size: int) -> Tensor:
-        """Return the teacher's own loss for each of its counted tokens, shape `(tokens,)`, fp32."""
-        targets = self.next_teacher_tokens
-        losses = [torch.zeros(0, device=targets.device)]
-        for start in range(0, len(targets), size):
-            logits = predictions.logits(start, start + size, targets.device).float()
-            losses.append(cross_entropy(logits, targets[start : start + size], reduction="none"))
-        return torch.cat(losses)
-
-    @property
-    def next_teacher_tokens(self) -> Tensor:
-        """Return the teacher's token after each counted position, shape `(tokens,)`."""
-        ids = self.teacher_inputs["input_ids"].flatten()
-        return ids[self.teacher_positions + 1]
-
-    @property
-    def teacher_samples(self) -> Tensor:
-        """Return the number of the sample of each counted token of the teacher, shape `(tokens,)`."""
-        return self.teacher_positions // self.teacher_inputs["input_ids"].shape[1]
+            teacher = predictions.logits(chunk.dense.start, chunk.dense.stop, logits.device)
+        return divergence(logits, teacher, temperature, partial(alignment.next_part, chunk=chunk))

@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import Trainer
 
-from ..forward.metrics import evaluating
+from ..arch.inference import evaluating
 
 
 # Trial rates, as shares of the default rate.

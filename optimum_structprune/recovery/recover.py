@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list, wait_for_everyone
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
 from ..arch.hooks import without_new_forward_hooks
+from ..arch.inference import evaluating
 from ..arch.meta import check_changeable, positions_of
 from ..config.domains import DomainConfig
 from ..config.fields import read_json
@@ -24,7 +25,7 @@ from ..config.recovery import RecoveryConfig
 from ..domains.manifest import MANIFEST_NAME, Entry, Manifest, check_kinds, check_tokens, remember_text
 from ..domains.packing import check_reads_any_text
 from ..errors import StructPruneError, warn
-from ..forward.metrics import evaluating, own_settings
+from ..forward.settings import own_settings
 from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, RecoveryReport
 from ..saving.save import RECORD_NAMES, save_checked
 from ..system.disk import used_paths
@@ -214,7 +215,7 @@ class Recovery:
         own_hooks = without_new_forward_hooks(model.get_input_embeddings())
         with own_hooks, trainable(model, adapter) as (trained, take_back):
             trainer = recovery_trainer(trained, arguments, data, collator, teacher, callbacks)
-            pruned = measure_all(trained, data.measured, collator, teacher, trainer.accelerator)
+            pruned = measure_all(trained, data.measured, teacher, trainer.accelerator)
 
             # Trial steps store all activations, which do not fit if the training needs activation checkpointing.
             if "learning_rate" not in config.training and not arguments.gradient_checkpointing:
@@ -222,7 +223,7 @@ class Recovery:
                 lower_learning_rate_(trainer, batches, take_back)
             seconds = train(trainer, checkpoint)
 
-            recovered = measure_all(trained, data.measured, collator, teacher, trainer.accelerator)
+            recovered = measure_all(trained, data.measured, teacher, trainer.accelerator)
             kinds = [kind for kind, samples in data.measured.items() if samples and samples[0] in data.validation]
             is_better = validation_loss(recovered, kinds, value) < validation_loss(pruned, kinds, value)
             if not is_better:  # also if a loss is NaN

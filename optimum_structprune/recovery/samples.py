@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import StructPruneError
@@ -102,16 +101,3 @@ def aligned_sample(sample: Mapping[str, Any], alignment: TokenAlignment) -> Samp
     for start, end in pairwise(bounds):
         documents.append(align_document(alignment, ids[start:end], is_counted[start:end]))
     return join_documents(documents)
-
-
-def counted_tokens(sample: Mapping[str, Any]) -> int:
-    """Count the tokens of a sample in the loss."""
-    return sum(label != IGNORED for label in sample["labels"][1:])
-
-
-def to_tensors(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Stack samples of equal length."""
-    batch = {}
-    for name in samples[0]:
-        batch[name] = torch.tensor([sample[name] for sample in samples])
-    return batch

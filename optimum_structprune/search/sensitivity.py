@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..arch.inference import evaluating
 from ..arch.spec import ArchSpec, Space, Widths
 from ..config.pruning import StructPruneConfig
-from ..forward.metrics import evaluating
+from ..measure.probe import Probe
 from ..method.shrink import Masks
 from ..pruning.request import PruningRequest
 from ..sources.data import CalibrationData
@@ -23,7 +24,7 @@ from ..system.processes import broadcast_object
 from ..widths.allocation import widths_of
 from ..widths.budget import budget_of, removed_parameters
 from ..widths.legal import legal_widths
-from .trials import LAYER_TOKENS, TRIAL_TOKENS, Curves, Key, LayerTrials, Probe
+from .trials import LAYER_TOKENS, TRIAL_TOKENS, Curves, Key, LayerTrials
 
 
 class Candidate(NamedTuple):

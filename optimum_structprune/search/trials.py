@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from math import ceil
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from ..arch.inference import run_model
-from ..arch.spec import ArchSpec, Axis, Space
-from ..forward.generation import last_logits_only
-from ..forward.metrics import divergence, tokens_at_once
+from ..arch.spec import Axis, Space
+from ..measure.probe import PROBE_TOKENS, STRIDE, Probe
 from ..method.calibrate import output_energy
-from ..method.layers import Batch, InMemory, Source
+from ..method.layers import Source
 from ..method.loop import Method, best_units, calibrate, consumer_scores, refit_consumers
 from ..method.shrink import Masks, Values, write_consumer_
-from ..pruning.measure import PROBE_TOKENS, STRIDE, skipping_layers
-from ..sources.data import CalibrationData, batches_of, source_of
-from ..system.placement import is_spread
-from ..system.processes import all_reduce_, process_count, process_index
+from ..sources.data import CalibrationData, source_of
 from ..system.resume import Resume
 from ..system.stages import progress
 
@@ -43,78 +35,6 @@ Losses = dict[Key, dict[int, Tensor]]
 # The values of the consumers of one kind of space in one layer, and the energy of their outputs' error, by the number
 # of units removed.
 Candidates = Mapping[int, tuple[Mapping[Axis, Values], float]]
-
-
-class Probe:
-    """Held-out text that runs through the model from one layer on, and the predictions of the dense model for it.
-
-    If layers pass on hidden states alone, the layers before the current layer do not run again. The probe stores the
-    hidden states, and the dense logits of one token in four. Each process has all of the text.
-    """
-
-    def __init__(self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]):
-        self.model = model
-        self.batches = batches
-        self.layer = 0  # the first layer that runs
-        self.source = source_of(model, arch, batches)
-        # accelerate moves the index of a spread model to its first device, and the head may be on another.
-        self.takes_index = last_logits_only(model) and not is_spread(model)
-        self.dense_logits = [self._logits(index) for index in range(len(batches))]
-
-    @classmethod
-    def of(cls, model: PreTrainedModel, arch: ArchSpec, data: CalibrationData, tokens: int = PROBE_TOKENS) -> Probe:
-        """Return a probe of about `tokens` tokens: the beginnings of samples, equally many of each domain."""
-        per_domain = ceil(tokens / len(data.domains))
-        # A sample has 128 tokens, because the first tokens of a text have little context.
-        num_samples = max(per_domain // 128, 1)
-        counts = [min(num_samples, len(domain.probe_or_heldout)) for domain in data.domains]
-        # All samples have one length, because calls of layers are recorded for each length.
-        length = ceil(per_domain / max(counts))
-
-        domains = []
-        for domain, count in zip(data.domains, counts, strict=True):
-            domains.append(replace(domain, samples=domain.probe_or_heldout[:count, :length]))
-        return cls(model, arch, batches_of(domains, data.options.batch_size))
-
-    def advance(self) -> None:
-        """Advance to the next layer."""
-        self.source.advance(self.layer)
-        self.layer += 1
-
-    def losses(self, model: PreTrainedModel | None = None) -> Tensor:
-        """Return the mean KL(dense‖model) in nats per token of each domain, shape `(domains,)`."""
-        num_domains = 1 + max(batch.domain for batch in self.batches)
-        total = torch.zeros(num_domains)
-        count = torch.zeros(num_domains)
-
-        for index in range(process_index(), len(self.batches), process_count()):
-            domain = self.batches[index].domain
-            logits = self._logits(index, model)
-            size = tokens_at_once(logits.device, logits.shape[1])
-            pairs = zip(logits.split(size), self.dense_logits[index].split(size), strict=True)
-            for part, dense_part in pairs:
-                total[domain] += float(divergence(part, dense_part)) * len(dense_part)
-                count[domain] += len(dense_part)
-
-        all_reduce_([total, count])
-        return total / count
-
-    @torch.no_grad()
-    def _logits(self, index: int, model: PreTrainedModel | None = None) -> Tensor:
-        """Return the logits of every fourth token of a batch, shape `(tokens, vocab)`."""
-        ids = self.batches[index].ids
-        options = {}
-        if self.takes_index:
-            options["logits_to_keep"] = torch.arange(0, ids.shape[1], STRIDE)
-
-        skipping: AbstractContextManager[None] = nullcontext()
-        if model is None and isinstance(self.source, InMemory):
-            skipping = skipping_layers(self.source, self.layer, index)
-        with skipping:
-            logits = run_model(model or self.model, ids, **options).logits
-        if not self.takes_index:
-            logits = logits[:, ::STRIDE]
-        return logits.flatten(0, 1)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from ..domains.manifest import JUDGED, Entry, Manifest
 from ..domains.packing import Domain, document_hash, tokenize_with_prefix
 from ..domains.sources import documents, resolve
 from ..errors import StructPruneError
-from ..forward.metrics import MIN_DOCUMENTS
+from ..margins import MIN_DOCUMENTS
 from ..system.fingerprint import TextCache
 from ..system.processes import broadcast_object, process_index
 

@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.inference import last_states
+from ..arch.inference import evaluating
 from ..arch.load import describe
 from ..arch.meta import positions_of, shrunk_skeleton
 from ..arch.spec import MODEL, VOCAB, Widths
-from ..domains.packing import Domain, Passages
-from ..forward.metrics import evaluating, row_losses
+from ..measure.losses import measure_all, totals
+from ..measure.text import ROW, Text
+from ..measure.vectors import embed
 from ..system.processes import broadcast_object
 from ..system.stages import say
 from ..vocabulary.amount import without_tokens
@@ -32,10 +33,6 @@ from .temporary import temporarily_pruned
 # The number of calibration tokens of a trial, and the number of held-out tokens that measure it.
 CALIBRATION_TOKENS = 8192
 MEASURED_TOKENS = 8192
-# The number of tokens in a piece of held-out text.
-PIECE = 64
-# The number of tokens in a batch of short texts.
-BATCH_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -204,10 +201,11 @@ class HeldOutText:
         self.data = state.data
         self.causal = state.arch.causal
         tokens = MEASURED_TOKENS // len(state.data.domains)
-        self.pieces = [_pieces(domain, tokens) for domain in state.data.domains]
-        self.passages = [Passages(list(pieces), tokenizer) for pieces in self.pieces]
+        self.texts: dict[str, Text] = {}
+        for domain in state.data.domains:
+            self.texts[domain.name] = Text.short(domain.probe_or_heldout, tokenizer, tokens)
 
-        self.dense_losses = torch.zeros(len(self.passages))
+        self.dense_losses = torch.zeros(len(self.texts))
         self.dense_states: list[Tensor] = []
         if self.causal:
             self.dense_losses = self._losses(state.model, tokenizer)
@@ -226,31 +224,18 @@ class HeldOutText:
 
     def _losses(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
         """Return the loss of each domain in nats per dense token, shape `(domains,)`."""
+        texts = {name: text.for_tokenizer(tokenizer, model) for name, text in self.texts.items()}
         losses = []
-        for pieces, passages in zip(self.pieces, self.passages, strict=True):
-            rows = sorted(passages.rows(tokenizer, model), key=len)
-            losses.append(row_losses(model, rows, BATCH_TOKENS).sum() / pieces[:, 1:].numel())
+        for name, measured in measure_all(model, texts).items():
+            losses.append(totals(measured.loss).sum() / texts[name].tokens.sum())
         return torch.stack(losses)
 
-    @torch.no_grad()
     def _states(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
-        """Return the mean last hidden state of each piece by domain, shape `(pieces, channels)` each."""
-        max_length = int(min(positions_of(model) - 2, 4 * PIECE))
+        """Return the mean last hidden state of each row by domain, shape `(rows, channels)` each."""
+        max_length = int(min(positions_of(model) - 2, 4 * ROW))
         by_domain = []
-        with evaluating(model):
-            for passages in self.passages:
-                states = []
-                for documents in passages.texts:
-                    ids = tokenizer("\n".join(documents), verbose=False)["input_ids"][:max_length]
-                    states.append(last_states(model, torch.tensor([ids]))[0].mean(0).double().cpu())
-                by_domain.append(torch.stack(states))
+        for text in self.texts.values():
+            documents = ["\n".join(strings) for strings in text.strings]
+            rows = [torch.tensor(ids[:max_length]) for ids in tokenizer(documents, verbose=False)["input_ids"]]
+            by_domain.append(embed(model, rows))
         return by_domain
-
-
-def _pieces(domain: Domain, tokens: int) -> Tensor:
-    """Return pieces of the held-out text of a domain with about `tokens` tokens, shape `(pieces, piece length)`."""
-    samples = domain.probe_or_heldout
-    length = min(PIECE, samples.shape[1])
-    per_sample = samples.shape[1] // length
-    pieces = samples[:, : per_sample * length].reshape(-1, length)
-    return pieces[: max(tokens // length, 1)]

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.inference import outputs_for, random_inputs
 from ..arch.spec import MODEL, VOCAB, Widths
 from ..config.pruning import StructPruneConfig
 from ..domains.load import load_domains
 from ..domains.manifest import Manifest, remember_text
 from ..domains.packing import USED
-from ..forward.metrics import expected_shares, outputs_for, random_inputs
+from ..measure.losses import expected_shares
 from ..method.shrink import check_same
 from ..record.figures import TrimResult
 from ..record.plan import Plan

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer
 
 from optimum_structprune.commands.cli import main
-from optimum_structprune.pruning.embeddings import Pooling, embed
+from optimum_structprune.measure.vectors import Pooling, embed
 
 
 SUBFOLDER = "0_Transformer"

@@ -19,11 +19,14 @@ from optimum_structprune.commands.cli import main
 from optimum_structprune.domains.manifest import Entry
 from optimum_structprune.domains.packing import document_numbers
 from optimum_structprune.evaluation.heldout import read_heldout
-from optimum_structprune.forward.metrics import compare, margin_of_error, sample_losses
+from optimum_structprune.margins import margin_of_error
+from optimum_structprune.measure.losses import means
+from optimum_structprune.measure.losses import measure as measure_text
+from optimum_structprune.measure.text import Text
 
 
 MODEL = build("llama-tied", 0)
-DENSE = build("llama-tied", 1)
+ORIGINAL = build("llama-tied", 1)
 
 
 @pytest.fixture(scope="module")
@@ -46,48 +49,48 @@ def test_a_comparison_equals_its_definition(batch_size):
     samples = token_ids(batch=5, length=60)
     targets = samples[:, 1:].flatten()
     log_probs = predicted_log_probs(MODEL, samples)
-    dense_log_probs = predicted_log_probs(DENSE, samples)
+    dense_log_probs = predicted_log_probs(ORIGINAL, samples)
 
-    losses, (divergence, agreement) = compare(MODEL, DENSE, samples, batch_size)
+    measured = measure_text(MODEL, Text(list(samples)), ORIGINAL, tokens=60 * batch_size)
 
-    for name, predicted in (("model", log_probs), ("dense", dense_log_probs)):
+    for losses, predicted in ((measured.loss, log_probs), (measured.other, dense_log_probs)):
         expected_loss = float(cross_entropy(predicted.flatten(0, 1), targets))
-        assert float(losses[name].mean()) == pytest.approx(expected_loss, rel=1e-5)
-    assert losses["model"].mean().exp() == pytest.approx(perplexity(MODEL, samples), rel=1e-6)
+        assert float(means(losses).mean()) == pytest.approx(expected_loss, rel=1e-5)
+    assert means(measured.loss).mean().exp() == pytest.approx(perplexity(MODEL, samples), rel=1e-6)
 
     expected_divergence = (dense_log_probs.exp() * (dense_log_probs - log_probs)).sum(-1).mean()
+    divergence = float(torch.cat(measured.kl).mean())
     assert divergence == pytest.approx(float(expected_divergence), rel=1e-4)
     assert divergence > 0
 
     is_same_token = log_probs.argmax(-1) == dense_log_probs.argmax(-1)
-    assert agreement == pytest.approx(float(is_same_token.float().mean()))
-    assert agreement < 1
+    assert torch.stack(measured.agrees).equal(is_same_token.double())
+    assert not is_same_token.all()
 
 
 def test_an_evaluation_against_the_dense_model_has_all_figures(folder):
     domain = DomainConfig("a", str(folder / "a.jsonl"))
     samples = read_heldout(domain, tokenizer(), 24, 4).samples
-    losses, (divergence, agreement) = compare(MODEL, DENSE, samples)
+    measured = measure_text(MODEL, Text(list(samples)), ORIGINAL)
 
-    evaluation = evaluate(MODEL, tokenizer(), [domain], dense=DENSE, seq_length=24, num_samples=4)
+    evaluation = evaluate(MODEL, tokenizer(), [domain], dense=ORIGINAL, seq_length=24, num_samples=4)
 
     assert evaluation.prefix == "<s>"
     assert "KL" in str(evaluation)
     result = evaluation.domains["a"]
     assert result.tokens == 4 * 23
     assert result.perplexity.values == {
-        "original": float(losses["dense"].mean().exp()),
-        "pruned": float(losses["model"].mean().exp()),
+        "original": float(means(measured.other).mean().exp()),
+        "pruned": float(means(measured.loss).mean().exp()),
     }
-    assert result.divergence.pruned == divergence
-    assert result.agreement.pruned == agreement
+    assert result.divergence.pruned == float(torch.cat(measured.kl).mean())
+    assert result.agreement.pruned == float(torch.cat(measured.agrees).mean())
 
 
 def test_an_evaluation_of_one_model_has_its_perplexity(folder):
     domain = DomainConfig("a", str(folder / "a.jsonl"))
     samples = read_heldout(domain, tokenizer(), 24, 4).samples
-    losses, _ = compare(MODEL, DENSE, samples)
-    expected_perplexity = float(losses["model"].mean().exp())
+    expected_perplexity = perplexity(MODEL, samples)
 
     domain_fields = {"name": "a", "source": domain.source}
     evaluation = evaluate(MODEL, tokenizer(), [domain_fields], seq_length=24, num_samples=4)
@@ -130,7 +133,7 @@ def test_calibration_text_causes_a_warning(tmp_path, folder):
 
 def losses_by_sample(model, samples):
     """Return the loss of each sample, measured one by one."""
-    return torch.stack([sample_losses(model, sample[None])[0] for sample in samples])
+    return torch.cat([means(measure_text(model, Text([sample])).loss) for sample in samples])
 
 
 def test_the_margin_of_a_perplexity_is_the_margin_over_documents():
@@ -138,10 +141,10 @@ def test_the_margin_of_a_perplexity_is_the_margin_over_documents():
     heldout = read_heldout(domain, tokenizer(), 24, 40)
     numbers = document_numbers(heldout.samples, tokenizer().eos_token_id)[:, 0]
     losses = losses_by_sample(MODEL, heldout.samples)
-    loss_differences = losses - losses_by_sample(DENSE, heldout.samples)
+    loss_differences = losses - losses_by_sample(ORIGINAL, heldout.samples)
     options = {"seq_length": 24, "num_samples": 40, "batch_size": 4}
 
-    comparison = evaluate(MODEL, tokenizer(), [domain], dense=DENSE, **options)
+    comparison = evaluate(MODEL, tokenizer(), [domain], dense=ORIGINAL, **options)
     single = evaluate(MODEL, tokenizer(), [domain], **options)
 
     assert comparison.domains["a"].documents == len(numbers.unique())

@@ -13,12 +13,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from optimum_structprune import StructPruneConfig, prune_model
 from optimum_structprune.arch.load import ModelInfo, describe
 from optimum_structprune.arch.meta import meta_model
-from optimum_structprune.forward.metrics import compare, expected_shares, perplexity, samples_per_pass, tokens_at_once
+from optimum_structprune.measure.losses import expected_shares, measure, perplexity, totals
+from optimum_structprune.measure.predictions import tokens_at_once, tokens_per_pass
+from optimum_structprune.measure.text import Text
 from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.method.devices import rows_at_once
 from optimum_structprune.pruning.memory import RELATIVE_ERROR, UNCOUNTED_BYTES, estimate_memory
 from optimum_structprune.pruning.request import PruningRequest, resolve_request
-from optimum_structprune.vocabulary.token_alignment import TokenAlignment, divergence_from_dense
+from optimum_structprune.vocabulary.token_alignment import TokenAlignment
 
 
 CPU = torch.device("cpu")
@@ -49,17 +51,23 @@ def count_passes(model):
     return forward
 
 
-@pytest.mark.parametrize("measure", [perplexity, expected_shares, lambda model, ids: compare(model, model, ids)])
-def test_a_gpu_measures_the_same_in_fewer_passes(measure):
-    ids = token_ids(20, 24)
+def divergences(model, ids):
+    """Return the values of a model that is compared with itself, in one tensor."""
+    measured = measure(model, Text(list(ids)), model)
+    return torch.stack([torch.cat(values) for values in vars(measured).values()])
+
+
+@pytest.mark.parametrize("work", [perplexity, expected_shares, divergences])
+def test_a_gpu_measures_the_same_in_fewer_passes(work):
+    ids = token_ids(20, 400)
     model = build("llama-tied")
     passes_on_cpu = count_passes(model)
-    expected = measure(model, ids)
+    expected = work(model, ids)
 
     with simulated_gpus():
         model = build("llama-tied").cuda()
         passes_on_gpu = count_passes(model)
-        assert_same(measure(model, ids), expected, tolerance=1e-5)
+        assert_same(work(model, ids), expected, tolerance=1e-5)
 
     assert passes_on_cpu.call_count >= 20
     assert passes_on_gpu.call_count <= 8
@@ -68,10 +76,10 @@ def test_a_gpu_measures_the_same_in_fewer_passes(measure):
 def test_a_small_gpu_runs_one_sample_at_a_time(monkeypatch):
     with simulated_gpus():
         model = build("llama-tied").cuda()
-        assert samples_per_pass(model, 24) == 16
+        assert tokens_per_pass(model) == 16 * 512
 
         set_gpu_memory(monkeypatch, 1 << 20)
-        assert samples_per_pass(model, 10**5) == 1
+        assert tokens_per_pass(model) == 512
         assert tokens_at_once(model.device, 10**6) == 128
         monkeypatch.undo()
 
@@ -90,13 +98,14 @@ def test_the_divergence_of_several_texts_is_computed_in_one_pass():
     texts = [token_ids(1, length)[0].tolist() for length in (9, 5, 12)]
     dense = build("llama-tied")
     model = build("llama-untied")
-    expected = divergence_from_dense(alignment, dense, model, texts, (1, 3, 2))
+    text = Text([torch.tensor(ids) for ids in texts])
+    expected = totals(measure(model, text, dense, alignment).kl)
 
     with simulated_gpus():
         dense = dense.cuda()
         model = model.cuda()
         passes = count_passes(model)
-        actual = divergence_from_dense(alignment, dense, model, texts, (1, 3, 2))
+        actual = totals(measure(model, text, dense, alignment).kl)
         assert passes.call_count == 1
         assert_same(actual, expected, tolerance=1e-5)
 
@@ -153,7 +162,6 @@ def test_the_trials_of_a_budget_on_a_gpu_take_the_estimated_memory(monkeypatch):
     """Only during a trial, the dense values of all layers are in memory."""
     # The text of this test is short.
     monkeypatch.setattr("optimum_structprune.pruning.memory.MEASURED_TOKENS", 256)
-    monkeypatch.setattr("optimum_structprune.steps.division.BATCH_TOKENS", 128)
 
     reader = real_text_model()[1]
     model_config = LlamaConfig(

@@ -18,7 +18,7 @@ from optimum_structprune.criteria import CRITERIA, register_criterion
 from optimum_structprune.domains.sources import documents as read
 from optimum_structprune.dryrun import dry_run
 from optimum_structprune.errors import InPlaceError, StructPruneError
-from optimum_structprune.forward.metrics import perplexity
+from optimum_structprune.measure.losses import perplexity
 from optimum_structprune.pruning.request import DRY_RUN, resolve_request, without_effect
 from optimum_structprune.saving.gguf_file import export_gguf
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optimum_structprune import StructPruneError
-from optimum_structprune.forward.metrics import margin_of_error
+from optimum_structprune.margins import margin_of_error
 from optimum_structprune.record.figures import Figure, LanguageResult, TextResult, mean_ratio, perplexity_result
 from optimum_structprune.record.report import CurvePoint, RecoveryReport, Report
 from optimum_structprune.written import to_json

@@ -4,6 +4,7 @@ from itertools import chain, islice
 
 import pytest
 import torch
+from helpers import aligned_divergence
 from models import config, real_text_model
 from transformers import Trainer, TrainingArguments
 
@@ -132,7 +133,8 @@ def test_the_loss_is_the_divergence_from_the_teachers_tokens(trimmed, tmp_path):
             is_taught = batch["teacher_labels"][number, 1:width] != -100
             aligned_rows = batch["align_rows"][number, 1:length]
             is_counted = aligned_rows >= 0
-            divergence = alignment.divergence(
+            divergence = aligned_divergence(
+                alignment,
                 logits[is_counted],
                 dense_logits[is_taught],
                 aligned_rows[is_counted],

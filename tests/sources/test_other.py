@@ -11,7 +11,7 @@ from models import real_text_model
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruner
 from optimum_structprune.domains import generated
 from optimum_structprune.domains.load import load_domains
-from optimum_structprune.forward.metrics import MIN_DOCUMENTS, UNSEEN
+from optimum_structprune.margins import MIN_DOCUMENTS, MIN_RELATIVE_MARGIN
 from optimum_structprune.record.view import View
 from optimum_structprune.sources import other
 from optimum_structprune.sources.other import other_text, respelled
@@ -92,7 +92,7 @@ def test_a_model_that_loses_nothing_has_the_dense_perplexity_on_unseen_text(writ
     assert unseen.documents == MIN_DOCUMENTS
     assert unseen.tokens == MIN_DOCUMENTS * (other.DOCUMENT_TOKENS - 1)
     assert unseen.perplexity.ratio == pytest.approx(1, rel=1e-6)
-    assert unseen.perplexity.margin == pytest.approx(UNSEEN / MIN_DOCUMENTS, rel=1e-3)
+    assert unseen.perplexity.margin == pytest.approx(MIN_RELATIVE_MARGIN / MIN_DOCUMENTS, rel=1e-3)
     assert "unseen text (sampled from the original model)  1.00×" in str(pruner.report)
 
 

@@ -6,8 +6,7 @@ import transformers
 from models import BART, GROUPED, PATCHES, PLAIN, T5, TOKENS, fewer_tokens, random_model, real_text_model
 
 from optimum_structprune import StructPruner
-from optimum_structprune.arch.inference import run_model
-from optimum_structprune.forward.metrics import outputs_of
+from optimum_structprune.arch.inference import outputs_of, run_model
 
 
 pytestmark = pytest.mark.nightly

@@ -33,13 +33,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from optimum_structprune import DomainConfig, StructPruneError, StructPruner, dry_run
+from optimum_structprune.arch.inference import outputs_of
 from optimum_structprune.arch.load import ModelInfo, describe
 from optimum_structprune.arch.meta import model_class
 from optimum_structprune.arch.modules import PROMPTS, TASK
 from optimum_structprune.arch.token_space import named_ids
 from optimum_structprune.commands.cli import main
 from optimum_structprune.domains.sources import builtin_documents
-from optimum_structprune.forward.metrics import outputs_of
 from optimum_structprune.method.layers import run_model
 from optimum_structprune.steps.resize import drop_tokens_
 from optimum_structprune.vocabulary.choose import VocabularyRequest

@@ -19,14 +19,15 @@ from optimum_structprune.commands.cli import main
 from optimum_structprune.config.domains import DomainConfig
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.manifest import COUNTED
-from optimum_structprune.domains.packing import Passages, document_hash
+from optimum_structprune.domains.packing import document_hash
 from optimum_structprune.domains.sources import builtin_documents
 from optimum_structprune.errors import StructPruneError
-from optimum_structprune.forward.metrics import row_losses
-from optimum_structprune.pruning.measure import short_rows
+from optimum_structprune.measure.languages import cost_by_language
+from optimum_structprune.measure.losses import measure, totals
+from optimum_structprune.measure.text import Text
 from optimum_structprune.recovery.teacher import load_teacher
 from optimum_structprune.system.resume import Resume
-from optimum_structprune.vocabulary.languages import CHOOSING, cost_by_language, tokens_by_language
+from optimum_structprune.vocabulary.languages import CHOOSING, tokens_by_language
 
 
 READER = real_text_model()[1]
@@ -432,12 +433,11 @@ def test_both_models_are_measured_on_the_same_text_per_dense_token():
     pruner, small = prune(model, widths={"vocab": 320, "mlp": 24})
 
     domain = load_domains(pruner.config, READER)[0]
-    rows = short_rows(domain.heldout, READER.eos_token_id, domain.samples.numel() // 8)[0]
-    heldout = torch.stack(rows)
-    text = Passages(list(heldout), READER)
-    small_rows = text.rows(pruner.tokenizer, small)
-    nats = float(row_losses(small, small_rows).sum())
-    assert sum(map(len, small_rows)) > heldout.numel()
+    text = Text.short(domain.heldout, READER, domain.samples.numel() // 8)
+    heldout = torch.stack(text.rows)
+    small_text = text.for_tokenizer(pruner.tokenizer, small)
+    nats = float(totals(measure(small, small_text).loss).sum())
+    assert sum(map(len, small_text.rows)) > heldout.numel()
 
     measured = pruner.report.domains["math"]
     assert measured.perplexity.original == pytest.approx(perplexity(model, heldout), rel=1e-6)

@@ -12,11 +12,12 @@ from optimum_structprune.arch.load import ModelInfo
 from optimum_structprune.config.pruning import LANGUAGES
 from optimum_structprune.domains.manifest import COUNTED
 from optimum_structprune.domains.packing import Domain, document_hash
+from optimum_structprune.measure.languages import cost_by_language
 from optimum_structprune.steps.resize import drop_tokens_
 from optimum_structprune.vocabulary import choose, count, languages
 from optimum_structprune.vocabulary.choose import VocabularyRequest, token_shares
 from optimum_structprune.vocabulary.count import language_shares, note_missing_words, text_shares
-from optimum_structprune.vocabulary.languages import CHOOSING, cost_by_language, script, texts, tokens_by_language
+from optimum_structprune.vocabulary.languages import CHOOSING, script, texts, tokens_by_language
 from optimum_structprune.vocabulary.tokens import Vocabulary, with_dependencies
 
 

@@ -25,11 +25,13 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from optimum_structprune import StructPruneError, register_criterion
+from optimum_structprune.arch.inference import evaluating
 from optimum_structprune.arch.meta import is_offloaded
 from optimum_structprune.arch.spec import MODEL, ArchSpec, Space
 from optimum_structprune.config.pruning import REFITS, StructPruneConfig
 from optimum_structprune.criteria import per_unit
-from optimum_structprune.forward.metrics import TOKENS_AT_ONCE, divergence, evaluating
+from optimum_structprune.measure.kl import divergence
+from optimum_structprune.measure.predictions import TOKENS_AT_ONCE
 from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.method.layers import run_model
 from optimum_structprune.sources.data import CalibrationData

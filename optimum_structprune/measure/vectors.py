@@ -17,20 +17,18 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.inference import last_states
+from ..arch.inference import evaluating, last_states
 from ..arch.meta import positions_of
 from ..arch.modules import PROMPTS, module_files
-from ..arch.spec import ArchSpec
 from ..config.domains import DomainConfig, written_by_model
 from ..domains.manifest import JUDGED, Entry, Manifest
-from ..domains.packing import Domain, Passages, document_hash
+from ..domains.packing import Domain, document_hash
 from ..domains.sources import documents
-from ..forward.gaps import Gaps, fills_gaps
-from ..forward.metrics import MIN_DOCUMENTS, evaluating, margin_of_error, margin_of_share
-from ..record.figures import ORIGINAL, PRUNED, Figure, Measurements, TextResult, perplexity_result
-from ..record.report import Report
+from ..margins import MIN_DOCUMENTS, margin_of_error, margin_of_share
+from ..measure.text import Text
 from ..system.modules import MODULES
 from ..vocabulary.languages import texts as language_texts
+from .gaps import Gaps, fills_gaps
 
 
 SENTENCE_ENDS = re.compile(r"(?<=[.!?…।؟])\s+|(?<=[。！？])|\n+")  # in most scripts
@@ -76,6 +74,10 @@ POOLING: Mapping[str, Callable[[Tensor, int], Tensor]] = {
     "max": _max,
     "weightedmean": _weighted_mean,
 }
+
+
+# The figures of vectors by name, by the name of a text; see `embedding_figures`.
+Figures = dict[str, dict[str, float]]
 
 
 class Texts(NamedTuple):
@@ -197,7 +199,7 @@ class Embeddings:
         self.pooling = Pooling.of(model)
         self.dense = self._vectors(model)
         self.gaps = self._gaps(model)
-        self.dense_losses = self._losses(model)
+        self.dense_losses = self.losses(model)
 
     def _gaps(self, model: PreTrainedModel) -> dict[str, Gaps]:
         """Return the gaps in the texts of each domain, if the model fills gaps."""
@@ -220,33 +222,14 @@ class Embeddings:
         """Encode the texts with another tokenizer from now on."""
         self.tokenizer = tokenizer
 
-    def after(self, model: PreTrainedModel, arch: ArchSpec, report: Report) -> None:
-        """Enter the figures of the pruned model into the report."""
-        self.enter(report, model)
-
-    def enter(self, table: Measurements, model: PreTrainedModel) -> None:
-        """Enter the figures of the pruned model into a table, with perplexity if a head predicts tokens."""
-        by_domain, by_language = self.figures(model)
-        table.domains.update(by_domain)
-
-        for name, pruned_losses in self._losses(model).items():
-            losses = {ORIGINAL: self.dense_losses[name], PRUNED: pruned_losses}
-            tokens = int(self.gaps[name].tokens.sum())
-            documents = torch.tensor(self.texts[name].documents)[: len(pruned_losses)]
-            result = by_domain[name]
-            loss = perplexity_result(losses, tokens, documents)
-            result.perplexity = loss.perplexity
-            result.tokens = loss.tokens
-            result.documents = loss.documents
-
-        for code, vectors in by_language.items():
-            table.languages[code].texts = vectors.texts
-            table.languages[code].cosine = vectors.cosine
-
-    def figures(self, model: PreTrainedModel) -> tuple[dict[str, TextResult], dict[str, TextResult]]:
-        """Compare the vectors of the pruned and the original model, by domain and by language.
+    def figures(self, model: PreTrainedModel) -> tuple[Figures, Figures]:
+        """Compare the vectors of the pruned and the original model.
 
         The neighbours of a text are texts of all domains, without the texts of its own document.
+
+        Returns:
+            The output of `embedding_figures` by domain, with the output of `retrieval_figures` for pairs, and by
+            language.
         """
         vectors, spoken = self._vectors(model)
         dense_vectors, dense_spoken = self.dense
@@ -255,10 +238,10 @@ class Embeddings:
         for name, texts in self.texts.items():
             further = _vectors_of_other_domains(vectors, name)
             dense_further = _vectors_of_other_domains(dense_vectors, name)
-            result = embedding_figures(vectors[name], dense_vectors[name], further, dense_further, texts.documents)
-            by_domain[name] = result
+            figures = embedding_figures(vectors[name], dense_vectors[name], further, dense_further, texts.documents)
             if name in self.pairs:
-                result.retrieval = retrieval_figure(vectors[name], dense_vectors[name])
+                figures |= retrieval_figures(vectors[name], dense_vectors[name])
+            by_domain[name] = figures
 
         by_language = {}
         for code, dense in dense_spoken.items():
@@ -266,7 +249,7 @@ class Embeddings:
             by_language[code] = embedding_figures(spoken[code], dense, none, none)
         return by_domain, by_language
 
-    def _losses(self, model: PreTrainedModel) -> dict[str, Tensor]:
+    def losses(self, model: PreTrainedModel) -> dict[str, Tensor]:
         """Return the losses of a model in the gaps of each domain, shape `(texts,)`."""
         if self.tokenizer is None:
             return {}
@@ -356,7 +339,7 @@ def passages_of(samples: Tensor, tokenizer: PreTrainedTokenizerBase | None, docu
     if tokenizer is None or samples.is_floating_point():
         return Texts.one_each(samples)
 
-    passages = list(chain.from_iterable(Passages(list(samples), tokenizer).texts))
+    passages = list(chain.from_iterable(Text.of(samples, tokenizer).strings))
     passages += documents
     texts = sentences(passages)
     if not texts.texts:
@@ -456,7 +439,7 @@ def embed(
 
 def embedding_figures(
     vectors: Tensor, dense: Tensor, further: Tensor, dense_further: Tensor, documents: Sequence[int] | None = None
-) -> TextResult:
+) -> dict[str, float]:
     """Compare the vectors of texts of the pruned and the original model.
 
     Args:
@@ -471,7 +454,7 @@ def embedding_figures(
         with margin, 5th percentile and minimum. With at least 20 texts of other documents, the share of the 10 nearest
         `neighbours` that both models have in common, with its margin.
     """
-    result = TextResult(texts=len(vectors))
+    figures: dict[str, float] = {"texts": len(vectors)}
     if documents is None:
         documents = range(len(vectors))
     numbers = torch.tensor(list(documents))
@@ -479,18 +462,18 @@ def embedding_figures(
     if vectors.shape == dense.shape:
         cosines = cosine_similarity(vectors.double(), dense.double()).clamp(max=1)
         min_margin = COSINE_UNSEEN / len(numbers.unique())
-        margin = max(COSINE_SPREAD * margin_of_error(cosines, numbers), min_margin)
-        result.cosine = Figure.of({PRUNED: float(cosines.mean())}, margin)
-        result.cosine_p5 = Figure.of({PRUNED: float(cosines.quantile(0.05))})
-        result.cosine_worst = Figure.of({PRUNED: float(cosines.min())})
+        figures["cosine"] = float(cosines.mean())
+        figures["cosine_margin"] = max(COSINE_SPREAD * margin_of_error(cosines, numbers), min_margin)
+        figures["cosine_p5"] = float(cosines.quantile(0.05))
+        figures["cosine_worst"] = float(cosines.min())
 
     largest_document = int(numbers.bincount().max())
     if len(vectors) + len(further) - largest_document >= 2 * NUM_NEIGHBOURS:
         cosines = nearness(vectors, further, numbers)
         dense_cosines = nearness(dense, dense_further, numbers)
-        share = kept_share(cosines, dense_cosines)
-        result.neighbours = Figure.of({PRUNED: share}, kept_margin(cosines, dense_cosines, numbers))
-    return result
+        figures["neighbours"] = kept_share(cosines, dense_cosines)
+        figures["neighbours_margin"] = kept_margin(cosines, dense_cosines, numbers)
+    return figures
 
 
 def nearness(vectors: Tensor, further: Tensor, documents: Tensor) -> Tensor:
@@ -539,20 +522,20 @@ def kept_margin(cosines: Tensor, dense_cosines: Tensor, documents: Tensor) -> fl
     return margin_of_error(torch.tensor(shares) * (len(shares) - 1))
 
 
-def retrieval_figure(vectors: Tensor, dense: Tensor) -> Figure:
+def retrieval_figures(vectors: Tensor, dense: Tensor) -> dict[str, float]:
     """Return the share of texts and translations that find each other, with the margin of the pruned model.
 
     Args:
         vectors: The vectors of the texts and then of their translations, shape `(2 * pairs, channels)`.
         dense: The vectors of the original model in the same order.
     """
-    texts, translations = vectors.chunk(2)
-    shares = retrieved(texts, translations)
-    dense_texts, dense_translations = dense.chunk(2)
-    dense_shares = retrieved(dense_texts, dense_translations)
-
-    values = {ORIGINAL: float(dense_shares.mean()), PRUNED: float(shares.mean())}
-    return Figure.of(values, margin_of_share(shares))
+    shares = retrieved(*vectors.chunk(2))
+    dense_shares = retrieved(*dense.chunk(2))
+    return {
+        "retrieval": float(shares.mean()),
+        "retrieval_dense": float(dense_shares.mean()),
+        "retrieval_margin": margin_of_share(shares),
+    }
 
 
 def retrieved(texts: Tensor, translations: Tensor) -> Tensor:

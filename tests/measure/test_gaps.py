@@ -6,7 +6,7 @@ from helpers import with_tokens
 from models import build, config, described, random_model, real_text_model, tokenizer
 
 from optimum_structprune import DomainConfig, StructPruner, evaluate
-from optimum_structprune.forward.gaps import MAX_WORD_TOKENS, NOT_PREDICTED, Gaps, fills_gaps
+from optimum_structprune.measure.gaps import MAX_WORD_TOKENS, NOT_PREDICTED, Gaps, fills_gaps
 
 
 KINDS = [DomainConfig(name=kind, source=f"builtin:{kind}") for kind in ("math", "prose")]

@@ -1,16 +1,15 @@
-"""A report measures a model on rows from as many documents as possible."""
+"""Text that measures a model comes from as many documents as possible."""
 
-from math import isfinite
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import build, config, documents, tokenizer
 
-from optimum_structprune import DomainConfig, StructPruner
-from optimum_structprune.forward.metrics import MANY_DOCUMENTS
-from optimum_structprune.pruning.measure import ROW, short_rows
+from optimum_structprune.domains.packing import document_numbers
+from optimum_structprune.margins import MANY_DOCUMENTS
+from optimum_structprune.measure.text import ROW, Text
 
 
 EOS = -1  # no token
@@ -19,7 +18,7 @@ EOS = -1  # no token
 @pytest.mark.parametrize(("shape", "tokens"), [((8, 512), 1000), ((2, 512), 400), ((30, 48), 600), ((4, 1024), 5)])
 def test_short_rows_come_from_all_samples_and_do_not_overlap(shape, tokens):
     samples = torch.arange(shape[0] * shape[1]).reshape(shape)
-    rows, _ = short_rows(samples, None, tokens)
+    rows = Text.short(samples, None, tokens).rows
 
     length = len(rows[0])
     assert {len(row) for row in rows} == {length}
@@ -45,26 +44,17 @@ def test_each_document_has_a_row_before_any_has_two(lengths, tokens):
     bodies = torch.tensor(text).reshape(-1, 23)
     samples = torch.cat([torch.zeros(len(bodies), 1, dtype=torch.int64), bodies], 1)
 
-    rows, numbers = short_rows(samples, EOS, tokens)
+    reader = SimpleNamespace(eos_token_id=EOS)
+    text = Text.short(samples, reader, tokens)
+    rows, numbers = text.rows, text.documents
     assert len(rows) == len(numbers)
     assert len(rows) <= max(tokens // 24, MANY_DOCUMENTS)
 
-    all_numbers = short_rows(samples, EOS, 10**6)[1].tolist()
+    all_numbers = Text.short(samples, reader, 10**6).documents.tolist()
     assert len(set(numbers.tolist())) == min(len(set(all_numbers)), len(rows))
 
 
-def test_a_run_measures_a_limited_number_of_tokens():
-    pruner = StructPruner(config(num_samples=96))
-    pruner.prune_model(build("llama-tied"), tokenizer())
-
-    tokens = [domain.tokens for domain in pruner.report.domains.values()]
-    assert 0 < sum(tokens) <= max(96 * 24 / 8, MANY_DOCUMENTS * 23 * len(tokens))
-
-
-def test_a_short_run_is_measured_on_several_documents_of_each_domain():
-    texts = [DomainConfig(name, documents(60, seed)) for seed, name in enumerate("abc")]
-    pruner = StructPruner(config(domains=texts, num_samples=30))
-    pruner.prune_model(build("llama-tied"), tokenizer())
-
-    # A single document has no margin of error.
-    assert all(isfinite(domain.perplexity.margin) for domain in pruner.report.domains.values())
+def test_a_token_belongs_to_the_document_that_ends_after_it():
+    samples = torch.tensor([[1, 5, 5, 2, 6], [1, 6, 6, 6, 6], [1, 6, 2, 7, 2]])
+    assert document_numbers(samples, 2).tolist() == [[0, 0, 0, 1, 1], [1, 1, 1, 1, 1], [1, 1, 2, 2, 3]]
+    assert document_numbers(samples, None)[:, 0].tolist() == [0, 1, 2]

@@ -9,14 +9,12 @@ from random import Random
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.hooks import in_fast_dtype
-from ..arch.inference import input_device
 from ..arch.meta import positions_of, predicts_gaps
-from ..arch.modules import blocks
-from .metrics import TOKENS_AT_ONCE, evaluating
+from .losses import measure, totals
+from .predictions import Predictor
+from .text import NOT_PREDICTED, Text
 
 
 # The maximum number of tokens of a text.
@@ -25,8 +23,6 @@ MAX_TOKENS = 512
 MASKED_SHARE = 0.15
 # The maximum number of tokens of a masked word. Some scripts do not have spaces between words.
 MAX_WORD_TOKENS = 4
-# The label that cross entropy ignores by default.
-NOT_PREDICTED = -100
 
 
 def fills_gaps(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> bool:
@@ -74,14 +70,12 @@ class Gaps:
         counts = [int((labels != NOT_PREDICTED).sum()) for _, labels in self.rows(model, tokenizer)]
         self.tokens = torch.tensor(counts)
 
-    @torch.no_grad()
     def losses(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
         """Return the loss per token of the original tokenizer, as one value for each text.
 
         The value of a text is the mean loss per token, plus the difference between its total loss and the mean loss
         of as many tokens, scaled by the mean length of a text. The mean of the values is then the loss per token, and
-        their spread takes the lengths of the texts into account. Texts of the same length run together, so padding is
-        not needed.
+        their spread takes the lengths of the texts into account.
 
         Args:
             model: The model.
@@ -90,33 +84,14 @@ class Gaps:
         Returns:
             Losses in nats, shape `(texts,)`, in fp64 on the CPU.
         """
-        rows = self.rows(model, tokenizer)
-        sizes = [(len(inputs), len(labels)) for inputs, labels in rows]
-        losses = torch.zeros(len(rows), dtype=torch.float64)
-        order = sorted(range(len(rows)), key=sizes.__getitem__)
-
-        with evaluating(model), in_fast_dtype(blocks(model)):
-            for size, indices in groupby(order, sizes.__getitem__):
-                texts_at_once = max(TOKENS_AT_ONCE // max(size), 1)
-                for batch in torch.tensor(list(indices)).split(texts_at_once):
-                    losses[batch] = self._batch_losses(model, [rows[index] for index in batch.tolist()])
+        inputs, labels = zip(*self.rows(model, tokenizer), strict=True)
+        # An encoder-decoder makes the inputs of its decoder from the labels.
+        predictor = Predictor(model, whole=self.has_decoder)
+        losses = totals(measure(predictor, Text(inputs, labels=labels)).loss)
 
         mean = losses.sum() / self.tokens.sum()
         excess = losses - mean * self.tokens
         return mean + excess * len(losses) / self.tokens.sum()
-
-    def _batch_losses(self, model: PreTrainedModel, rows: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """Return the sum of the losses of each row in a batch of rows of one size, shape `(rows,)`."""
-        device = input_device(model)
-        labels = torch.stack([row_labels for _, row_labels in rows]).to(device)
-        inputs = {"input_ids": torch.stack([row_inputs for row_inputs, _ in rows]).to(device)}
-
-        # An encoder-decoder makes the inputs of its decoder from the labels.
-        if self.has_decoder:
-            inputs["labels"] = labels
-
-        logits = model(**inputs).logits.float().transpose(1, 2)
-        return cross_entropy(logits, labels, reduction="none").double().sum(1).cpu()
 
     def rows(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Tensor, Tensor]]:
         """Return the inputs and the labels of each text as token ids, each of shape `(tokens,)`."""

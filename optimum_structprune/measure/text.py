@@ -1,0 +1,193 @@
+"""Text that measures models: rows of token ids, which any tokenizer can encode again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from math import log, nan
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..arch.meta import positions_of
+from ..domains.packing import check_vocabulary, document_numbers, prefix_token
+from ..errors import StructPruneError
+from ..margins import MANY_DOCUMENTS
+
+
+# The tokens in a short row. With a shorter context, tokens are hard to predict.
+ROW = 64
+# The label of a position that predicts nothing, as everywhere in torch.
+NOT_PREDICTED = -100
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """Rows of token ids.
+
+    Attributes:
+        rows: The token ids of each row, shape `(tokens,)`. The first token of a row is context only.
+        documents: The number of the document of each row, shape `(rows,)`. By default each row is a document.
+        tokenizer: The tokenizer of the ids; None if it is unknown.
+        is_counted: Whether the prediction of each token counts, by row, shape `(tokens,)`. By default the predictions
+            of all tokens count. The first token of a row has no prediction.
+        positions: The position of each token in its document, by row, shape `(tokens,)`, if rows have several
+            documents that do not see each other.
+        labels: For models that fill gaps, the predicted token at each position of a row, or of the decoder, shape
+            `(labels,)`. `NOT_PREDICTED` marks the other positions.
+        original: The text before another tokenizer has encoded it.
+    """
+
+    rows: Sequence[Tensor]
+    documents: Tensor | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    is_counted: Sequence[Tensor] | None = None
+    positions: Sequence[Tensor] | None = None
+    labels: Sequence[Tensor] | None = None
+    original: Text | None = None
+
+    @classmethod
+    def of(cls, samples: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> Text:
+        """Return samples of token ids, shape `(samples, seq_length)`, as text."""
+        documents = document_numbers(samples, _eos(tokenizer))[:, 0]
+        return cls(list(samples), documents, tokenizer)
+
+    @classmethod
+    def short(cls, samples: Tensor, tokenizer: PreTrainedTokenizerBase | None, tokens: int) -> Text:
+        """Cut short rows from samples, from as many documents as possible.
+
+        The confidence interval is over documents, so there are at least 12 rows. Each row begins with the first token
+        of its sample.
+
+        Args:
+            samples: Token ids, shape `(samples, seq_length)`; documents end with an EOS token.
+            tokenizer: The tokenizer of the ids.
+            tokens: The approximate number of tokens of all rows.
+        """
+        length = min(ROW, samples.shape[1])
+        starts = range(1, samples.shape[1] - length + 2, length - 1)
+
+        rows = []
+        documents = []
+        for sample, numbers in zip(samples, document_numbers(samples, _eos(tokenizer)), strict=True):
+            for start in starts:
+                rows.append(torch.cat([sample[:1], sample[start : start + length - 1]]))
+                documents.append(int(numbers[start]))
+
+        # Take the first row of every document, then the second row of every document, and so on.
+        rows_of_document: Counter[int] = Counter()
+        ranks = []
+        for document in documents:
+            ranks.append(rows_of_document[document])
+            rows_of_document[document] += 1
+
+        count = max(tokens // length, MANY_DOCUMENTS)
+        by_rank = sorted(range(len(rows)), key=ranks.__getitem__)
+        chosen = sorted(by_rank[:count])
+        return cls([rows[place] for place in chosen], torch.tensor(documents)[chosen], tokenizer)
+
+    @property
+    def tokens(self) -> Tensor:
+        """Return the number of predicted tokens of each row before another tokenizer has encoded it, `(rows,)`."""
+        text = self.original or self
+        if text.is_counted is None:
+            return torch.tensor([len(row) - 1 for row in text.rows])
+        return torch.tensor([int(counts[1:].sum()) for counts in text.is_counted])
+
+    @cached_property
+    def strings(self) -> list[list[str]]:
+        """Return the strings of the documents in each row, without the first token.
+
+        A character that the edge of a row divides is left out.
+        """
+        if self.original is not None:
+            return self.original.strings
+        assert self.tokenizer is not None
+        return [_document_strings(row[1:].tolist(), self.tokenizer) for row in self.rows]
+
+    @property
+    def bytes(self) -> int:
+        """Return the number of bytes of all strings."""
+        return sum(len("".join(strings).encode()) for strings in self.strings)
+
+    def bits_per_byte(self, losses: Tensor) -> float:
+        """Return the bits per byte, from the total loss of each row in nats, shape `(rows,)`."""
+        if not self.bytes:
+            return nan
+        return float(losses.mean()) * len(self.rows) / log(2) / self.bytes
+
+    def for_tokenizer(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Text:
+        """Return the same text in the tokens of another tokenizer.
+
+        Args:
+            tokenizer: The tokenizer.
+            model: The model that will read the text.
+
+        Raises:
+            StructPruneError: If the tokenizer has no token to begin a text or does not belong to the model, or if a
+                row has more tokens than the model has positions.
+        """
+        prefix = prefix_token(tokenizer)
+        if prefix is None:
+            raise StructPruneError(
+                f"{type(tokenizer).__name__} has neither a BOS nor an EOS token to begin a text. Set its `eos_token`."
+            )
+
+        rows = [torch.tensor([prefix] + ids) for ids in _joined_ids(self.strings, tokenizer)]
+        check_vocabulary(max(int(row.max()) for row in rows), model.config.get_text_config().vocab_size)
+        original = self.original or self
+        _check_length(len(original.rows[0]), max(len(row) for row in rows), positions_of(model))
+        return Text(rows, self.documents, tokenizer, original=original)
+
+
+def _eos(tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+    """Return the token that ends a document."""
+    return None if tokenizer is None else tokenizer.eos_token_id
+
+
+def _joined_ids(strings: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """Yield the ids of each row, with an EOS token between two documents."""
+    separator = []
+    if tokenizer.eos_token_id is not None:
+        separator.append(tokenizer.eos_token_id)
+
+    documents = list(chain.from_iterable(strings))
+    encoded = iter(tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"])
+
+    for row_strings in strings:
+        ids: list[int] = []
+        for number in range(len(row_strings)):
+            if number > 0:
+                ids += separator
+            ids += next(encoded)
+        yield ids
+
+
+def _check_length(seq_length: int, longest: int, positions: float) -> None:
+    """Raise if the longest row has more tokens than a model has positions."""
+    if longest > positions:
+        raise StructPruneError(
+            f"A sample with `seq_length={seq_length}` has {longest} tokens of the model's own tokenizer, and "
+            f"the model has {positions} positions. Use `seq_length={seq_length * positions // longest}`."
+        )
+
+
+def _document_strings(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the strings of the documents in a row, which EOS tokens separate."""
+    ends = [position for position, token in enumerate(ids) if token == tokenizer.eos_token_id]
+    ends.append(len(ids))
+    strings = []
+    start = 0
+
+    for end in ends:
+        strings.append(str(tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)))
+        start = end + 1
+
+    # The edges of a row may divide a character.
+    strings[0] = strings[0].lstrip("\ufffd")
+    strings[-1] = strings[-1].rstrip("\ufffd")
+    return strings
