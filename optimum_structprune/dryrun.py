@@ -83,6 +83,8 @@ class DryRun(Record):
         need: The peak memory of the pruning itself, or None without `cost`.
         time: The time of the pruning itself, or None without `cost`.
         recovery: The memory and the time of the recovery, or None if the config has no recovery.
+        depends_on_text: Whether the sizes after pruning are approximate, because text decides how many tokens are
+            removed.
     """
 
     model_type: str
@@ -97,6 +99,7 @@ class DryRun(Record):
     need: MemoryEstimate | None = None
     time: TimeEstimate | None = None
     recovery: RecoveryEstimate | None = None
+    depends_on_text: bool = False
 
     @property
     def widths(self) -> dict[str, int | Mapping[int, int]]:
@@ -120,7 +123,8 @@ class DryRun(Record):
 
     def __str__(self) -> str:
         """Return a table of widths, parameters, memory and cache."""
-        rows = [["", "before", "after", ""]]
+        after = "about" if self.depends_on_text else "after"
+        rows = [["", "before", after, ""]]
         for space in self.spaces:
             if isinstance(space.after, Mapping):
                 new_widths = list(space.after.values())
@@ -202,6 +206,7 @@ def dry_run(
         need=memory,
         time=time,
         recovery=_recovery(request),
+        depends_on_text=_depends_on_text(config),
         **changes,
     )
 
@@ -253,6 +258,11 @@ def _sizes(request: PruningRequest, model: PreTrainedModel) -> dict[str, int]:
     return sizes
 
 
+def _depends_on_text(config: StructPruneConfig) -> bool:
+    """Return whether text decides how a budget is divided between tokens and other spaces."""
+    return config.removes_tokens and len(config.targets_or_default) > 1 and config.budget is not None
+
+
 def _notes(request: PruningRequest, model_config: PretrainedConfig) -> Iterator[str]:
     """Yield remarks that the numbers do not show."""
     config = request.config
@@ -262,8 +272,11 @@ def _notes(request: PruningRequest, model_config: PretrainedConfig) -> Iterator[
         share = tokens.size * tokens.unit_params / parameters
         yield f"{tokens.size:,} tokens have {share:.0%} of the parameters; widths={{{VOCAB!r}: N}} keeps N of them"
 
-    if config.removes_tokens and len(config.targets_or_default) > 1 and config.budget is not None:
-        yield "the number of removed tokens depends on the text; the other widths assume that all tokens are kept"
+    if _depends_on_text(config):
+        yield (
+            "the number of removed tokens depends on the text, so all sizes after pruning are approximate; the other "
+            "widths assume that all tokens are kept"
+        )
     if config.allocation != "uniform":
         yield (
             "calibration chooses the widths of single layers; these widths remove the same number of parameters in all"

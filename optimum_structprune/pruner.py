@@ -190,6 +190,11 @@ class StructPruner:
         report = Report(model_type=info.arch.model_type, criterion=request.config.scored_by)
         with report.timed("domains"):
             data = CalibrationData.read(request.config, model, tokenizer, inputs, self.options, earlier)
+        if data.config.recovery is not None:
+            from .recovery.text import check_training_text  # training libraries take seconds to import
+
+            manifest = Manifest.of(data.config, data.domains, tokenizer).after(earlier)
+            check_training_text(data.config.recovery, data.config, model, tokenizer, manifest)
         state = RunState.start(model, info.arch, data, tokenizer, inplace, report, earlier)
 
         with refusing_half_pruned(state):

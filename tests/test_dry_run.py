@@ -191,6 +191,19 @@ def test_plan_and_prune_refuse_the_same_generation_configs(tmp_path, capsys, fie
     assert expected in shared_error(tmp_path / "model", flags, capsys)
 
 
+def test_sizes_that_depend_on_the_text_are_approximate():
+    model, reader = real_text_model()
+    fields = {"widths": None, "budget": {"parameters": 0.8}, "seq_length": 48}
+    exact = dry_run(config_of(model), config(targets=("mlp",), **fields), tokenizer=reader)
+    approximate = dry_run(config_of(model), config(targets=("vocab", "mlp"), **fields), tokenizer=reader)
+
+    assert "after" in str(exact).splitlines()[0]
+    assert "about" in str(approximate).splitlines()[0]
+    assert "so all sizes after pruning are approximate" in str(approximate)
+    assert approximate.to_dict()["depends_on_text"]
+    assert not exact.to_dict()["depends_on_text"]
+
+
 def test_saved_buffers_count_as_bytes():
     """BART saves a buffer with one number for each token."""
     model = build("bart")

@@ -16,7 +16,7 @@ TREES = {path: ast.parse(path.read_text()) for path in FILES}
 # The folders from the lowest layer to the highest. A folder imports only lower folders. A file at the root that
 # imports a folder is just below `commands`; other files at the root are the lowest.
 ORDER = (
-    "system config arch method forward widths domains vocabulary criteria sources measure record steps saving "
+    "system config arch method forward widths domains vocabulary criteria record sources measure steps saving "
     "recovery pruning search evaluation commands"
 ).split()
 

@@ -19,7 +19,7 @@ from ..config.fields import read_mapping
 from ..config.pruning import RunOptions, StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.sources import check_source, resolve
-from ..errors import StructPruneError, one_line
+from ..errors import StructPruneError, reason_of
 from ..saving.gguf_types import GGUF_TYPES, check_gguf_type
 from ..system.disk import GGUF, GGUFOutput, Output, check_regular_files
 from ..system.modules import transformer_folder
@@ -194,7 +194,7 @@ def _checked_model(name: str) -> str:
     except Exception as error:  # the network, the Hub and the check of the name raise errors of many classes
         raise StructPruneError(
             f"{name!r} cannot be loaded: there is no such folder, and the Hub has no config of such a model: "
-            f"{one_line(error)[:300]}"
+            f"{reason_of(error)}"
         ) from error
     return name
 

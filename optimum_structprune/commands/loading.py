@@ -21,7 +21,7 @@ from ..arch.meta import meta_model, model_class
 from ..arch.per_layer import enable_heterogeneous
 from ..config.pruning import RunOptions, StructPruneConfig
 from ..domains.manifest import has_files
-from ..errors import StructPruneError, one_line, some_of
+from ..errors import StructPruneError, reason_of, some_of
 from ..pruning.memory import check_memory
 from ..pruning.request import PruningRequest, check_reads_text, resolve_request
 from ..sources.offloaded import layer_device_map
@@ -115,7 +115,7 @@ class Loading:
                 ignore_mismatched_sizes=True,  # `_check_weights` raises an error that names both shapes
             )
         except torch.OutOfMemoryError as error:
-            raise StructPruneError(f"The model cannot be put on --device {self.device}: {_line(error)}") from error
+            raise StructPruneError(f"The model cannot be put on --device {self.device}: {reason_of(error)}") from error
         except Exception as error:  # a damaged file or an unusual config raises errors of many classes
             raise _cannot_load(name, error) from error
 
@@ -144,7 +144,9 @@ class Loading:
         except Exception as error:  # the library tokenizers raises a bare Exception
             # If the config is wrong, an error about the config is more exact.
             check_reads_text(self.without_weights(name))
-            raise StructPruneError(f"The tokenizer of {name!r} cannot be loaded: {_line(error)}") from error
+            if "trust_remote_code" in str(error):
+                raise _cannot_load(name, error) from error
+            raise StructPruneError(f"The tokenizer of {name!r} cannot be loaded: {reason_of(error)}") from error
 
     def config(self, name: str) -> PretrainedConfig:
         """Return a model's config.
@@ -168,7 +170,7 @@ class Loading:
             model.set_attn_implementation(self.attn_implementation)
         except (ImportError, ValueError) as error:
             raise StructPruneError(
-                f"{name!r} cannot use --attn-implementation {self.attn_implementation}: {_line(error)}"
+                f"{name!r} cannot use --attn-implementation {self.attn_implementation}: {reason_of(error)}"
             ) from error
 
     def without_weights(self, name: str) -> PreTrainedModel:
@@ -309,13 +311,13 @@ def _cannot_load(name: str, error: Exception) -> StructPruneError:
     """Return the error for a model that cannot be loaded, which names a damaged file if there is one."""
     damaged_file = next(_damaged_files(name), None)
     if damaged_file is not None:
-        return StructPruneError(f"{damaged_file} is damaged or cut, so {name!r} cannot be loaded: {_line(error)}")
+        return StructPruneError(f"{damaged_file} is damaged or cut, so {name!r} cannot be loaded: {reason_of(error)}")
     if name.endswith(".gguf"):
         return StructPruneError(f"{name} is a GGUF file, which is not pruned. Pass the model that it was made from.")
     if "trust_remote_code" in str(error):
         return StructPruneError(f"{name!r} runs code of its own. Read it, and pass --trust-remote-code.")
 
-    reason = _line(error)
+    reason = reason_of(error)
     if not isinstance(error, (OSError, ValueError, ImportError)):
         reason = f"{type(error).__name__}: {reason}"
     return StructPruneError(f"{name!r} cannot be loaded: {reason}")
@@ -342,8 +344,3 @@ def _damaged_files(name: str) -> Iterator[Path]:
                 pass
         except (OSError, SafetensorError):
             yield path
-
-
-def _line(error: Exception) -> str:
-    """Return the message of an error in one line of at most 300 characters, or the error's class without a message."""
-    return one_line(error)[:300] or type(error).__name__

@@ -9,12 +9,15 @@ from dataclasses import replace
 from ..config.pruning import RunOptions, StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.load import calibration_domains
+from ..domains.manifest import Manifest
 from ..evaluation.answers import ShortCheck
 from ..functional import prune as prune_in_one_call
 from ..pruner import PruneResult
 from ..record.view import View
 from ..recovery.recover import check_recovery
+from ..recovery.text import check_training_text
 from ..saving.gguf_file import check_gguf
+from ..saving.gguf_types import gguf_bytes
 from ..saving.page import write_page_or_warn
 from ..system.disk import OFFLOAD, Output, check_apart, used_paths
 from ..system.processes import across_processes, process_index, unshared
@@ -62,7 +65,10 @@ def _check_folders(
     request = loading.ask(args.model, config, options)
     model = request.model_info.plain_model
     smaller = request.smaller
-    output.check(smaller.num_parameters() * model.dtype.itemsize)
+    need_bytes = smaller.num_parameters() * model.dtype.itemsize
+    if args.gguf is not None:
+        need_bytes += gguf_bytes(smaller.num_parameters(), args.gguf)
+    output.check(need_bytes)
 
     tokenizer = loading.tokenizer(args.model)
     if args.gguf is not None:
@@ -71,8 +77,10 @@ def _check_folders(
     if recovery is not None:
         check_recovery(recovery, config, model)
 
-    # The last check, because it reads the text.
-    calibration_domains(config, model, tokenizer, writes=False)
+    # The last checks, because they read the text.
+    text_config, domains = calibration_domains(config, model, tokenizer, writes=False)
+    if recovery is not None:
+        check_training_text(recovery, text_config, model, tokenizer, Manifest.of(text_config, domains, tokenizer))
 
 
 def _prune_and_save(
@@ -133,7 +141,8 @@ def _recovered_result(args: Namespace, pruned: PruneResult, recovery: RecoveryCo
         training = recovery_for(recovery, training_args, pruned.config)
         result = recover_and_save(training_args, training, pruned.model, pruned.tokenizer)
 
-    values = pruned.report.to_dict()
+    report = training.pruning_report or pruned.report
+    values = report.to_dict()
     values["recovery"] = result.values
     values["output"] = args.output
     return replace(result, values=values)

@@ -13,9 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config.pruning import CONFIG_NAME, StructPruneConfig
 from ..config.recovery import RecoveryConfig
-from ..errors import StructPruneError
 from ..evaluation.answers import ShortCheck
-from ..record.report import REPORT_NAME, Report
 from ..record.view import View
 from ..recovery.recover import NothingGainedWarning, Recovery, check_recovery
 from ..recovery.teacher import tokens_of_teacher
@@ -89,7 +87,7 @@ def recover_and_save(
 
     report = recovery.report
     assert report is not None
-    pruning_report = _pruning_report(args.model)
+    pruning_report = recovery.pruning_report
     check = ShortCheck(tokenizer, report.tokens)
     check.ask("recovered", recovered)
     report.answers = check.result(None if pruning_report is None else pruning_report.answers)
@@ -117,14 +115,6 @@ def recover_and_save(
     values = report.to_dict()
     values["output"] = args.output
     return Result("\n".join(lines), values, suggestion)
-
-
-def _pruning_report(folder: str) -> Report | None:
-    """Return the report of the pruning of a model, or None if the folder has no report or it cannot be read."""
-    try:
-        return Report.load(Path(folder, REPORT_NAME))
-    except StructPruneError:
-        return None
 
 
 def _say_how_to_resume(args: Namespace, checkpoints: Path) -> None:

@@ -93,6 +93,12 @@ class Question:
         """Return the text of the question."""
         return self.messages[-1]["content"]
 
+    def text(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """Return the question if the tokenizer has a chat template, or else the opening."""
+        if tokenizer.chat_template:
+            return self.prompt
+        return self.opening
+
     def ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Return the token ids of the prompt."""
         return prompt_ids(self.messages, self.opening, tokenizer)
@@ -228,17 +234,20 @@ def answer_divergence(
     return float(torch.cat(measured.kl).mean())
 
 
-def answers_result(questions: Sequence[Question], answers: Mapping[str, Sequence[WrittenAnswer]]) -> AnswersResult:
+def answers_result(
+    questions: Sequence[Question], answers: Mapping[str, Sequence[WrittenAnswer]], tokenizer: PreTrainedTokenizerBase
+) -> AnswersResult:
     """Return questions with the answers of each model, without token ids.
 
     Args:
         questions: The questions.
         answers: The answers to these questions by the name of the model.
+        tokenizer: The tokenizer of the first model.
     """
     answered_questions = []
     for number, question in enumerate(questions):
         answers_by_model = {name: model_answers[number].record() for name, model_answers in answers.items()}
-        answered_questions.append(AnsweredQuestion(question.kind, question.prompt, answers_by_model))
+        answered_questions.append(AnsweredQuestion(question.kind, question.text(tokenizer), answers_by_model))
     return AnswersResult(answered_questions)
 
 
@@ -285,7 +294,7 @@ class ShortCheck:
         if not self.questions or not self._answers:
             return None
 
-        result = answers_result(self.questions, self._answers)
+        result = answers_result(self.questions, self._answers, self.tokenizer)
         if earlier is None or _prompts(earlier) != _prompts(result):
             return result
 

@@ -308,11 +308,11 @@ def _answers(
     for name, model in models.items():
         answers[name] = ask(model, tokenizers[name], questions, max_new_tokens, batch_size)
 
-    result = answers_result(questions, answers)
+    result = answers_result(questions, answers, next(iter(tokenizers.values())))
     if parts is not None:
         prompts = [question.ids(tokenizers[ORIGINAL]) for question in questions]
         divergence = answer_divergence(models[ORIGINAL], models[PRUNED], parts, prompts, answers[ORIGINAL])
-        result.divergence = Figure(pruned=divergence)
+        result.divergence = Figure.of({PRUNED: divergence})
     return result
 
 

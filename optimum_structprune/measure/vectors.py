@@ -26,6 +26,7 @@ from ..domains.packing import Domain, document_hash
 from ..domains.sources import documents
 from ..margins import MIN_DOCUMENTS, margin_of_error, margin_of_share
 from ..measure.text import Text
+from ..record.figures import ORIGINAL, PRUNED, Figure, TextResult
 from ..system.modules import MODULES
 from ..vocabulary.languages import texts as language_texts
 from .gaps import Gaps, fills_gaps
@@ -222,14 +223,10 @@ class Embeddings:
         """Encode the texts with another tokenizer from now on."""
         self.tokenizer = tokenizer
 
-    def figures(self, model: PreTrainedModel) -> tuple[Figures, Figures]:
-        """Compare the vectors of the pruned and the original model.
+    def figures(self, model: PreTrainedModel) -> tuple[dict[str, TextResult], dict[str, TextResult]]:
+        """Compare the vectors of the pruned and the original model, by domain and by language.
 
         The neighbours of a text are texts of all domains, without the texts of its own document.
-
-        Returns:
-            The output of `embedding_figures` by domain, with the output of `retrieval_figures` for pairs, and by
-            language.
         """
         vectors, spoken = self._vectors(model)
         dense_vectors, dense_spoken = self.dense
@@ -238,10 +235,10 @@ class Embeddings:
         for name, texts in self.texts.items():
             further = _vectors_of_other_domains(vectors, name)
             dense_further = _vectors_of_other_domains(dense_vectors, name)
-            figures = embedding_figures(vectors[name], dense_vectors[name], further, dense_further, texts.documents)
+            result = embedding_figures(vectors[name], dense_vectors[name], further, dense_further, texts.documents)
+            by_domain[name] = result
             if name in self.pairs:
-                figures |= retrieval_figures(vectors[name], dense_vectors[name])
-            by_domain[name] = figures
+                result.retrieval = retrieval_figure(vectors[name], dense_vectors[name])
 
         by_language = {}
         for code, dense in dense_spoken.items():
@@ -439,7 +436,7 @@ def embed(
 
 def embedding_figures(
     vectors: Tensor, dense: Tensor, further: Tensor, dense_further: Tensor, documents: Sequence[int] | None = None
-) -> dict[str, float]:
+) -> TextResult:
     """Compare the vectors of texts of the pruned and the original model.
 
     Args:
@@ -454,7 +451,7 @@ def embedding_figures(
         with margin, 5th percentile and minimum. With at least 20 texts of other documents, the share of the 10 nearest
         `neighbours` that both models have in common, with its margin.
     """
-    figures: dict[str, float] = {"texts": len(vectors)}
+    result = TextResult(texts=len(vectors))
     if documents is None:
         documents = range(len(vectors))
     numbers = torch.tensor(list(documents))
@@ -462,18 +459,18 @@ def embedding_figures(
     if vectors.shape == dense.shape:
         cosines = cosine_similarity(vectors.double(), dense.double()).clamp(max=1)
         min_margin = COSINE_UNSEEN / len(numbers.unique())
-        figures["cosine"] = float(cosines.mean())
-        figures["cosine_margin"] = max(COSINE_SPREAD * margin_of_error(cosines, numbers), min_margin)
-        figures["cosine_p5"] = float(cosines.quantile(0.05))
-        figures["cosine_worst"] = float(cosines.min())
+        margin = max(COSINE_SPREAD * margin_of_error(cosines, numbers), min_margin)
+        result.cosine = Figure.of({PRUNED: float(cosines.mean())}, margin)
+        result.cosine_p5 = Figure.of({PRUNED: float(cosines.quantile(0.05))})
+        result.cosine_worst = Figure.of({PRUNED: float(cosines.min())})
 
     largest_document = int(numbers.bincount().max())
     if len(vectors) + len(further) - largest_document >= 2 * NUM_NEIGHBOURS:
         cosines = nearness(vectors, further, numbers)
         dense_cosines = nearness(dense, dense_further, numbers)
-        figures["neighbours"] = kept_share(cosines, dense_cosines)
-        figures["neighbours_margin"] = kept_margin(cosines, dense_cosines, numbers)
-    return figures
+        share = kept_share(cosines, dense_cosines)
+        result.neighbours = Figure.of({PRUNED: share}, kept_margin(cosines, dense_cosines, numbers))
+    return result
 
 
 def nearness(vectors: Tensor, further: Tensor, documents: Tensor) -> Tensor:
@@ -522,20 +519,20 @@ def kept_margin(cosines: Tensor, dense_cosines: Tensor, documents: Tensor) -> fl
     return margin_of_error(torch.tensor(shares) * (len(shares) - 1))
 
 
-def retrieval_figures(vectors: Tensor, dense: Tensor) -> dict[str, float]:
+def retrieval_figure(vectors: Tensor, dense: Tensor) -> Figure:
     """Return the share of texts and translations that find each other, with the margin of the pruned model.
 
     Args:
         vectors: The vectors of the texts and then of their translations, shape `(2 * pairs, channels)`.
         dense: The vectors of the original model in the same order.
     """
-    shares = retrieved(*vectors.chunk(2))
-    dense_shares = retrieved(*dense.chunk(2))
-    return {
-        "retrieval": float(shares.mean()),
-        "retrieval_dense": float(dense_shares.mean()),
-        "retrieval_margin": margin_of_share(shares),
-    }
+    texts, translations = vectors.chunk(2)
+    shares = retrieved(texts, translations)
+    dense_texts, dense_translations = dense.chunk(2)
+    dense_shares = retrieved(dense_texts, dense_translations)
+
+    values = {ORIGINAL: float(dense_shares.mean()), PRUNED: float(shares.mean())}
+    return Figure.of(values, margin_of_share(shares))
 
 
 def retrieved(texts: Tensor, translations: Tensor) -> Tensor:

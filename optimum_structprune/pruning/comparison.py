@@ -24,7 +24,6 @@ from ..record.figures import (
     language_costs,
     perplexity_result,
     unseen_of,
-    vector_result,
 )
 from ..record.report import Report
 from ..steps.base import RunState
@@ -229,20 +228,18 @@ def _raise_not_a_number(name: str) -> NoReturn:
 def enter_vectors(table: Measurements, embeddings: Embeddings, model: PreTrainedModel) -> None:
     """Enter the figures of a pruned encoder into a table, with perplexity if a head predicts tokens."""
     by_domain, by_language = embeddings.figures(model)
-    for name, figures in by_domain.items():
-        table.domains[name] = vector_result(figures)
+    table.domains.update(by_domain)
 
     for name, pruned_losses in embeddings.losses(model).items():
         losses = {ORIGINAL: embeddings.dense_losses[name], PRUNED: pruned_losses}
         tokens = int(embeddings.gaps[name].tokens.sum())
         documents = torch.tensor(embeddings.texts[name].documents)[: len(pruned_losses)]
         loss = perplexity_result(losses, tokens, documents)
-        result = table.domains[name]
+        result = by_domain[name]
         result.perplexity = loss.perplexity
         result.tokens = loss.tokens
         result.documents = loss.documents
 
-    for code, figures in by_language.items():
-        vectors = vector_result(figures)
+    for code, vectors in by_language.items():
         table.languages[code].texts = vectors.texts
         table.languages[code].cosine = vectors.cosine

@@ -378,26 +378,6 @@ def perplexity_result(
     return TextResult(Figure.of(perplexities, margin), tokens=tokens, documents=num_documents)
 
 
-def vector_result(figures: Mapping[str, float]) -> TextResult:
-    """Return the result of a comparison of vectors.
-
-    Args:
-        figures: The output of `measure.vectors.embedding_figures`, and of `retrieval_figures` for pairs.
-    """
-    result = TextResult(texts=int(figures["texts"]))
-    if "cosine" in figures:
-        result.cosine = Figure.of({PRUNED: figures["cosine"]}, figures["cosine_margin"])
-        result.cosine_p5 = Figure(pruned=figures["cosine_p5"])
-        result.cosine_worst = Figure(pruned=figures["cosine_worst"])
-
-    if "neighbours" in figures:
-        result.neighbours = Figure.of({PRUNED: figures["neighbours"]}, figures["neighbours_margin"])
-    if "retrieval" in figures:
-        shares = {ORIGINAL: figures["retrieval_dense"], PRUNED: figures["retrieval"]}
-        result.retrieval = Figure.of(shares, figures["retrieval_margin"])
-    return result
-
-
 def ratios_of(domains: Mapping[str, TextResult]) -> dict[str, Figure]:
     """Return the perplexity of each domain where at least two models were measured."""
     figures = {name: domain.perplexity for name, domain in domains.items()}

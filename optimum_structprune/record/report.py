@@ -128,12 +128,34 @@ class RecoveryReport(Measurements, ResultRecord):
 
     @property
     def checkpoint_phrase(self) -> str:
-        """Return a phrase that names the kept checkpoint."""
+        """Return a phrase that names the kept checkpoint, and the text on which it is worse than the pruned model.
+
+        The mean over all validation samples chooses the checkpoint, so it may be worse on one kind of text.
+        """
         if not self.kept_step:
             return "no checkpoint was better than the pruned model, so the pruned model is kept"
+
+        phrase = f"best checkpoint: step {self.kept_step}"
         if self.kept_step == self.steps:
-            return f"best checkpoint: step {self.kept_step} (last)"
-        return f"best checkpoint: step {self.kept_step}"
+            phrase += " (last)"
+        worse = self._worse_divergences()
+        if worse:
+            phrase += f", but farther from the original model on {' and '.join(worse)}"
+        return phrase
+
+    def _worse_divergences(self) -> list[str]:
+        """Return the texts whose divergence from the original model rose, with the values before and after."""
+        figures = {name: domain.divergence for name, domain in self.domains.items()}
+        if self.unseen is not None:
+            figures["unseen text"] = self.unseen.divergence
+
+        worse = []
+        for name, figure in figures.items():
+            if figure is None or figure.pruned is None or figure.recovered is None:
+                continue
+            if round(figure.recovered, 3) > round(figure.pruned, 3):
+                worse.append(f"{name} (KL {figure.pruned:.3f} → {figure.recovered:.3f})")
+        return worse
 
 
 @dataclass

@@ -86,7 +86,7 @@ def enter_measurements(
         if pruned_values.kl:
             pruned_kl = float(losses.means(pruned_values.kl).mean())
             recovered_kl = float(losses.means(recovered[kind].kl).mean())
-            result.divergence = Figure(pruned=pruned_kl, recovered=recovered_kl)
+            result.divergence = Figure.of({PRUNED: pruned_kl, RECOVERED: recovered_kl})
 
         if kind == OTHER_TEXT:
             report.unseen = unseen_of(result, "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from itertools import islice
 from math import ceil
@@ -26,7 +26,8 @@ from ..domains.manifest import MANIFEST_NAME, Entry, Manifest, check_kinds, chec
 from ..domains.packing import check_reads_any_text
 from ..errors import StructPruneError, warn
 from ..forward.settings import own_settings
-from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, RecoveryReport
+from ..measure.languages import cost_by_language
+from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME, RecoveryReport, Report
 from ..saving.save import RECORD_NAMES, save_checked
 from ..system.disk import used_paths
 from ..system.stages import stage
@@ -40,7 +41,7 @@ from .memory import check_recovery_memory
 from .resume import TrainingInputs
 from .samples import SampleCollator
 from .teacher import Teacher, load_teacher
-from .text import sample_length
+from .text import sample_length, text_config
 from .training import NothingGainedWarning, StopAtNaN, recovery_trainer, train
 from .training_data import ANSWERS, VALIDATION, RecoveryData
 
@@ -51,7 +52,8 @@ __all__ = ["NothingGainedWarning", "Recovery", "check_recovery", "recover"]
 class Recovery:
     """A recovery of a pruned causal language model by training.
 
-    After `recover_model`, `report` has the figures of the run, and `entries` the text that it used.
+    After `recover_model`, `report` has the figures of the run, and `entries` the text that it used. `pruning_report`
+    is the report in `pruned`, with the languages of the recovered model, or None.
 
     Args:
         config: How the model is trained.
@@ -84,6 +86,7 @@ class Recovery:
 
         self._pruned = pruned
         self._records: dict[str, bytes] = {}
+        self.pruning_report: Report | None = None
         self._earlier: list[dict[str, Any]] = []
         if pruned is not None:
             self._read_records(Path(pruned))
@@ -93,6 +96,10 @@ class Recovery:
         for name in RECORD_NAMES:
             if (folder / name).is_file():
                 self._records[name] = (folder / name).read_bytes()
+
+        # The report is copied even if it cannot be read.
+        with suppress(StructPruneError):
+            self.pruning_report = Report.load(folder / REPORT_NAME)
 
         path = folder / RECOVERY_REPORT_NAME
         if path.is_file():
@@ -139,7 +146,8 @@ class Recovery:
                 name = loaded.model.name_or_path or ""
                 stack.enter_context(evaluating(loaded.model))
 
-            inputs = TrainingInputs.of(replace(config, seed=seed, seq_length=seq_length), model, name)
+            text = text_config(config, self.pruning, seq_length)
+            inputs = TrainingInputs.of(replace(config, seed=seed, seq_length=seq_length), text, model, name)
             folder = str(broadcast_object_list([arguments.output_dir])[0])  # the folder of the first process
             checkpoint = None
             if resume:
@@ -155,6 +163,8 @@ class Recovery:
             recovered, report = self._trained(model, seed, data, loaded, arguments, inputs, checkpoint)
             wait_for_everyone()
 
+        if report.kept_step:
+            self._measure_languages(recovered, tokenizer)
         report = replace(report, teacher=name or "", earlier=self._earlier)
         self._record(recovered, tokenizer, data, report, earlier)
         if report.stopped or not report.kept_step:
@@ -185,6 +195,19 @@ class Recovery:
         if manifest is None and MANIFEST_NAME in self._records:
             return Manifest.load(str(self._pruned))
         return manifest
+
+    def _measure_languages(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Enter the costs of languages for the recovered model into the report of the pruning."""
+        report = self.pruning_report
+        if report is None or not report.languages or tokenizer is None:
+            return
+
+        codes = [code for code, language in report.languages.items() if language.cost.ratio is not None]
+        with stage("languages", {}):
+            costs = cost_by_language(model, tokenizer, codes)
+        for code in codes:
+            language = report.languages[code]
+            language.cost = replace(language.cost, pruned=costs.get(code))
 
     def _trained(
         self,
@@ -297,6 +320,8 @@ class Recovery:
         def write(folder: Path) -> None:
             for name, record in self._records.items():
                 (folder / name).write_bytes(record)
+            if self.pruning_report is not None and self.pruning_report.languages:
+                self.pruning_report.save(folder / REPORT_NAME)
             if self._manifest is not None:
                 self._manifest.save(folder / MANIFEST_NAME)
             replace_json(folder / RECOVERY_CONFIG_NAME, self.config.without_output_dir().to_dict())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import sort_checkpoints
 
 from ..config.fields import read_json
+from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..errors import StructPruneError, warn
 from ..system.fingerprint import fingerprint
@@ -29,10 +31,20 @@ class TrainingInputs(TrainerCallback, ExportableState):
         self.inputs = inputs
 
     @classmethod
-    def of(cls, config: RecoveryConfig, model: PreTrainedModel, teacher: str | None) -> TrainingInputs:
-        """Return the inputs of a training, for a model without an adapter."""
+    def of(
+        cls, config: RecoveryConfig, text: StructPruneConfig, model: PreTrainedModel, teacher: str | None
+    ) -> TrainingInputs:
+        """Return the inputs of a training, for a model without an adapter.
+
+        Args:
+            config: The config of the recovery.
+            text: The config of the training text; see `text_config`.
+            model: The model.
+            teacher: The name of the teacher, or None.
+        """
         values: dict[str, Any] = {"model": fingerprint(model), "dtype": model.dtype, "teacher": teacher}
-        values.update(config.without_output_dir().to_dict())
+        values.update(replace(config, domains=text.domains).without_output_dir().to_dict())
+        values["pruning_seed"] = text.seed
         return cls(plain(values))
 
     def state(self) -> dict[str, Any]:

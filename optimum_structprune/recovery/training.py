@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from ..errors import StructPruneError, one_line
+from ..errors import StructPruneError, one_line, reason_of
 from ..system.disk import is_write_error
 from .adapter import LIBRARY_ERRORS
 from .attach import attach_loaded_teacher
@@ -147,7 +147,7 @@ def train(trainer: Trainer, checkpoint: str | None) -> float:
 def _advice(error: Exception, trainer: Trainer, checkpoint: str | None) -> str:
     """Return the message for an error of a training."""
     message = (
-        f"Training stopped at step {trainer.state.global_step}, {type(error).__name__}: {one_line(error)}. The model "
+        f"Training stopped at step {trainer.state.global_step}, {type(error).__name__}: {reason_of(error)}. The model "
         "is as it was."
     )
 

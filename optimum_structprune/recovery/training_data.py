@@ -23,6 +23,7 @@ from .text import (
     OTHER_TEXT,
     VALIDATION,
     TextStream,
+    answer_samples,
     measured_tokens,
     text_config,
     validation_text,
@@ -49,10 +50,11 @@ class SampleStream(IterableDataset[Sample]):
         self.packer = packer
         self.answer_counts = answer_counts
         self.num_samples = text.config.num_samples
+        self.num_texts = self.num_samples - sum(answer_counts)
 
     def __iter__(self) -> Iterator[Sample]:
         num_answers = sum(self.answer_counts)
-        texts = self.text.samples(self.num_samples - num_answers)
+        texts = self.text.samples(self.num_texts)
         answers: Iterator[Sample] = iter(())
         if self.answers is not None:
             answers = self.answers.samples(self.packer, self.answer_counts)
@@ -123,8 +125,7 @@ class RecoveryData:
         if teacher is not None:
             assert reader_tokenizer is not None  # `TextStream` has read text with it
             self._add_validation(config, text, stream, teacher, reader_tokenizer)
-            if config.answer_share > 0:
-                num_answers = max(1, round(config.answer_share * text.num_samples))
+            num_answers = answer_samples(config, text.num_samples)
 
         # Writing answers takes long, so the text is checked first.
         stream.check_enough(text.num_samples - num_answers)
@@ -138,7 +139,7 @@ class RecoveryData:
     @property
     def entries(self) -> list[Entry]:
         """Return the entries of the manifest for all text, with the documents that were read so far."""
-        entries = self.stream.text.entries()
+        entries = self.stream.text.entries(self.stream.num_texts)
         entries += self.other.entries
         return entries
 

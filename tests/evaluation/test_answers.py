@@ -48,6 +48,24 @@ def test_no_built_in_question_accepts_an_answer_without_content():
             assert not question.pattern.search(text), question.prompt
 
 
+def test_no_built_in_opening_accepts_any_word_as_its_continuation():
+    for question in read_questions():
+        for text in ("zorp blim tock", "once upon a time there was"):
+            assert not question.continuation_pattern.search(text), question.opening
+
+
+@pytest.mark.parametrize(("prompt_words", "correct", "incorrect"), [
+    ("four animals", ["bird", "a mouse", "elephants"], ["cats", "the one", "rather", "run"]),
+    ("three colours", ["blue", "and yellow", "gray."], ["and", "car", "red"]),
+])  # fmt: skip
+def test_openings_of_lists_accept_correct_continuations(prompt_words, correct, incorrect):
+    (question,) = (item for item in read_questions() if prompt_words in item.prompt)
+    for text in correct:
+        assert question.continuation_pattern.search(text), text
+    for text in incorrect:
+        assert not question.continuation_pattern.search(text), text
+
+
 @pytest.mark.parametrize(("prompt_words", "correct", "incorrect"), [
     ("capital of France", ["Paris.", "It is **Paris**, on the Seine."], ["Lyon", "Parisian food is good"]),
     ("2 + 3?", ["5", "2 + 3 = 5.", "It is five.", "It equals **5**"], ["2 + 3 = 6", "It is 5 + 1", "is 5.5", "is 15"]),
@@ -189,7 +207,7 @@ def test_a_model_without_a_chat_template_continues_openings():
 
     evaluation = evaluate(MODEL, base_tokenizer, answers="builtin", max_new_tokens=2, limit=5)
     prompts = [question.prompt for question in evaluation.answers.questions]
-    assert prompts == [question.prompt for question in questions[:5]]
+    assert prompts == [question.opening for question in questions[:5]], "the report shows the text that was read"
     assert "answers correct" in str(evaluation)
     assert " of 5" in str(evaluation)
 

@@ -26,7 +26,7 @@ from optimum_structprune.measure.text import Text
 
 
 MODEL = build("llama-tied", 0)
-ORIGINAL = build("llama-tied", 1)
+DENSE = build("llama-tied", 1)
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +49,9 @@ def test_a_comparison_equals_its_definition(batch_size):
     samples = token_ids(batch=5, length=60)
     targets = samples[:, 1:].flatten()
     log_probs = predicted_log_probs(MODEL, samples)
-    dense_log_probs = predicted_log_probs(ORIGINAL, samples)
+    dense_log_probs = predicted_log_probs(DENSE, samples)
 
-    measured = measure_text(MODEL, Text(list(samples)), ORIGINAL, tokens=60 * batch_size)
+    measured = measure_text(MODEL, Text(list(samples)), DENSE, tokens=60 * batch_size)
 
     for losses, predicted in ((measured.loss, log_probs), (measured.other, dense_log_probs)):
         expected_loss = float(cross_entropy(predicted.flatten(0, 1), targets))
@@ -71,9 +71,9 @@ def test_a_comparison_equals_its_definition(batch_size):
 def test_an_evaluation_against_the_dense_model_has_all_figures(folder):
     domain = DomainConfig("a", str(folder / "a.jsonl"))
     samples = read_heldout(domain, tokenizer(), 24, 4).samples
-    measured = measure_text(MODEL, Text(list(samples)), ORIGINAL)
+    measured = measure_text(MODEL, Text(list(samples)), DENSE)
 
-    evaluation = evaluate(MODEL, tokenizer(), [domain], dense=ORIGINAL, seq_length=24, num_samples=4)
+    evaluation = evaluate(MODEL, tokenizer(), [domain], dense=DENSE, seq_length=24, num_samples=4)
 
     assert evaluation.prefix == "<s>"
     assert "KL" in str(evaluation)
@@ -141,10 +141,10 @@ def test_the_margin_of_a_perplexity_is_the_margin_over_documents():
     heldout = read_heldout(domain, tokenizer(), 24, 40)
     numbers = document_numbers(heldout.samples, tokenizer().eos_token_id)[:, 0]
     losses = losses_by_sample(MODEL, heldout.samples)
-    loss_differences = losses - losses_by_sample(ORIGINAL, heldout.samples)
+    loss_differences = losses - losses_by_sample(DENSE, heldout.samples)
     options = {"seq_length": 24, "num_samples": 40, "batch_size": 4}
 
-    comparison = evaluate(MODEL, tokenizer(), [domain], dense=ORIGINAL, **options)
+    comparison = evaluate(MODEL, tokenizer(), [domain], dense=DENSE, **options)
     single = evaluate(MODEL, tokenizer(), [domain], **options)
 
     assert comparison.domains["a"].documents == len(numbers.unique())

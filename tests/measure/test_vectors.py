@@ -97,11 +97,11 @@ def test_figures_compare_the_original_and_the_pruned_model():
 
         embeddings.set_tokenizer(pruner.tokenizer, small)
         by_domain, by_language = embeddings.figures(small)
-        assert 0 < by_domain["greetings"]["cosine"] < 0.9999
+        assert 0 < by_domain["greetings"].cosine.pruned < 0.9999
         assert len(by_language) == num_languages
         for code, figures in by_language.items():
             expected = pruner.report.languages[code].cosine.pruned
-            assert figures["cosine"] == pytest.approx(expected)
+            assert figures.cosine.pruned == pytest.approx(expected)
 
     assert pruner.report.languages["de"].wanted
     assert "Wanted languages (tokens): German" in str(pruner.report)
@@ -231,26 +231,26 @@ def test_scaled_vectors_lose_nothing():
     further = random_vectors(20, seed=1)
     figures = embedding_figures(3 * dense, dense, further, further)
 
-    assert figures["texts"] == 30
-    assert figures["neighbours"] == 1
-    assert figures["cosine"] == pytest.approx(1)
-    assert figures["cosine_margin"] == pytest.approx(COSINE_UNSEEN / 30)  # unseen sentences may lose something
+    assert figures.texts == 30
+    assert figures.neighbours.pruned == 1
+    assert figures.cosine.pruned == pytest.approx(1)
+    assert figures.cosine.margin == pytest.approx(COSINE_UNSEEN / 30)  # unseen sentences may lose something
 
 
 def test_few_texts_have_no_neighbours():
     dense = random_vectors(20)
     figures = embedding_figures(dense, dense, dense[:0], dense[:0])
 
-    assert "neighbours" not in figures
-    assert figures["cosine"] == pytest.approx(1)
+    assert figures.neighbours is None
+    assert figures.cosine.pruned == pytest.approx(1)
 
 
 def test_vectors_with_fewer_channels_have_neighbours_but_no_cosine():
     dense = random_vectors(30)
     figures = embedding_figures(dense[:, :8], dense, dense[:0, :8], dense[:0])
 
-    assert "cosine" not in figures
-    assert 0 < figures["neighbours"] < 1
+    assert figures.cosine is None
+    assert 0 < figures.neighbours.pruned < 1
 
 
 def test_a_reversed_vector_is_reported_as_a_loss():
@@ -260,11 +260,11 @@ def test_a_reversed_vector_is_reported_as_a_loss():
     vectors[0] = -vectors[0]
     figures = embedding_figures(vectors, dense, further, further)
 
-    assert figures["cosine"] == pytest.approx(28 / 30)
-    assert figures["cosine_worst"] == pytest.approx(-1)
-    assert figures["cosine_p5"] == pytest.approx(1)
-    assert figures["cosine_margin"] > 2 / 30
-    assert 0.5 < figures["neighbours"] < 1
+    assert figures.cosine.pruned == pytest.approx(28 / 30)
+    assert figures.cosine_worst.pruned == pytest.approx(-1)
+    assert figures.cosine_p5.pruned == pytest.approx(1)
+    assert figures.cosine.margin > 2 / 30
+    assert 0.5 < figures.neighbours.pruned < 1
 
 
 def test_unrelated_vectors_share_neighbours_by_chance_only():
@@ -272,7 +272,7 @@ def test_unrelated_vectors_share_neighbours_by_chance_only():
     figures = embedding_figures(random_vectors(500, seed=2), dense, dense[:0], dense[:0])
 
     by_chance = NUM_NEIGHBOURS / 499
-    assert figures["neighbours"] == pytest.approx(by_chance, abs=4 * figures["neighbours_margin"])
+    assert figures.neighbours.pruned == pytest.approx(by_chance, abs=4 * figures.neighbours.margin)
 
 
 def test_neighbours_are_the_nearest_vectors_outside_the_document_of_the_text():

@@ -299,6 +299,18 @@ def test_a_compiled_model_is_refused():
         prune_model(model, config(), inputs={"a": IDS})
 
 
+def test_a_model_that_is_compiled_in_place_is_refused():
+    whole_model = build("llama-tied")
+    whole_model.compile(backend="eager")
+    one_layer = build("llama-tied")
+    one_layer.model.layers[1].compile(backend="eager")
+
+    for model in (whole_model, one_layer):
+        with pytest.raises(StructPruneError, match="`model` is compiled. Pass `copy.deepcopy"):
+            prune_model(model, config(), inputs={"a": IDS})
+        prune_model(deepcopy(model), config(), inputs={"a": IDS})
+
+
 def test_a_model_from_inference_mode_is_not_pruned_in_place():
     with torch.inference_mode():
         model = LlamaForCausalLM(build("llama-tied").config)

@@ -67,6 +67,12 @@ def test_the_reasons_name_the_figures():
     )
 
 
+def test_the_figure_of_a_single_domain_is_named_once():
+    report = results.report([1.75], margin=0.04, unseen_ratio=1.5, asked=results.answers())
+
+    assert judge(report).reasons == ["1.75× ± 0.04 on the calibration domains"]
+
+
 @pytest.mark.parametrize(("shares", "expected"), [
     ((0.985, 0.991), Level.READY),  # multilingual-e5-small, 60% smaller; the text has no removed token
     ((0.916, 0.928), Level.TEST_FIRST),  # the same model, which chose the tokens itself

@@ -60,6 +60,22 @@ def test_a_recovery_is_summarized_in_one_table_and_one_verdict():
     assert "Recovery: 400 tokens, 4 steps, 3 s; best checkpoint: step 4 (last)" in lines
 
 
+def test_a_checkpoint_that_is_worse_on_some_text_is_not_called_better_there():
+    """A mean over all validation samples chooses the checkpoint."""
+    report = results.report([1.4])
+    report.recovery = results.recovery((1.4, 1.3), (1.2, 1.1), kept_step=4)
+    for name, pruned, recovered in (("domain 0", 0.13, 0.1333), ("domain 1", 0.2, 0.2004), ("answers", 0.5, 0.4)):
+        report.recovery.domain(name).divergence = Figure(pruned=pruned, recovered=recovered)
+    report.recovery.unseen = results.unseen(1.5, 1.2)
+    report.recovery.unseen.divergence = Figure(pruned=0.3, recovered=0.35)
+
+    line = (
+        "Recovery: 400 tokens, 4 steps, 3 s; best checkpoint: step 4 (last), but farther from the original model on "
+        "domain 0 (KL 0.130 → 0.133) and unseen text (KL 0.300 → 0.350)"
+    )
+    assert line in lines_of(report)
+
+
 def test_a_training_without_a_teacher_is_compared_with_the_pruned_model():
     report = results.report([1.4])
     report.recovery = results.recovery((1.4, 1.05), has_original=False)

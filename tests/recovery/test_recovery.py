@@ -22,10 +22,12 @@ from optimum_structprune.config.recovery import LEARNING_RATES
 from optimum_structprune.domains.load import texts_of
 from optimum_structprune.domains.manifest import JUDGED, TRAINED, Manifest
 from optimum_structprune.errors import StructPruneError
+from optimum_structprune.record.report import REPORT_NAME, Report
 from optimum_structprune.recovery.adapter import adapted, lora_config
 from optimum_structprune.recovery.text import TextStream, text_config, validation_text
 from optimum_structprune.recovery.training import NothingGainedWarning
 from optimum_structprune.system.fingerprint import computing
+from optimum_structprune.vocabulary.languages import cost_by_language
 
 
 FULL = {"train": "full", "lora": {}}
@@ -245,6 +247,45 @@ def test_a_pruned_model_is_saved_with_the_text_of_its_recovery(tmp_path):
     assert entries == Manifest.seen_by(model).with_use(TRAINED)
 
 
+def test_too_little_training_text_is_refused_before_the_pruning():
+    model = build("llama-tied")
+    original = deepcopy(model)
+    domains = [DomainConfig("a", documents())]
+    pruner = StructPruner(config(domains=domains, recovery=recovery_config(domains=None, tokens=200_000)))
+
+    with pytest.raises(StructPruneError, match="'a' has .* more than 4 passes"):
+        pruner.prune(model, tokenizer(), inplace=True)
+    assert same_weights(model, original)
+
+
+def test_the_languages_of_a_recovered_model_are_measured_again(tmp_path):
+    dense, words = real_text_model()
+    result = StructPruner(config(widths={"mlp": 800}, languages=("en",))).prune(dense, words)
+    result.save(tmp_path / "pruned")
+    recovery = Recovery(recovery_config(training={"learning_rate": 1e-3}), pruned=tmp_path / "pruned")
+
+    # Another teacher, so that even a short training is a gain.
+    with torch.no_grad():
+        dense.get_output_embeddings().weight.mul_(4)
+    recovered = recovery.recover_model(result.model, words, dense)
+    recovery.save(recovered, tmp_path / "out", words)
+
+    before = Report.load(tmp_path / "pruned" / REPORT_NAME).languages["en"].cost
+    after = Report.load(tmp_path / "out" / REPORT_NAME).languages["en"].cost
+    assert after.dense == before.dense
+    assert after.pruned != before.pruned
+    assert after.pruned == pytest.approx(cost_by_language(recovered, words, ["en"])["en"])
+
+
+@pytest.mark.parametrize(("answer_share", "text_samples"), [(0.0, 20), (0.5, 10), (1.0, 0)])
+def test_the_manifest_does_not_count_answers_as_text_of_domains(pruned, answer_share, text_samples):
+    recovery = Recovery(recovery_config(tokens=20 * 24, answer_share=answer_share))
+    recovery.recover_model(pruned, tokenizer(), build("llama-tied", seed=1))
+
+    tokens = sum(entry.calibration_tokens for entry in recovery.entries if entry.use == TRAINED)
+    assert tokens == text_samples * 24
+
+
 def test_unseen_text_is_measured_and_excluded_from_the_training(pruned):
     recovery = Recovery(recovery_config(answer_share=0.0))
     recovered = recovery.recover_model(pruned, tokenizer(), build("llama-tied", seed=1))
@@ -410,7 +451,7 @@ def test_samples_follow_the_weights_of_domains_and_exclude_heldout_documents():
     second_stream = stream_of(recovery_config(domains=domains, seed=3))
     assert list(second_stream.samples(20)) == samples
 
-    entries = stream.entries()
+    entries = stream.entries(20)
     token_counts = {entry.name: entry.calibration_tokens for entry in entries}
     assert token_counts == {"a": 15 * 24, "b": 5 * 24}
 
@@ -489,7 +530,7 @@ def test_validation_documents_are_excluded_from_training():
 
     stream.documents["a"].clear()
     list(stream.samples(4))
-    assert not set(validation_documents) & set(stream.entries()[0].documents)
+    assert not set(validation_documents) & set(stream.entries(4)[0].documents)
 
 
 # --- adapters: the trained weights of a model, and the merged model
