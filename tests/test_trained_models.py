@@ -77,7 +77,7 @@ def test_widths_by_measured_loss_beat_one_width(smollm2, monkeypatch):
     if not text.exists():
         pytest.skip(f"the text {text} is not here")
     monkeypatch.setattr(probe, "PROBE_TOKENS", 1024)
-    monkeypatch.setattr(sensitivity, "TRIAL_TOKENS", 2048)
+    monkeypatch.setattr(sensitivity, "SHAPE_TOKENS", 2048)
     model = AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
     tokenizer = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
     domains = [DomainConfig(name=name, source=str(text / f"{name}.jsonl")) for name in ("wiki", "code")]
