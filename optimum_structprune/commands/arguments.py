@@ -311,6 +311,13 @@ def text_file(path: str) -> dict[str, Any]:
     return {"name": name or "text", "source": path}
 
 
+def text_source(text: str) -> dict[str, Any]:
+    """Parse a file, or a YAML mapping with the fields of a domain, as fields of a domain."""
+    if text.startswith("{"):
+        return domain(text)
+    return text_file(text)
+
+
 def text_files() -> dict[str, Any]:
     """Return the arguments of `add_argument` for `--text`."""
     return {"action": "extend", "nargs": "+", "type": text_file, "metavar": "FILE"}

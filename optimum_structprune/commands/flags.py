@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..saving.gguf_types import GGUF_TYPES
-from .arguments import SOURCES, Command, Flags, domain, positive_int, text_files, token_setting
+from .arguments import SOURCES, Command, Flags, domain, positive_int, text_files, text_source, token_setting
 
 
 def switch(text: str) -> dict[str, Any]:
@@ -184,6 +184,28 @@ COMMANDS = (
         examples=(f"structprune recover small small-recovered --teacher {SMOLLM} --tokens 200000",),
         config="RecoveryConfig",
         models=("model", "teacher"),
+    ),
+    Command(
+        "teacher",
+        "teacher.teacher",
+        "Write the predictions of a teacher on training text to disk. attach_teacher trains from them without the "
+        "teacher in memory. Run the same command again to resume it.",
+        {
+            "model": "Model id or folder of the teacher.",
+            "domain": {
+                "help": "Files of training text, or a mapping such as '{name: a, source: a.jsonl, template: chat}'.",
+                **{"nargs": "+", "type": text_source, "metavar": "DATA"},
+            },
+            "output": "Folder for the teacher file.",
+            "--seq-length": number("Maximum number of tokens of a document (1024).", default=1024),
+            "--top": number("Most probable tokens to store at each position (16).", default=16),
+            "--samples": number("Tokens to sample from the rest at each position (16).", default=16),
+            "--temperature": option("X", "The temperature of the training (1.0).", type=float, **{"default": 1.0}),
+            **ARCH,
+            **LOADING,
+            **ATTENTION,
+            **OFFLOAD,
+        },
     ),
     Command(
         "evaluate",

@@ -26,8 +26,10 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 from ..arch.inference import evaluating
 from ..arch.load import describe
 from ..arch.meta import check_positions, meta_model, predicts_next
+from ..config.domains import CHAT, DomainConfig
 from ..config.fields import check_types, read_json
 from ..domains.manifest import tokenizer_of
+from ..domains.sources import documents
 from ..errors import StructPruneError, one_line
 from ..measure.losses import batches_of, predicted
 from ..measure.predictions import Predictor, StoredPredictions, tokens_per_pass
@@ -256,6 +258,27 @@ def rows_of(data: Iterable[Any]) -> list[list[int]]:
     if not documents:
         raise StructPruneError("The text has no row with two tokens, so a teacher has nothing to predict. Pass more.")
     return [list(document) for document in documents]
+
+
+def text_rows(domains: Iterable[DomainConfig], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
+    """Return the token ids of the documents of domains, as TRL's `SFTTrainer` tokenizes them.
+
+    A text ends with the token that ends a sequence, and a conversation is written by the chat template.
+
+    Args:
+        domains: The sources.
+        tokenizer: The tokenizer.
+        max_length: The maximum number of tokens of a document.
+    """
+    rows = []
+    for domain in domains:
+        is_chat = domain.template == CHAT
+        for text in documents(domain, None, tokenizer):
+            if not is_chat and tokenizer.eos_token and not text.endswith(tokenizer.eos_token):
+                text += tokenizer.eos_token
+            ids = tokenizer(text, add_special_tokens=not is_chat, truncation=True, max_length=max_length)["input_ids"]
+            rows.append(ids)
+    return rows
 
 
 def _lengths(positions: Sequence[int]) -> list[int]:

@@ -30,6 +30,7 @@ ANNOUNCEMENTS = {
     "perplexity": "Measuring the model",
     "recovery": "Recovering the model",
     "search": "Choosing widths",
+    "teacher": "Writing predictions",
     "training": "Training",
     "vocabulary": "Choosing tokens",
     "writing": "Generating text",

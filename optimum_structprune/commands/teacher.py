@@ -1,0 +1,45 @@
+"""`structprune teacher`: write the predictions of a teacher to disk."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from ..arch.meta import check_positions
+from ..config.domains import as_domain
+from ..domains.sources import resolve
+from ..recovery.teacher_file import text_rows, write_teacher
+from ..system.disk import OFFLOAD, Output
+from ..system.processes import across_processes
+from ..system.stages import readable_size
+from .loading import Loading
+from .output import Result
+
+
+def teacher(args: Namespace) -> Result:
+    """Write a teacher file, and return its manifest."""
+    loading = Loading.of(args)
+    check_positions(loading.without_weights(args.model), args.seq_length, f"--seq-length {args.seq_length}")
+    tokenizer = loading.tokenizer(args.model)
+    rows = text_rows(resolve(as_domain(domain) for domain in args.domain), tokenizer, args.seq_length)
+
+    with across_processes(), Output(args.output).sibling(OFFLOAD) as scratch:
+        model = loading.model(args.model, scratch)
+        manifest = write_teacher(
+            model,
+            rows,
+            args.output,
+            tokenizer,
+            top=args.top,
+            samples=args.samples,
+            temperature=args.temperature,
+        )
+
+    size = readable_size(round(manifest.tokens * manifest.bytes_per_token))
+    lines = [
+        f"{manifest.tokens:,} tokens in {manifest.rows:,} documents take {size}, "
+        f"{manifest.bytes_per_token:.0f} bytes per token",
+        f"Saved to {args.output}; train from it with attach_teacher(trainer, {args.output!r})",
+    ]
+    values = manifest.to_dict()
+    values["output"] = args.output
+    return Result("\n".join(lines), values)
