@@ -11,7 +11,7 @@ from ..config.pruning import StructPruneConfig
 from ..criteria import reads_gram
 from ..domains.load import texts_of, with_written_text
 from ..method.devices import default_device, measured_throughput
-from ..sources.other import CALIBRATION_PER_TOKEN, MAX_TOKENS, MIN_TOKENS_READ
+from ..sources.unseen import CALIBRATION_PER_TOKEN, MAX_UNSEEN_TOKENS, MIN_TOKENS_READ
 from ..system.stages import readable_time
 from .memory import CalibrationSize, refitted_consumers
 
@@ -94,7 +94,7 @@ def estimate_time(request: PruningRequest, throughput: float | None = None) -> T
     generated_tokens = written_share(config) * (1 + config.holdout) * size.tokens
     measured_tokens = ceil(config.holdout * size.tokens)
     if info.arch.causal and request.inputs is None:
-        unseen_tokens = min(MAX_TOKENS, size.tokens // CALIBRATION_PER_TOKEN)
+        unseen_tokens = min(MAX_UNSEEN_TOKENS, size.tokens // CALIBRATION_PER_TOKEN)
         measured_tokens += unseen_tokens
         if size.tokens >= MIN_TOKENS_READ:
             generated_tokens += unseen_tokens

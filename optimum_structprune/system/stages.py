@@ -24,7 +24,7 @@ ANNOUNCEMENTS = {
     "experts": "Removing experts",
     "languages": "Measuring languages",
     "layers": "Removing layers",
-    "other text": "Reading unseen text",
+    "unseen text": "Reading unseen text",
     "perplexity": "Measuring the model",
     "recovery": "Training",
     "search": "Choosing widths",
