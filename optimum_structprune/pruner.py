@@ -1,11 +1,12 @@
-"""Prune a model, and return a smaller model of the same class. This module is the main path of the package."""
+"""Prune a model, and return a smaller model of the same class. `StructPruner.prune` is the main path."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from time import perf_counter
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,12 +19,14 @@ from .domains.packing import Domain
 from .errors import StructPruneError, warn
 from .forward.settings import own_settings
 from .pruning.comparison import Comparison
-from .pruning.memory import check_memory
-from .pruning.request import check_arguments, check_config_kind, resolve_request
+from .pruning.request import PruningRequest, check_arguments, check_config_kind, resolve_request
+from .record.cost import check_memory
 from .record.plan import Plan
 from .record.report import PruneRecords, Report
 from .record.view import View
 from .saving.save import save_pruned
+from .search.division import divide_budget
+from .search.loss_budget import CutSearch
 from .search.sensitivity import final_widths
 from .sources.data import CalibrationData
 from .steps.base import RunState, Step, refusing_half_pruned
@@ -159,6 +162,8 @@ class StructPruner:
     ) -> PruneResult:
         """Prune a model.
 
+        With `budget={"loss": …}`, trial prunings of copies first find the smallest model within this loss.
+
         Args:
             model: A causal language model, an encoder or an encoder-decoder, in any floating-point dtype. A quantized
                 model is unpacked first if transformers supports it, unless only tokens are removed.
@@ -172,18 +177,16 @@ class StructPruner:
             The pruned model with its tokenizer and its records.
 
         Raises:
-            StructPruneError: If the model, the config or a domain cannot be used, or if the device has too little free
-                memory. Nothing has changed then.
+            StructPruneError: If the model, the config or a domain cannot be used, if the device has too little free
+                memory, or if no cut is within the loss. Nothing has changed then.
             InPlaceError: If pruning in place failed after the model had begun to change.
         """
         check_arguments(model, tokenizer, inputs, inplace)
         info = ModelInfo.of(model, self.config.arch_file)
         request = resolve_request(self.config, info, tokenizer, inputs, options=self.options)
         if LOSS in (self.config.budget or {}):
-            raise StructPruneError(
-                f"`budget={{{LOSS!r}: …}}` needs trial prunings. Call `prune(model, config, tokenizer)`, or pass a "
-                "size, such as `budget={'parameters': 0.9}`."
-            )
+            self.result = self._within_loss(request, model, tokenizer, inplace)
+            return self.result
         check_memory(request, inplace)
 
         earlier = earlier or Manifest.seen_by(model)
@@ -204,7 +207,7 @@ class StructPruner:
             teacher = self._teacher(state)
 
             if request.tokens is not None:
-                TrimVocabulary(request.tokens, comparison.set_tokenizer).apply(state)
+                TrimVocabulary(request.tokens, divide_budget, comparison.set_tokenizer).apply(state)
             widths = final_widths(request, state)
             for step in self.steps(state.arch, state.model, widths):
                 self.apply_step_(state, step)
@@ -216,6 +219,33 @@ class StructPruner:
                 comparison.finish_languages()
             self.result = self._finish(state)
         return self.result
+
+    def _within_loss(
+        self,
+        request: PruningRequest,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        inplace: bool,
+    ) -> PruneResult:
+        """Prune a model to the smallest size whose loss in trials is within the budget. Measure it on other text."""
+        start = perf_counter()
+
+        def prune_copy(model_copy: PreTrainedModel, config: StructPruneConfig) -> PruneRecords:
+            pruner = copy(self)
+            pruner.config = config
+            pruner.options = replace(self.options, checkpoint_dir=None)
+            pruner.measures_any_language = False
+            return pruner.prune(model_copy, tokenizer, inplace=True).records
+
+        search = CutSearch(request, model, tokenizer, self.config, prune_copy)
+        pruner = copy(self)
+        pruner.config = search.largest()
+        seconds = perf_counter() - start
+
+        result = pruner.prune(model, tokenizer, inplace, earlier=search.text_of_trials())
+        result.report.seconds["trials"] = seconds
+        result.report.loss_search = search.record(result.report)
+        return result
 
     def prune_model(
         self,
@@ -348,6 +378,33 @@ class StructPruner:
                 "save a copy of it by `result.save(folder, model=copy)`, with the `result` of `prune`."
             )
         self.result.save(save_directory, tokenizer, overwrite)
+
+
+def prune(
+    model: PreTrainedModel,
+    config: StructPruneConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    inplace: bool = False,
+    inputs: Mapping[str, Tensor] | None = None,
+    options: RunOptions | None = None,
+) -> PruneResult:
+    """Prune a model in one call, and return it with its tokenizer and its records; see `StructPruner.prune`."""
+    return StructPruner(config, options).prune(model, tokenizer, inplace, inputs)
+
+
+def prune_model(
+    model: PreTrainedModel,
+    config: StructPruneConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    inplace: bool = False,
+    inputs: Mapping[str, Tensor] | None = None,
+    options: RunOptions | None = None,
+) -> PreTrainedModel:
+    """Prune a model in one call, and return only the model. `prune` also returns its tokenizer and its records."""
+    result = prune(model, config, tokenizer, inplace, inputs, options)
+    if result.tokenizer is not tokenizer:
+        warn("The pruned model has a smaller vocabulary and needs a new tokenizer. Call `prune`, which returns both.")
+    return result.model
 
 
 def recover_(state: RunState, teacher: PreTrainedModel) -> None:

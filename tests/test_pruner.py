@@ -126,7 +126,7 @@ def test_the_report_adds_up():
     assert report.sparsity == pytest.approx(0.5, abs=0.02)
     calibration_tokens = {entry.name: entry.calibration_tokens for entry in pruner.manifest.with_use(CALIBRATED)}
     assert calibration_tokens == {"a": 4 * 24, "b": 4 * 24}
-    assert {"domains", "perplexity", "round 1"} <= set(report.seconds)
+    assert {"domains", "perplexity", "pruning"} <= set(report.seconds)
 
     table = str(report)
     assert "FFN channels: 40 → 20 (-50.0%)" in table

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_structprune import DomainConfig, StructPruneConfig, perplexity, prune_model
 from optimum_structprune.evaluation.heldout import read_heldout
+from optimum_structprune.measure import probe
 from optimum_structprune.record.report import Report
-from optimum_structprune.search import sensitivity, trials
+from optimum_structprune.search import sensitivity
 
 
 pytestmark = pytest.mark.nightly
@@ -75,8 +76,8 @@ def test_widths_by_measured_loss_beat_one_width(smollm2, monkeypatch):
     text = SHARED / "data" / "heldout"
     if not text.exists():
         pytest.skip(f"the text {text} is not here")
-    monkeypatch.setattr(trials, "PROBE_TOKENS", 1024)
-    monkeypatch.setattr(sensitivity, "TRIAL_TOKENS", 2048)
+    monkeypatch.setattr(probe, "PROBE_TOKENS", 1024)
+    monkeypatch.setattr(sensitivity, "SHAPE_TOKENS", 2048)
     model = AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
     tokenizer = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
     domains = [DomainConfig(name=name, source=str(text / f"{name}.jsonl")) for name in ("wiki", "code")]

@@ -22,12 +22,13 @@ from ..arch.per_layer import enable_heterogeneous
 from ..config.pruning import RunOptions, StructPruneConfig
 from ..domains.manifest import has_files
 from ..errors import StructPruneError, reason_of, some_of
-from ..pruning.memory import check_memory
 from ..pruning.request import PruningRequest, check_reads_text, resolve_request
+from ..record.cost import check_memory
 from ..sources.offloaded import layer_device_map
 from ..system.disk import check_regular_files
 from ..system.offloading import check_reachable
 from ..system.placement import check_float64
+from ..system.stages import say
 
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ class Loading:
         Raises:
             StructPruneError: If the model cannot be loaded, or its files do not have all weights.
         """
+        say(f"Loading {name} …")
         config = self.config(name)
         device_map: str | dict[str, str] | None = self.device
         if self.offload is not None:
@@ -184,6 +186,7 @@ class Loading:
         Raises:
             StructPruneError: If the pruning would refuse it.
         """
+        say("Checking the request …")
         self.check_attention(name)
         model_config = self.config(name)
         device = None
@@ -207,6 +210,11 @@ class Loading:
         if request.widths and device is not None and has_dtype:
             check_memory(request, inplace=True)
         return request
+
+
+def loading_without_weights(args: Namespace, arch_file: str | None) -> Loading:
+    """Return a `Loading` that reads configs and tokenizers, whatever device and attention the flags name."""
+    return Loading.of(args, arch_file=arch_file, device="cpu", offload=None, attn_implementation=None)
 
 
 def usable_device(name: str | None) -> str:

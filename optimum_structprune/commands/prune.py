@@ -11,8 +11,8 @@ from ..config.recovery import RecoveryConfig
 from ..domains.load import calibration_domains
 from ..domains.manifest import Manifest
 from ..evaluation.answers import ShortCheck
-from ..functional import prune as prune_in_one_call
 from ..pruner import PruneResult
+from ..pruner import prune as prune_in_one_call
 from ..record.view import View
 from ..recovery.recover import check_recovery
 from ..recovery.text import check_training_text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import tee
 from pathlib import Path
 from string import Formatter
@@ -79,16 +79,14 @@ class DomainConfig(Config):
             field and the value.
     """
 
-    name: str = field(metadata={"help": "The name of the domain in the report."})
-    source: Any = field(metadata={"help": "A file, a glob, a folder, a preset, a dataset, or an iterable of strings."})
-    weight: float = field(default=1.0, metadata={"help": "The domain's share of the calibration tokens."})
-    text_column: str = field(default="text", metadata={"help": "The column with the text."})
-    dataset_config: str | None = field(
-        default=None, metadata={"help": "The name of the configuration of a Hub dataset."}
-    )
-    split: str = field(default="train", metadata={"help": "The split of a Hub dataset."})
-    revision: str | None = field(default=None, metadata={"help": "The commit, tag or branch of a Hub dataset."})
-    template: str | None = field(default=None, metadata={"help": "How a row becomes text."})
+    name: str
+    source: Any
+    weight: float = 1.0
+    text_column: str = "text"
+    dataset_config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    template: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.source, Path):

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import MISSING, fields
+from inspect import getdoc
 from pathlib import Path
 from reprlib import repr as short_repr
 from types import NoneType, UnionType
@@ -24,6 +25,8 @@ Self = TypeVar("Self", bound="Config")
 
 MAX_COUNT = 10**12  # of samples, tokens or units; products of larger numbers do not fit into 64 bits
 MAX_SEED = 2**32 - 1
+# An argument in a docstring: `name: text`, with its continuation lines.
+ARGUMENT = re.compile(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
 
 
 class FieldError(StructPruneError):
@@ -150,6 +153,15 @@ def _plain(value: Any) -> Any:
 def field_names(cls: Any) -> list[str]:
     """Return the names of the fields of a dataclass."""
     return [field.name for field in fields(cls)]
+
+
+def field_help(cls: type) -> dict[str, str]:
+    """Return the first sentence of each field in the `Args:` of a config class, which the command line shows."""
+    sentences = {}
+    for name, text in ARGUMENT.findall(getdoc(cls) or ""):
+        sentence = re.split(r"(?<=\.) (?=[A-Z`])", " ".join(text.split()))[0]
+        sentences[name] = sentence
+    return sentences
 
 
 def check_names(cls: Any, values: Mapping[str, Any]) -> None:

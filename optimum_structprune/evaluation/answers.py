@@ -19,10 +19,11 @@ from ..domains.packing import prompt_ids
 from ..domains.templates import question_messages, read_lines
 from ..errors import StructPruneError, one_line, warn
 from ..forward.generation import continuations
+from ..measure.batches import IGNORED
 from ..measure.losses import measure
 from ..measure.text import Text
 from ..record.figures import Answer, AnsweredQuestion, AnswersResult
-from ..system.stages import progress, stage
+from ..system.stages import stage
 from ..vocabulary.token_alignment import TokenAlignment
 
 
@@ -173,9 +174,10 @@ def _continued(
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
 
     with evaluating(model), stage("answers"):
-        for start in progress(range(0, len(order), batch_size), desc="Answering questions", unit="batch"):
+        for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            new_ids = continuations(model, tokenizer, [prompts[number] for number in batch], settings)
+            label = f"Answering questions {start + 1} to {start + len(batch)} of {len(order)}"
+            new_ids = continuations(model, tokenizer, [prompts[number] for number in batch], settings, label)
             for number, tokens in zip(batch, new_ids, strict=True):
                 ids[number] = tokens
 
@@ -222,15 +224,15 @@ def answer_divergence(
         answers: The answers of the original model.
     """
     rows = []
-    is_counted = []
+    labels = []
     for prompt, answer in zip(prompts, answers, strict=True):
         if answer.ids:
             rows.append(torch.tensor(list(prompt) + answer.ids))
-            is_counted.append(torch.arange(len(rows[-1])) >= len(prompt))
+            labels.append(torch.tensor([IGNORED] * len(prompt) + answer.ids))
 
     if not rows:
         return 0.0
-    measured = measure(model, Text(rows, is_counted=is_counted), dense, parts)
+    measured = measure(model, Text(rows, labels=labels), dense, parts)
     return float(torch.cat(measured.kl).mean())
 
 

@@ -12,13 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.meta import positions_of, predicts_gaps
+from .batches import IGNORED
 from .losses import measure, totals
 from .predictions import Predictor
-from .text import NOT_PREDICTED, Text
+from .text import Text
 
 
 # The maximum number of tokens of a text.
-MAX_TOKENS = 512
+MAX_GAP_TOKENS = 512
 # The share of the words of a text that are masked, as in BERT.
 MASKED_SHARE = 0.15
 # The maximum number of tokens of a masked word. Some scripts do not have spaces between words.
@@ -67,7 +68,7 @@ class Gaps:
             self.texts = [start for start, _ in halves]
             self.targets = [end for _, end in halves]
 
-        counts = [int((labels != NOT_PREDICTED).sum()) for _, labels in self.rows(model, tokenizer)]
+        counts = [int((labels != IGNORED).sum()) for _, labels in self.rows(model, tokenizer)]
         self.tokens = torch.tensor(counts)
 
     def losses(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -87,7 +88,7 @@ class Gaps:
         inputs, labels = zip(*self.rows(model, tokenizer), strict=True)
         # An encoder-decoder makes the inputs of its decoder from the labels.
         predictor = Predictor(model, whole=self.has_decoder)
-        losses = totals(measure(predictor, Text(inputs, labels=labels)).loss)
+        losses = totals(measure(predictor, Text(inputs, labels=labels, has_gaps=True)).loss)
 
         mean = losses.sum() / self.tokens.sum()
         excess = losses - mean * self.tokens
@@ -95,7 +96,7 @@ class Gaps:
 
     def rows(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Tensor, Tensor]]:
         """Return the inputs and the labels of each text as token ids, each of shape `(tokens,)`."""
-        max_tokens = int(min(positions_of(model), MAX_TOKENS))
+        max_tokens = int(min(positions_of(model), MAX_GAP_TOKENS))
         if self.targets is not None:
             inputs = tokenizer(list(self.texts), verbose=False)["input_ids"]
             targets = tokenizer(text_target=list(self.targets), verbose=False)["input_ids"]
@@ -109,7 +110,7 @@ class Gaps:
             ids = torch.tensor(encoded["input_ids"][index][:max_tokens])
             offsets = encoded["offset_mapping"][index][:max_tokens]
             is_masked = torch.tensor([_overlaps(start, end, words) for start, end in offsets])
-            labels = ids.masked_fill(~is_masked, NOT_PREDICTED)
+            labels = ids.masked_fill(~is_masked, IGNORED)
             rows.append((ids.masked_fill(is_masked, mask_id), labels))
 
         return rows

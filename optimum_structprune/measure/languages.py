@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.meta import positions_of
+from ..domains.packing import tokenize_with_prefix
 from ..errors import warn
 from ..vocabulary.languages import texts, tokens_by_language
 from .losses import measure_all, totals
@@ -20,12 +21,24 @@ from .text import Text
 MAX_KNOWN_RATIO = 2.0
 # The number of tokens in all languages together that measure the dense model.
 LANGUAGE_TOKENS = 4096
+# The part of the text in a language that is not to be kept. In a smaller vocabulary, the whole text would have up to
+# ten times as many tokens.
+OTHER_SHARE = 1 / 3
+
+
+def measured_texts(kept_codes: Collection[str]) -> dict[str, str]:
+    """Return the text of each language by its code: all of it in the languages to keep, else its beginning."""
+    measured = dict(texts())
+    for code in measured.keys() - set(kept_codes):
+        measured[code] = measured[code][: round(OTHER_SHARE * len(measured[code]))]
+    return measured
 
 
 def cost_by_language(
     model: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     codes: Collection[str],
+    kept_codes: Collection[str],
     max_tokens: float = inf,
 ) -> dict[str, float]:
     """Return the bits per byte of text by language, or its number of tokens if `model` is None.
@@ -33,14 +46,15 @@ def cost_by_language(
     Languages are measured in the order of `codes`, on at most `max_tokens` tokens in all. Text that is longer than the
     positions of the model is skipped.
     """
-    ids_by_code = tokens_by_language(tokenizer)
     if model is None:
+        ids_by_code = tokens_by_language(tokenizer)
         return {code: len(ids_by_code[code]) for code in codes}
 
+    strings = measured_texts(kept_codes)
     measured: dict[str, Text] = {}
     tokens = 0
     for code in codes:
-        ids = ids_by_code[code]
+        ids = tokenize_with_prefix(strings[code], tokenizer)
         tokens += len(ids)
         if len(ids) <= positions_of(model) and tokens <= max_tokens:
             measured[code] = Text([torch.tensor(ids)])
@@ -48,7 +62,7 @@ def cost_by_language(
     costs: dict[str, float] = {}
     for code, losses in measure_all(model, measured).items():
         nats = float(totals(losses.loss).sum())
-        costs[code] = nats / log(2) / len(texts()[code].encode())
+        costs[code] = nats / log(2) / len(strings[code].encode())
     return costs
 
 
@@ -68,7 +82,7 @@ def costs_before(
     lengths = {code: len(ids) for code, ids in tokens_by_language(tokenizer).items()}
     order = sorted(lengths, key=lambda code: (code not in codes, lengths[code]))
     max_tokens = max(LANGUAGE_TOKENS, sum(lengths[code] for code in codes))
-    costs = cost_by_language(model, tokenizer, order, max_tokens)
+    costs = cost_by_language(model, tokenizer, order, codes, max_tokens)
 
     skipped = sorted(set(codes) - set(costs))
     if skipped and model is not None:
@@ -93,7 +107,8 @@ def with_costs_after(
 ) -> dict[str, dict[str, Any]]:
     """Add the costs of the smaller model in the languages to keep and the languages that the dense model knows."""
     codes = [code for code, figures in languages.items() if figures["wanted"] or figures.get("known", True)]
-    costs = cost_by_language(model, tokenizer, codes)
+    kept_codes = [code for code in codes if languages[code]["wanted"]]
+    costs = cost_by_language(model, tokenizer, codes, kept_codes)
 
     with_costs = {}
     for code, figures in languages.items():

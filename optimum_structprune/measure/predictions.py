@@ -18,13 +18,13 @@ from ..method.devices import rows_at_once
 # On a CPU, the number of tokens in a forward pass, and the number of tokens whose loss is computed at a time. The loss
 # copies their logits in fp32.
 TOKENS_PER_PASS = 512
-TOKENS_AT_ONCE = 128
+LOSS_TOKENS = 128
 FP32_BYTES = 4
 
 
 def tokens_at_once(device: torch.device, vocabulary: int) -> int:
     """Return the number of tokens whose loss is computed at a time on a device."""
-    return rows_at_once(device, FP32_BYTES * vocabulary, TOKENS_AT_ONCE)
+    return rows_at_once(device, FP32_BYTES * vocabulary, LOSS_TOKENS)
 
 
 def tokens_per_pass(model: Any) -> int:
@@ -98,9 +98,12 @@ class Predictor:
         """Run the model on a batch, and return its logits, shape `(batch, seq_length, vocab)`.
 
         Args:
-            inputs: `input_ids`, shape `(batch, seq_length)`, and further inputs.
+            inputs: `input_ids`, shape `(batch, seq_length)`, and further inputs. An encoder-decoder makes the inputs
+                of its decoder from `labels`.
         """
         options = accepted_inputs(bare_model(self.model), inputs)
+        if not self.model.config.is_encoder_decoder:
+            options.pop("labels", None)
         ids = options.pop("input_ids")
         for name, value in options.items():
             if isinstance(value, Tensor):
@@ -127,7 +130,7 @@ class Predictor:
         with replaced_forward(self.head, keep_hidden):
             output = self.run(inputs)
         if self._is_plain is None:
-            self._is_plain = len(hidden) == 1 and _is_same(output, hidden[0][..., :1])
+            self._is_plain = len(hidden) == 1 and is_same(output, hidden[0][..., :1])
             if not self._is_plain:
                 return _at(self.run(inputs), positions)
         return _at(hidden[0], positions, self.head)
@@ -139,11 +142,11 @@ def _at(values: Tensor, positions: Tensor, head: nn.Module | None = None) -> Pre
     return Predictions(values[positions.to(values.device)], head)
 
 
-def _is_same(output: Any, expected: Tensor) -> bool:
-    """Return whether the output of a model is the output of its head."""
+def is_same(output: Any, expected: Tensor) -> bool:
+    """Return whether the output of a model is what its head returned."""
     if not isinstance(output, Tensor) or output.shape != expected.shape:
         return False
-    return bool(torch.equal(output.float(), expected.to(output.device).float()))
+    return torch.equal(output.detach().float(), expected.detach().to(output.device).float())
 
 
 def bare_model(model: Any) -> Any:

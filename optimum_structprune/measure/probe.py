@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from math import ceil
 
@@ -18,7 +17,7 @@ from ..method.layers import Batch, InMemory
 from ..sources.data import CalibrationData, batches_of, source_of
 from ..system.placement import is_spread
 from ..system.processes import all_reduce_, process_count, process_index
-from .losses import same_tokens, skipping_layers
+from .losses import skipping_layers, values_of
 from .predictions import Predictions, tokens_at_once
 
 
@@ -72,7 +71,7 @@ class Probe:
         for index in range(process_index(), len(self.batches), process_count()):
             predictions = self._predictions(index, model)
             size = tokens_at_once(predictions.values.device, predictions.values.shape[1])
-            kl = same_tokens(predictions, None, self.originals[index], size)["kl"]
+            kl = values_of(predictions, None, self.originals[index], size)["kl"]
             total[self.batches[index].domain] += float(kl.sum())
             count[self.batches[index].domain] += len(kl)
 
@@ -87,10 +86,10 @@ class Probe:
         if self.takes_index:
             options["logits_to_keep"] = torch.arange(0, ids.shape[1], STRIDE)
 
-        skipping: AbstractContextManager[None] = nullcontext()
+        source = None
         if model is None and isinstance(self.source, InMemory):
-            skipping = skipping_layers(self.source, self.layer, index)
-        with skipping:
+            source = self.source
+        with skipping_layers(source, index, self.layer):
             logits = run_model(model or self.model, ids, **options).logits
         if not self.takes_index:
             logits = logits[:, ::STRIDE]

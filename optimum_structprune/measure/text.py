@@ -17,12 +17,11 @@ from ..arch.meta import positions_of
 from ..domains.packing import check_vocabulary, document_numbers, prefix_token
 from ..errors import StructPruneError
 from ..margins import MANY_DOCUMENTS
+from .batches import Sample
 
 
 # The tokens in a short row. With a shorter context, tokens are hard to predict.
 ROW = 64
-# The label of a position that predicts nothing, as everywhere in torch.
-NOT_PREDICTED = -100
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,21 +32,21 @@ class Text:
         rows: The token ids of each row, shape `(tokens,)`. The first token of a row is context only.
         documents: The number of the document of each row, shape `(rows,)`. By default each row is a document.
         tokenizer: The tokenizer of the ids; None if it is unknown.
-        is_counted: Whether the prediction of each token counts, by row, shape `(tokens,)`. By default the predictions
-            of all tokens count. The first token of a row has no prediction.
+        labels: The tokens that count, by row, shape `(tokens,)`, with `IGNORED` elsewhere. By default all count.
+            If the text `has_gaps`, the label of each position is the token that a model predicts there, or the tokens
+            of its decoder.
         positions: The position of each token in its document, by row, shape `(tokens,)`, if rows have several
             documents that do not see each other.
-        labels: For models that fill gaps, the predicted token at each position of a row, or of the decoder, shape
-            `(labels,)`. `NOT_PREDICTED` marks the other positions.
+        has_gaps: Whether models fill gaps, and do not predict the next token.
         original: The text before another tokenizer has encoded it.
     """
 
     rows: Sequence[Tensor]
     documents: Tensor | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
-    is_counted: Sequence[Tensor] | None = None
-    positions: Sequence[Tensor] | None = None
     labels: Sequence[Tensor] | None = None
+    positions: Sequence[Tensor] | None = None
+    has_gaps: bool = False
     original: Text | None = None
 
     @classmethod
@@ -94,9 +93,32 @@ class Text:
     def tokens(self) -> Tensor:
         """Return the number of predicted tokens of each row before another tokenizer has encoded it, `(rows,)`."""
         text = self.original or self
-        if text.is_counted is None:
-            return torch.tensor([len(row) - 1 for row in text.rows])
-        return torch.tensor([int(counts[1:].sum()) for counts in text.is_counted])
+        return torch.tensor([len(row) - 1 for row in text.rows])
+
+    def sample(self, number: int) -> Sample:
+        """Return a row as a sample."""
+        ids = self.rows[number].tolist()
+        sample = {"input_ids": ids, "labels": ids}
+        if self.labels is not None:
+            sample["labels"] = self.labels[number].tolist()
+        if self.positions is not None:
+            sample["position_ids"] = self.positions[number].tolist()
+        return sample
+
+    def parts(self, numbers: Sequence[int], tokens: int) -> list[list[int]]:
+        """Divide the numbers of rows into batches of at most `tokens` tokens. Similar lengths run together."""
+        sizes = [(len(row), 0) for row in self.rows]
+        if self.labels is not None:
+            sizes = [(len(row), len(labels)) for row, labels in zip(self.rows, self.labels, strict=True)]
+
+        parts: list[list[int]] = []
+        for number in sorted(numbers, key=sizes.__getitem__):
+            # A model that fills gaps also sees padding.
+            is_full = not parts or max(sizes[number]) * (len(parts[-1]) + 1) > tokens
+            if is_full or (self.has_gaps and sizes[parts[-1][0]] != sizes[number]):
+                parts.append([])
+            parts[-1].append(number)
+        return parts
 
     @cached_property
     def strings(self) -> list[list[str]]:

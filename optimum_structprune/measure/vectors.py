@@ -28,6 +28,7 @@ from ..margins import MIN_DOCUMENTS, margin_of_error, margin_of_share
 from ..measure.text import Text
 from ..record.figures import ORIGINAL, PRUNED, Figure, TextResult
 from ..system.modules import MODULES
+from ..system.stages import progress
 from ..vocabulary.languages import texts as language_texts
 from .gaps import Gaps, fills_gaps
 
@@ -423,12 +424,16 @@ def embed(
     pooling = pooling or Pooling()
     order = sorted(range(len(rows)), key=lambda number: rows[number].shape)
 
+    batches: list[list[int]] = []
+    for _, numbers in groupby(order, lambda number: rows[number].shape):
+        group = list(numbers)
+        batches += [group[start : start + 32] for start in range(0, len(group), 32)]
+
     parts: list[Tensor] = []
     with evaluating(model):
-        for _, numbers in groupby(order, lambda number: rows[number].shape):
-            for batch in torch.stack([rows[number] for number in numbers]).split(32):
-                states = last_states(model, batch).float()
-                parts.append(pooling.vectors(states, prompt_tokens).cpu())
+        for batch in progress(batches, unit="batch", leave=False, delay=1):
+            states = last_states(model, torch.stack([rows[number] for number in batch])).float()
+            parts.append(pooling.vectors(states, prompt_tokens).cpu())
 
     sorted_vectors = torch.cat(parts)
     return sorted_vectors[torch.tensor(order).argsort()]

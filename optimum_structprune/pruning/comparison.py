@@ -67,7 +67,11 @@ class Comparison:
         run = self.run
         domains = run.data.domains
         heldout_tokens = run.config.holdout * sum(domain.samples.numel() for domain in domains)
-        tokens_per_domain = min(MEASURED_TOKENS, round(heldout_tokens)) // len(domains)
+        max_tokens = min(MEASURED_TOKENS, round(heldout_tokens))
+        if run.config.removes_only_tokens:
+            # Measuring would take most of the run.
+            max_tokens //= 2
+        tokens_per_domain = max_tokens // len(domains)
         texts = {domain.name: Text.short(domain.heldout, run.dense_tokenizer, tokens_per_domain) for domain in domains}
 
         # Inputs that a program gave have no origin.

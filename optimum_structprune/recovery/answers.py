@@ -19,9 +19,10 @@ from ..arch.inference import evaluating
 from ..arch.meta import positions_of
 from ..errors import StructPruneError, warn
 from ..forward.generation import sampled_continuations
+from ..measure.batches import Sample
 from ..system.fingerprint import TextCache
 from ..system.stages import progress
-from .samples import Sample, SamplePacker
+from .samples import SamplePacker
 
 
 # The maximum numbers of tokens in an answer. Each of them has an equal share of the samples. Short answers come first,

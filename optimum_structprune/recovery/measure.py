@@ -9,17 +9,17 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ..arch.meta import positions_of
 from ..margins import KINDS_DIFFER
 from ..measure import losses
+from ..measure.batches import Sample, SampleCollator
 from ..measure.losses import Losses
 from ..measure.predictions import Predictor
 from ..measure.text import Text
 from ..record.figures import ORIGINAL, PRUNED, RECOVERED, UNSEEN_TEXT, Figure, TextResult, perplexity_result, unseen_of
 from ..record.report import CurvePoint, RecoveryReport
-from .attach import IGNORED
 from .chunked_loss import device_kind
 from .placement import is_sharded
-from .samples import Sample
 from .teacher import Teacher
 
 
@@ -46,6 +46,11 @@ def measure_all(
         teacher.place(accelerator)
         alignment = teacher.alignment
 
+    # A sample that is too long for the model raises an error.
+    collator = SampleCollator(alignment, positions_of(model))
+    for samples in measured.values():
+        collator(samples)
+
     texts = {kind: _text_of(samples) for kind, samples in measured.items()}
     predictor = Predictor(model, whole=is_sharded(accelerator))
     tokens = BATCH_TOKENS[device_kind(accelerator.device)]
@@ -55,10 +60,8 @@ def measure_all(
 
 def _text_of(samples: Sequence[Sample]) -> Text:
     """Return training samples as text."""
-    rows = [torch.tensor(sample["input_ids"]) for sample in samples]
-    is_counted = [torch.tensor(sample["labels"]) != IGNORED for sample in samples]
-    positions = [torch.tensor(sample["position_ids"]) for sample in samples]
-    return Text(rows, is_counted=is_counted, positions=positions)
+    tensors = {name: [torch.tensor(sample[name]) for sample in samples] for name in samples[0]}
+    return Text(tensors["input_ids"], labels=tensors["labels"], positions=tensors["position_ids"])
 
 
 def validation_loss(measurements: Measurements, kinds: Sequence[str], value: str) -> float:

@@ -26,7 +26,10 @@ from ..domains.manifest import MANIFEST_NAME, Entry, Manifest, check_kinds, chec
 from ..domains.packing import check_reads_any_text
 from ..errors import StructPruneError, warn
 from ..forward.settings import own_settings
+from ..measure.batches import SampleCollator
 from ..measure.languages import cost_by_language
+from ..method.devices import default_device
+from ..record.cost import check_recovery_memory, recovery_cost
 from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME, RecoveryReport, Report
 from ..saving.save import RECORD_NAMES, save_checked
 from ..system.disk import used_paths
@@ -37,12 +40,10 @@ from .arguments import TrainingSize, training_arguments
 from .checks import check_recovery, trains_on_cpu
 from .learning_rate import NUM_TRIAL_SAMPLES, lower_learning_rate_
 from .measure import enter_curve, enter_measurements, measure_all, validation_loss
-from .memory import check_recovery_memory
 from .resume import TrainingInputs
-from .samples import SampleCollator
 from .teacher import Teacher, load_teacher
 from .text import sample_length, text_config
-from .training import NothingGainedWarning, StopAtNaN, recovery_trainer, train
+from .training import NothingGainedWarning, ShowProgress, StopAtNaN, recovery_trainer, train
 from .training_data import ANSWERS, VALIDATION, RecoveryData
 
 
@@ -130,6 +131,8 @@ class Recovery:
 
         earlier = self._seen_by(model)
         with ExitStack() as stack:
+            # The Trainer moves the model to its own device.
+            stack.callback(_return_to, model.device, model)
             scratch = ""
             if "output_dir" not in config.training:
                 scratch = stack.enter_context(tempfile.TemporaryDirectory())
@@ -187,7 +190,8 @@ class Recovery:
         dense = model
         if isinstance(teacher, PreTrainedModel):
             dense = teacher
-        check_recovery_memory(self.config, dense, model, loaded=True)
+        cost = recovery_cost(self.config, dense, model, sample_length(self.config, model))
+        check_recovery_memory(cost, default_device(), loaded=True)
 
     def _seen_by(self, model: PreTrainedModel) -> Manifest | None:
         """Return the text that the model has seen, from memory or from the folder of the pruned model."""
@@ -204,7 +208,8 @@ class Recovery:
 
         codes = [code for code, language in report.languages.items() if language.cost.ratio is not None]
         with stage("languages", {}):
-            costs = cost_by_language(model, tokenizer, codes)
+            wanted_codes = [code for code in codes if report.languages[code].wanted]
+            costs = cost_by_language(model, tokenizer, codes, wanted_codes)
         for code in codes:
             language = report.languages[code]
             language.cost = replace(language.cost, pruned=costs.get(code))
@@ -231,14 +236,20 @@ class Recovery:
         if config.train == "lora":
             adapter = lora_config(config, model, alignment is not None)
 
+        seq_length = data.stream.text.config.seq_length
+
+        def tokens_after(steps: int) -> int:
+            return _samples_read(steps, config.tokens // seq_length, arguments) * seq_length
+
         stopper = StopAtNaN()
-        callbacks = self.callbacks + [inputs, stopper]
+        callbacks = self.callbacks + [inputs, stopper, ShowProgress(value, tokens_after)]
         set_seed(seed)  # for the values of the adapter
         # peft puts a hook on the embedding of a model with activation checkpointing.
         own_hooks = without_new_forward_hooks(model.get_input_embeddings())
         with own_hooks, trainable(model, adapter) as (trained, take_back):
             trainer = recovery_trainer(trained, arguments, data, collator, teacher, callbacks)
-            pruned = measure_all(trained, data.measured, teacher, trainer.accelerator)
+            with stage("perplexity", {}):
+                pruned = measure_all(trained, data.measured, teacher, trainer.accelerator)
 
             # Trial steps store all activations, which do not fit if the training needs activation checkpointing.
             if "learning_rate" not in config.training and not arguments.gradient_checkpointing:
@@ -246,7 +257,8 @@ class Recovery:
                 lower_learning_rate_(trainer, batches, take_back)
             seconds = train(trainer, checkpoint)
 
-            recovered = measure_all(trained, data.measured, teacher, trainer.accelerator)
+            with stage("perplexity", {}):
+                recovered = measure_all(trained, data.measured, teacher, trainer.accelerator)
             kinds = [kind for kind, samples in data.measured.items() if samples and samples[0] in data.validation]
             is_better = validation_loss(recovered, kinds, value) < validation_loss(pruned, kinds, value)
             if not is_better:  # also if a loss is NaN
@@ -260,9 +272,8 @@ class Recovery:
         kept_step = 0
         if is_better:
             kept_step = trainer.state.best_global_step or steps
-        seq_length = data.stream.text.config.seq_length
         report = RecoveryReport(
-            tokens=_samples_read(steps, config.tokens // seq_length, arguments) * seq_length,
+            tokens=tokens_after(steps),
             steps=steps,
             seconds=seconds,
             kept_step=kept_step,
@@ -329,6 +340,12 @@ class Recovery:
             write_card(folder, save_directory, model, self.pruning.arch_file)
 
         save_checked(model, save_directory, tokenizer, overwrite, write, used_paths(self.config, self.pruning))
+
+
+def _return_to(device: torch.device, model: PreTrainedModel) -> None:
+    """Move a model back to its device."""
+    if model.device != device:
+        model.to(device)  # type: ignore[arg-type]
 
 
 def _samples_read(steps: int, num_samples: int, arguments: TrainingArguments) -> int:

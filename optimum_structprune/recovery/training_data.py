@@ -12,12 +12,13 @@ from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.manifest import Entry, Manifest
 from ..forward.generation import end_tokens
+from ..measure.batches import Sample
 from ..record.figures import UNSEEN_TEXT
 from ..sources.unseen import UnseenText, unseen_text
 from ..system.fingerprint import fingerprint
 from .answers import ANSWER_TOKENS, TEMPERATURE, Answers, answer_file, prompts_per_batch, write_answers, writer_of
 from .prompts import MAX_PROMPT_TOKENS, prompts_of
-from .samples import Sample, SamplePacker, text_sample
+from .samples import SamplePacker, text_sample
 from .teacher import Teacher
 from .text import (
     MAX_VALIDATION_TOKENS,

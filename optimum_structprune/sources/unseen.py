@@ -79,6 +79,9 @@ def unseen_text(
     calibration_tokens = sum(domain.samples.numel() for domain in domains)
     length = min(DOCUMENT_TOKENS, config.seq_length)
     num_tokens = min(MAX_UNSEEN_TOKENS, calibration_tokens // CALIBRATION_PER_TOKEN)
+    if config.removes_only_tokens:
+        # Measuring would take most of the run.
+        num_tokens //= 2
     count = max(num_tokens // (length - 1), MIN_DOCUMENTS)
 
     sources = _sources(config, model, tokenizer, calibration_tokens, length, count)

@@ -6,7 +6,8 @@ from helpers import with_tokens
 from models import build, config, described, random_model, real_text_model, tokenizer
 
 from optimum_structprune import DomainConfig, StructPruner, evaluate
-from optimum_structprune.measure.gaps import MAX_WORD_TOKENS, NOT_PREDICTED, Gaps, fills_gaps
+from optimum_structprune.measure.batches import IGNORED
+from optimum_structprune.measure.gaps import MAX_WORD_TOKENS, Gaps, fills_gaps
 
 
 KINDS = [DomainConfig(name=kind, source=f"builtin:{kind}") for kind in ("math", "prose")]
@@ -67,7 +68,7 @@ def test_the_same_characters_are_missing_for_each_tokenizer(case):
     gaps = Gaps(TEXTS, model, reader)
 
     def missing_texts(tokenizer):
-        labels = [row_labels[row_labels != NOT_PREDICTED] for _, row_labels in gaps.rows(model, tokenizer)]
+        labels = [row_labels[row_labels != IGNORED] for _, row_labels in gaps.rows(model, tokenizer)]
         return [tokenizer.decode(row_labels) for row_labels in labels]
 
     missing = missing_texts(reader)

@@ -79,9 +79,9 @@ def test_rows_are_in_their_order_whatever_their_lengths_and_batches():
 def test_only_counted_tokens_have_values():
     model = build("llama-tied")
     (row,) = token_ids(1, 12)
-    is_counted = torch.arange(12) >= 8
+    labels = row.masked_fill(torch.arange(12) < 8, -100)
     (all_losses,) = measure(model, Text([row])).loss
-    (losses,) = measure(model, Text([row], is_counted=[is_counted])).loss
+    (losses,) = measure(model, Text([row], labels=[labels])).loss
 
     torch.testing.assert_close(losses, all_losses[7:])
 
@@ -90,8 +90,8 @@ def test_documents_with_positions_do_not_see_each_other():
     model = build("llama-tied")
     first, second = token_ids(2, 6)
     positions = torch.arange(6).repeat(2)
-    is_counted = positions > 0
-    packed = Text([torch.cat([first, second])], is_counted=[is_counted], positions=[positions])
+    row = torch.cat([first, second])
+    packed = Text([row], labels=[row.masked_fill(positions == 0, -100)], positions=[positions])
     (losses,) = measure(model, packed).loss
 
     expected = torch.cat(measure(model, Text([first, second])).loss)

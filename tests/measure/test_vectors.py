@@ -93,7 +93,7 @@ def test_figures_compare_the_original_and_the_pruned_model():
     for measures_languages, num_languages in ((True, 30), (False, 0)):
         embeddings = Embeddings(model, texts, reader, measures_languages)
         by_domain, _ = embeddings.figures(model)
-        assert by_domain["greetings"]["cosine"] == pytest.approx(1)
+        assert by_domain["greetings"].cosine.pruned == pytest.approx(1)
 
         embeddings.set_tokenizer(pruner.tokenizer, small)
         by_domain, by_language = embeddings.figures(small)

@@ -22,12 +22,12 @@ from optimum_structprune.config.recovery import LEARNING_RATES
 from optimum_structprune.domains.load import texts_of
 from optimum_structprune.domains.manifest import JUDGED, TRAINED, Manifest
 from optimum_structprune.errors import StructPruneError
+from optimum_structprune.measure.languages import cost_by_language
 from optimum_structprune.record.report import REPORT_NAME, Report
 from optimum_structprune.recovery.adapter import adapted, lora_config
 from optimum_structprune.recovery.text import TextStream, text_config, validation_text
 from optimum_structprune.recovery.training import NothingGainedWarning
 from optimum_structprune.system.fingerprint import computing
-from optimum_structprune.vocabulary.languages import cost_by_language
 
 
 FULL = {"train": "full", "lora": {}}
@@ -138,6 +138,50 @@ class Spoiler(TrainerCallback):
 
 
 @pytest.mark.slow
+class Recorder(TrainerCallback):
+    """Collects the logs of a Trainer, as the integrations of `report_to` do."""
+
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_training_shows_its_steps_tokens_and_divergence(pruned, terminal, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    monkeypatch.setattr("optimum_structprune.system.stages.MAX_SILENT_SECONDS", 0)
+    recorder = Recorder()
+    training = {"logging_steps": 1, "eval_steps": 4, "save_steps": 4, "disable_tqdm": None}
+    recovery = Recovery(recovery_config(training=training), callbacks=[recorder])
+    recovery.recover_model(deepcopy(pruned), tokenizer(), build("llama-tied"))
+
+    printed = capsys.readouterr()
+    lines = re.split(r"[\r\n]+", printed.err)
+    assert printed.out == ""
+    assert "{" not in printed.err
+    assert "train_runtime" not in printed.err
+
+    losses = [logs["kl"] for logs in recorder.logs if "kl" in logs]
+    assert len(losses) == 10
+    training_lines = [line for line in lines if line.startswith("Training:")]
+    pattern = r"\d of 10 steps, (\d+) tokens, KL ([\d.]+), about"
+    if terminal:
+        pattern = r"\d/10 .*?(\d+) tokens, KL ([\d.]+)"
+    shown = re.findall(pattern, "\n".join(training_lines))
+    assert shown
+    for tokens, loss in shown:
+        # A step has two samples of 24 tokens. Its loss is logged after it was counted.
+        number = int(tokens) // 48 - 1
+        assert float(loss) == pytest.approx(sum(losses[:number]) / number, abs=1e-4)
+
+    evaluations = [line for line in lines if re.fullmatch(r"Step \d+ of 10: validation KL [\d.]+", line)]
+    assert len(evaluations) == 3
+    assert any(line.startswith("Evaluating the checkpoint:") for line in lines)
+    assert any("train_runtime" in logs for logs in recorder.logs), "callbacks get every log"
+
+
 def test_a_nan_loss_stops_the_training_and_restores_the_best_checkpoint(pruned):
     spoiler = Spoiler(step=5)
     recovery = Recovery(recovery_config(training={"save_steps": 2}, **FULL), callbacks=[spoiler])

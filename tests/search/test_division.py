@@ -6,7 +6,7 @@ from models import GROUPED, fewer_tokens, random_model, real_text_model
 from transformers import AutoModelForCausalLM
 
 from optimum_structprune import StructPruner
-from optimum_structprune.steps import division
+from optimum_structprune.search import division
 
 
 READER = real_text_model()[1]
@@ -35,7 +35,7 @@ def test_the_division_with_the_least_loss_is_chosen_and_meets_the_budget(monkeyp
         token_loss = 7 * float(self.ranking.removed_shares[number])
         budget = self.request.budget.budget
         excess = max(budget.cost({"vocab": number}) - budget.limit, 0) / budget.dense
-        result = division.Trial(number, token_loss, token_loss + price_of_layers * excess)
+        result = division.DivisionTrial(number, token_loss, token_loss + price_of_layers * excess)
         trials.append(result)
         return result
 
