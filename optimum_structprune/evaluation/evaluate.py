@@ -26,6 +26,7 @@ from ..record.figures import ORIGINAL, PRUNED, AnswersResult, Figure, TextResult
 from ..record.report import Evaluation
 from ..system.fingerprint import vocabulary_hash
 from ..system.placement import check_devices
+from ..system.stages import stage
 from ..vocabulary.token_alignment import TokenAlignment
 from .answers import MIN_BATCH, Question, answer_divergence, answers_result, ask, read_questions
 from .heldout import Heldout, read_heldout, read_pairs
@@ -116,7 +117,8 @@ def evaluate(
 
     tokens = None if batch_size is None else batch_size * seq_length
     for name, by_model in texts_by_model.items():
-        evaluation.domains[name] = _domain_result(models, by_model, parts, tokens)
+        with stage(f"measuring {name}", {}):
+            evaluation.domains[name] = _domain_result(models, by_model, parts, tokens)
     if not is_causal:
         _compare_vectors(evaluation, models, tokenizers, texts, translations, tokens_differ)
     if questions:

@@ -136,7 +136,7 @@ class Predictor:
         with replaced_forward(self.head, keep_hidden):
             output = self.run(inputs)
         if self._is_plain is None:
-            self._is_plain = len(hidden) == 1 and _is_same(output, hidden[0][..., :1])
+            self._is_plain = len(hidden) == 1 and is_same(output, hidden[0][..., :1])
             if not self._is_plain:
                 return _at(self.run(inputs), positions)
         return _at(hidden[0], positions, self.head)
@@ -148,11 +148,11 @@ def _at(values: Tensor, positions: Tensor, head: nn.Module | None = None) -> Pre
     return Predictions(values[positions.to(values.device)], head)
 
 
-def _is_same(output: Any, expected: Tensor) -> bool:
-    """Return whether the output of a model is the output of its head."""
+def is_same(output: Any, expected: Tensor) -> bool:
+    """Return whether the output of a model is what its head returned."""
     if not isinstance(output, Tensor) or output.shape != expected.shape:
         return False
-    return bool(torch.equal(output.float(), expected.to(output.device).float()))
+    return torch.equal(output.detach().float(), expected.detach().to(output.device).float())
 
 
 def bare_model(model: Any) -> Any:

@@ -9,8 +9,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..errors import StructPruneError
 from ..measure.batches import IGNORED, PADDING, AlignedTargets, Sample, aligned_sample, pad_samples
 from ..vocabulary.token_alignment import TokenAlignment
+
+
+def check_batch(batch: Any) -> None:
+    """Raise `StructPruneError` if a batch lacks the inputs that a loss of next tokens needs."""
+    for name in ("input_ids", "labels"):
+        if not isinstance(batch, Mapping) or batch.get(name) is None:
+            raise StructPruneError(
+                f"The batches of the Trainer have no `{name}`, which `attach_teacher` needs. Pass a `data_collator` "
+                "that returns both, such as `DataCollatorForLanguageModeling(tokenizer, mlm=False)`."
+            )
 
 
 class AlignedCollator:
@@ -58,9 +69,11 @@ class AlignedCollator:
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return the batch of the collator, with the inputs of `AlignedTargets`."""
-        batch: dict[str, Any] = dict(self.collator(features))
+        batch: Any = self.collator(features)
+        check_batch(batch)
+        batch = dict(batch)
         ids = batch["input_ids"]
-        labels = batch.get("labels", ids)
+        labels = batch["labels"]
         positions = batch.get("position_ids")
         mask = batch.get("attention_mask")
         if mask is None or mask.shape != ids.shape:  # a mask of packed documents has more dimensions

@@ -11,6 +11,8 @@ from contextvars import ContextVar
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from ..errors import capitalized
+
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,7 +63,7 @@ def stage(name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
     if times is None:
         times = {}
 
-    announcement = ANNOUNCEMENTS.get(name, name.capitalize())
+    announcement = ANNOUNCEMENTS.get(name, capitalized(name))
     if name not in times or announcement != _last_announcement[0]:
         _last_announcement[0] = announcement
         say(f"{announcement} …")

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Trainer
 
 from optimum_structprune import Recovery, StructPruner
 from optimum_structprune.commands.cli import main
-from optimum_structprune.vocabulary.languages import cost_by_language
+from optimum_structprune.measure.languages import cost_by_language
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,9 @@ from itertools import chain, islice
 
 import pytest
 import torch
-from helpers import aligned_divergence
+from helpers import aligned_divergence, on_one_rank, on_two_ranks, save_with_tokenizer
 from models import config, real_text_model
+from recovery.test_attach import printed_divergences
 from transformers import Trainer, TrainingArguments
 
 from optimum_structprune import StructPruner, attach_teacher
@@ -178,3 +179,36 @@ def test_a_trimmed_student_learns_from_its_teacher(trimmed, tmp_path):
     original_divergence = trainer.evaluate()["eval_kl"]
     trainer.train()
     assert trainer.evaluate()["eval_kl"] < original_divergence
+
+
+EVALUATION = """
+import sys
+import torch
+
+torch.set_num_threads(1)
+dense, student, folder = sys.argv[1:]
+
+from recovery.test_aligned_batches import make_features, trainer_for
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from optimum_structprune import attach_teacher
+
+tokenizer = AutoTokenizer.from_pretrained(student)
+model = AutoModelForCausalLM.from_pretrained(student)
+trainer = trainer_for(model, tokenizer, make_features(tokenizer, 11), folder, per_device_eval_batch_size=2)
+attach_teacher(trainer, dense)
+metrics = trainer.evaluate()
+print(f"kl={metrics['eval_kl']}")
+"""
+
+
+@pytest.mark.slow
+def test_samples_that_fill_the_last_batch_are_not_counted(trimmed, tmp_path):
+    """Two processes with batches of two evaluate eleven samples, and repeat one."""
+    dense, reader, student, tokenizer = trimmed
+    save_with_tokenizer(dense, tmp_path / "dense", reader)
+    save_with_tokenizer(student, tmp_path / "student", tokenizer)
+
+    arguments = [tmp_path / "dense", tmp_path / "student", tmp_path]
+    (expected,) = printed_divergences(on_one_rank(EVALUATION, tmp_path, *arguments))
+    results = printed_divergences(on_two_ranks(EVALUATION, tmp_path, *arguments).stdout)
+    assert results == pytest.approx([expected, expected], rel=2e-6)

@@ -69,10 +69,10 @@ def test_a_stage_is_announced_again_after_another_stage(monkeypatch):
     lines = []
     monkeypatch.setattr(stages, "say", lines.append)
     seconds = {}
-    for name in ("perplexity", "perplexity", "vocabulary", "perplexity"):
+    for name in ("perplexity", "perplexity", "vocabulary", "perplexity", "measuring C4"):
         with stages.stage(name, seconds):
             pass
-    assert lines == ["Measuring the model …", "Choosing tokens …", "Measuring the model …"]
+    assert lines == ["Measuring the model …", "Choosing tokens …", "Measuring the model …", "Measuring C4 …"]
 
 
 def test_lines_are_written_above_an_active_bar(run_stage):
