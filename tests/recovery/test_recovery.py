@@ -318,7 +318,7 @@ def test_the_languages_of_a_recovered_model_are_measured_again(tmp_path):
     after = Report.load(tmp_path / "out" / REPORT_NAME).languages["en"].cost
     assert after.original == before.original
     assert after.pruned != before.pruned
-    assert after.pruned == pytest.approx(cost_by_language(recovered, words, ["en"])["en"])
+    assert after.pruned == pytest.approx(cost_by_language(recovered, words, ["en"], ["en"])["en"])
 
 
 @pytest.mark.parametrize(("answer_share", "text_samples"), [(0.0, 20), (0.5, 10), (1.0, 0)])
