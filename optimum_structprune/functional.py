@@ -20,8 +20,8 @@ from .domains.manifest import EARLIER, Entry, Manifest
 from .errors import StructPruneError, warn
 from .forward.metrics import UNSEEN
 from .pruner import PruneResult, StructPruner
+from .pruning.cost import check_memory
 from .pruning.request import PruningRequest, check_arguments, check_config_kind, resolve_request
-from .record.cost import check_memory
 from .record.report import Report
 from .search.loss_budget import expected_loss, largest_cut, losses_in
 from .steps.division import copy_with_shared_weights

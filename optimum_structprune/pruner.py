@@ -17,9 +17,9 @@ from .domains.manifest import Manifest, remember_text
 from .domains.packing import Domain
 from .errors import StructPruneError, warn
 from .forward.metrics import own_settings
+from .pruning.cost import check_memory
 from .pruning.measure import Comparison
 from .pruning.request import check_arguments, check_config_kind, resolve_request
-from .record.cost import check_memory
 from .record.plan import Plan
 from .record.report import PruneRecords, Report
 from .record.summary import request_line

@@ -16,8 +16,9 @@ from optimum_structprune.arch.meta import meta_model
 from optimum_structprune.forward.metrics import compare, expected_shares, perplexity, samples_per_pass, tokens_at_once
 from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.method.devices import rows_at_once
+from optimum_structprune.pruning.cost import UNCOUNTED_BYTES, pruning_cost
 from optimum_structprune.pruning.request import PruningRequest
-from optimum_structprune.record.cost import REFUSED_SHARE, UNCOUNTED_BYTES, pruning_cost
+from optimum_structprune.record.cost import REFUSED_SHARE
 from optimum_structprune.vocabulary.token_alignment import TokenAlignment, divergence_from_dense
 
 
