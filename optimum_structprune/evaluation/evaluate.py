@@ -357,8 +357,8 @@ def check_evaluation(
     sizes = [model.config.get_text_config().vocab_size for model in models]
     if len(set(sizes)) > 1 and dense_tokenizer is None:
         raise StructPruneError(
-            f"The model has a vocabulary of {sizes[-1]}, and the dense model has one of {sizes[0]}. Pass the dense "
-            "model's tokenizer (`dense_tokenizer`)."
+            f"The model has a vocabulary of {sizes[-1]}, and the original model has one of {sizes[0]}. Pass the "
+            "original model's tokenizer (`dense_tokenizer`)."
         )
 
 
@@ -379,5 +379,5 @@ def _check_encoders(encoders: Sequence[PreTrainedModel], answers: str | Path | N
     if len(encoders) < 2 or answers is not None:
         raise StructPruneError(
             f"{type(encoders[0]).__name__} does not predict the next token. Only its vectors of text can be compared: "
-            "pass domains or pairs, and a dense model of the same kind (--against)."
+            "pass domains or pairs, and an original model of the same kind (--against)."
         )

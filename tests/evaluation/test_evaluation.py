@@ -368,7 +368,7 @@ def test_invalid_arguments_are_refused(encoders):
         (llama, {"domains": [text, text]}, "Two domains are named 'a'"),
         (llama, {"seq_length": 65}, "seq_length=65 is longer than the model's 64 positions"),
         (llama, {"num_samples": 0}, "`num_samples` must be at least 1, got 0"),
-        (llama, {"dense": wide_llama}, "vocabulary of 96, and the dense model has one of 100. Pass the dense"),
+        (llama, {"dense": wide_llama}, "vocabulary of 96, and the original model has one of 100. Pass the original"),
         (narrow_llama, {}, "token id 95, vocabulary 9"),
     ):
         with pytest.raises(StructPruneError, match=message):
@@ -382,7 +382,7 @@ def test_invalid_comparisons_of_encoders_are_refused(encoders):
     defaults = {"domains": [DomainConfig("a", str(encoders / "a.jsonl"))], "seq_length": 48}
 
     for model, options, message in (
-        (bert, {}, "BertForMaskedLM does not predict the next token. .* and a dense model of the same kind"),
+        (bert, {}, "BertForMaskedLM does not predict the next token. .* and an original model of the same kind"),
         (bert, {"dense": llama}, "BertForMaskedLM does not predict"),
         (llama, {"dense": bert}, "BertForMaskedLM does not predict"),
         (bert, {"dense": bert, "answers": "builtin"}, "Only its vectors of text can be compared"),
