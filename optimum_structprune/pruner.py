@@ -19,8 +19,8 @@ from .domains.packing import Domain
 from .errors import StructPruneError, warn
 from .forward.settings import own_settings
 from .pruning.comparison import Comparison
+from .pruning.cost import check_memory
 from .pruning.request import PruningRequest, check_arguments, check_config_kind, resolve_request
-from .record.cost import check_memory
 from .record.plan import Plan
 from .record.report import PruneRecords, Report
 from .record.view import View

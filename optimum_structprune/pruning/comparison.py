@@ -19,6 +19,7 @@ from ..measure.text import Text
 from ..record.figures import (
     ORIGINAL,
     PRUNED,
+    UNSEEN_TEXT,
     Figure,
     Measurements,
     language_costs,
@@ -31,9 +32,6 @@ from ..steps.base import RunState
 
 if TYPE_CHECKING:
     from ..measure.vectors import Embeddings
-
-# The name of unseen text among the domains. Names of domains are not empty.
-UNSEEN_TEXT = ""
 
 
 class Comparison:
@@ -78,10 +76,10 @@ class Comparison:
 
         # Inputs that a program gave have no origin.
         if run.dense_tokenizer is not None and domains[0].origin is not None:
-            from ..sources.other import other_text
+            from ..sources.unseen import unseen_text
 
-            with run.report.timed("other text"):
-                unseen = other_text(run.config, run.model, run.dense_tokenizer, domains, run.earlier)
+            with run.report.timed("unseen text"):
+                unseen = unseen_text(run.config, run.model, run.dense_tokenizer, domains, run.earlier)
             self.unseen_source = unseen.source
             run.entries += unseen.entries
             if unseen.rows:
@@ -139,7 +137,7 @@ class Comparison:
 
         unseen.source = self.unseen_source
         if isinstance(measure, DomainLosses) and run.report.trimmed is not None:
-            from ..sources.other import respelled
+            from ..sources.unseen import respelled
 
             assert run.dense_tokenizer is not None
             assert run.tokenizer is not None

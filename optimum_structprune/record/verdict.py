@@ -10,7 +10,16 @@ from statistics import fmean, geometric_mean
 
 from ..config.pruning import LANGUAGES
 from .answers import is_compared
-from .figures import AnswersResult, LanguageResult, Measurements, TextResult, known_languages, mean_ratio, ratios_of
+from .figures import (
+    BUILT_IN,
+    AnswersResult,
+    LanguageResult,
+    Measurements,
+    TextResult,
+    known_languages,
+    mean_ratio,
+    ratios_of,
+)
 from .report import Report
 from .table import ratio_text, times
 
@@ -126,7 +135,7 @@ def judge(report: Report, answers: AnswersResult | None = None) -> Verdict | Non
         levels = list(LIMITS)
         violations_of = _loss_violations
         # Nothing justifies the best level without answers, or with simple text alone.
-        is_simple_text = table.unseen is not None and table.unseen.source == "built-in"
+        is_simple_text = table.unseen is not None and table.unseen.source == BUILT_IN
         can_be_ready = has_answers and not is_simple_text
     else:
         return None

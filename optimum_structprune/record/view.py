@@ -13,6 +13,8 @@ from ..errors import capitalized
 from ..margins import MANY_DOCUMENTS
 from .answers import answers_line, answers_warning
 from .figures import (
+    BUILT_IN,
+    MODEL_WRITTEN,
     ORIGINAL,
     PRUNED,
     RECOVERED,
@@ -294,7 +296,7 @@ class View:
 
         if self.table.unseen is None:
             yield "Unseen text was not measured, because none was available."
-        elif self.table.unseen.source == "built-in":
+        elif self.table.unseen.source == BUILT_IN:
             yield SIMPLE_TEXT
 
         if self.report.trimmed is not None:
@@ -413,7 +415,7 @@ def _mean_of_ratios(figures: Mapping[str, Figure]) -> Figure:
 
 def unseen_label(unseen: UnseenResult) -> str:
     """Return the name of unseen text with its origin."""
-    if unseen.source == "model-written":
+    if unseen.source == MODEL_WRITTEN:
         return "unseen text (sampled from the original model)"
     if unseen.source:
         return f"unseen text ({unseen.source})"
