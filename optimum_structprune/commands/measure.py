@@ -110,15 +110,13 @@ def _check_page(args: Namespace) -> None:
     check_folder(folder)
 
 
-def _with_page(args: Namespace, lines: list[str], values: Mapping[str, object]) -> Result:
+def _with_page(args: Namespace, lines: list[str], values: dict[str, Any]) -> Result:
     """Write the page, and return the result with its path."""
     page = write_report(args.models[0], original=args.against or "")
 
-    all_lines = list(lines)
-    all_lines.append(f"Report: {page}")
-    all_values = dict(values)
-    all_values["report"] = str(page)
-    return Result("\n".join(all_lines), all_values)
+    lines.append(f"Report: {page}")
+    values["report"] = str(page)
+    return Result("\n".join(lines), values)
 
 
 def _check_quality(args: Namespace, loading: Loading, paths: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:

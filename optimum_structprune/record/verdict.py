@@ -16,9 +16,9 @@ from .figures import (
     LanguageResult,
     Measurements,
     TextResult,
-    known_languages,
     mean_ratio,
     ratios_of,
+    worse_languages,
 )
 from .report import Report
 from .table import ratio_text, times
@@ -171,7 +171,7 @@ def _loss_violations(table: Measurements, level: Level) -> list[str]:
     if len(ratios) > 1 and (worst.ratio or 0.0) > limits.worst:
         violations.append(f"{ratio_text(worst)} on {worst_domain}")
 
-    unseen = None if table.unseen is None else table.unseen.perplexity
+    unseen = table.unseen_perplexity
     if unseen is None:
         if mean > limits.unseen:
             violations.append("unseen text was not measured")
@@ -233,11 +233,7 @@ def _languages(report: Report) -> tuple[list[str], list[str]]:
         ratios = [figure.ratio for figure in figures if figure is not None]
         limit = max([limit, *(ratio for ratio in ratios if ratio is not None)])
 
-    worse = []
-    for code, result in known_languages(languages).items():
-        if code in judged and result.is_worse(limit):
-            worse.append(LANGUAGES[code])
-
+    worse = [LANGUAGES[code] for code in worse_languages(languages, limit) if code in judged]
     unsupported = [LANGUAGES[code] for code in requested if languages[code].known is False]
     return worse, unsupported
 

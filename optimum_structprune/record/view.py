@@ -28,9 +28,10 @@ from .figures import (
     mean_ratio,
     ratios_of,
     technical_ratio,
+    worse_languages,
 )
 from .report import PRINTERS, LossSearch, RecoveryReport, Report
-from .table import UNKNOWN, aligned, byte_size, change_row, number, percent_change, ratio_text, times, with_margin
+from .table import UNKNOWN, aligned, byte_size, change_row, number, percent_change, ratio_text, times, value_text
 from .verdict import LANGUAGE_LIMIT, Level, judge
 
 
@@ -172,11 +173,11 @@ class View:
             return self._vector_table()
 
         figures = ratios_of(self.table.domains)
-        unseen = self.table.unseen
+        unseen_perplexity = self.table.unseen_perplexity
         models = [PRUNED]
         measured = list(figures.values())
-        if unseen is not None and unseen.perplexity is not None:
-            measured.append(unseen.perplexity)
+        if unseen_perplexity is not None:
+            measured.append(unseen_perplexity)
         if any(figure.recovered is not None for figure in measured):
             models.append(RECOVERED)
 
@@ -191,8 +192,9 @@ class View:
 
         if len(figures) > 1:
             rows.append(_ratio_row("mean over the calibration domains", _mean_of_ratios(figures), models))
-        if unseen is not None and unseen.perplexity is not None:
-            rows.append(_ratio_row(unseen_label(unseen), unseen.perplexity, models, unseen.documents))
+        unseen = self.table.unseen
+        if unseen is not None and unseen_perplexity is not None:
+            rows.append(_ratio_row(unseen_label(unseen), unseen_perplexity, models, unseen.documents))
         if RECOVERED in models:
             rows += self._divergence_row()
 
@@ -219,7 +221,7 @@ class View:
         for name, domain in self.table.domains.items():
             if domain.texts is None:
                 continue
-            row = [name, _value(domain.cosine), _value(domain.neighbours)]
+            row = [name, value_text(domain.cosine), value_text(domain.neighbours)]
             if self.table.has_perplexity:
                 row.append(ratio_text(domain.perplexity or Figure()))
             rows.append(row)
@@ -422,13 +424,6 @@ def unseen_label(unseen: UnseenResult) -> str:
     return "unseen text"
 
 
-def _value(figure: Figure | None) -> str:
-    """Return the last value of a figure with its interval."""
-    if figure is None or figure.last is None:
-        return UNKNOWN
-    return with_margin(figure.last, figure.margin)
-
-
 def language_lines(languages: Mapping[str, LanguageResult]) -> list[str]:
     """Return the cost of the requested languages, and the languages that got worse."""
     measured = {code: result for code, result in languages.items() if result.cost.ratio is not None}
@@ -446,11 +441,7 @@ def language_lines(languages: Mapping[str, LanguageResult]) -> list[str]:
         lines.append(f"Wanted languages ({unit}): {', '.join(requested)}")
 
     known = known_languages(measured)
-    worse = []
-    for code, result in known.items():
-        if result.is_worse(LANGUAGE_LIMIT):
-            worse.append(_worse_language(code, result))
-
+    worse = [_worse_language(code, result) for code, result in worse_languages(measured, LANGUAGE_LIMIT).items()]
     line = f"Languages checked: {len(known)}; {len(worse) or 'none'} got worse by more than {LANGUAGE_LIMIT - 1:.0%}"
     if any(result.cosine is not None for result in known.values()):
         line += " (cosine or tokens)"
@@ -475,7 +466,7 @@ def _language(code: str, result: LanguageResult) -> str:
     if result.known is False:
         text += " (not supported by the original model)"
     if result.cosine is not None:
-        text += f" (cosine {_value(result.cosine)})"
+        text += f" (cosine {value_text(result.cosine)})"
     return text
 
 
