@@ -6,14 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain, islice
-from math import log, nan
+from math import inf, log, nan
 
 import torch
 from tokenizers.models import Unigram
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.meta import positions_of
 from ..config.domains import DomainConfig
 from ..errors import StructPruneError, one_line
 from .templates import chat_text
@@ -318,13 +317,11 @@ class Passages:
         tokenizer: The tokenizer of the ids.
 
     Attributes:
-        seq_length: The number of tokens in a sample.
         texts: The texts of the documents in each sample.
         bytes: The number of bytes of all texts.
     """
 
     def __init__(self, samples: Sequence[Tensor], tokenizer: PreTrainedTokenizerBase):
-        self.seq_length = len(samples[0])
         self.texts = [_document_texts(ids[1:].tolist(), tokenizer) for ids in samples]
         self.bytes = sum(len("".join(texts).encode()) for texts in self.texts)
 
@@ -338,8 +335,7 @@ class Passages:
         """Return the samples as ids of another tokenizer, each of shape `(tokens,)`.
 
         Raises:
-            StructPruneError: If the tokenizer has no token to begin a text or does not belong to the model, or if a
-                sample has more tokens than the model has positions.
+            StructPruneError: If the tokenizer has no token to begin a text or does not belong to the model.
         """
         prefix = prefix_token(tokenizer)
         if prefix is None:
@@ -349,8 +345,16 @@ class Passages:
 
         rows = [torch.tensor([prefix] + ids) for ids in self._joined_ids(tokenizer)]
         check_vocabulary(max(int(row.max()) for row in rows), model.config.get_text_config().vocab_size)
-        self._check_length(max(len(row) for row in rows), positions_of(model))
         return rows
+
+    def longest_row(self, tokenizer: PreTrainedTokenizerBase | None = None) -> int:
+        """Return the number of tokens of the longest row, with a tokenizer or with any tokenizer.
+
+        No tokenizer has more tokens than bytes, a mark at the beginning of each document, and an EOS token after it.
+        """
+        if tokenizer is not None:
+            return 1 + max(map(len, self._joined_ids(tokenizer)))
+        return 1 + max(sum(len(text.encode()) + 2 for text in texts) for texts in self.texts)
 
     def _joined_ids(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
         """Yield the ids of each sample, with an EOS token between two documents."""
@@ -369,13 +373,39 @@ class Passages:
                 ids += next(encoded)
             yield ids
 
-    def _check_length(self, longest: int, positions: float) -> None:
-        """Raise if the longest sample has more tokens than a model has positions."""
-        if longest > positions:
+
+def cut_to_positions(
+    samples: Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+    positions: float,
+    reader: PreTrainedTokenizerBase | None = None,
+) -> Tensor:
+    """Cut samples so that a model has enough positions for their text in the tokens of another tokenizer.
+
+    Args:
+        samples: The token ids, shape `(samples, seq_length)`.
+        tokenizer: The tokenizer of the ids.
+        positions: The number of positions of the model.
+        reader: The other tokenizer. None stands for any tokenizer.
+
+    Returns:
+        The samples, shape `(samples, at most seq_length)`.
+
+    Raises:
+        StructPruneError: If the model has too few positions for one token.
+    """
+    while positions < inf:
+        longest = Passages(list(samples), tokenizer).longest_row(reader)
+        if longest <= positions:
+            break
+
+        length = int(samples.shape[1] * positions // longest)
+        if length < 2:
             raise StructPruneError(
-                f"A sample with `seq_length={self.seq_length}` has {longest} tokens of the model's own tokenizer, and "
-                f"the model has {positions} positions. Use `seq_length={self.seq_length * positions // longest}`."
+                f"The model has {positions:.0f} positions, which are too few to read text with fewer kinds of tokens."
             )
+        samples = samples[:, :length]
+    return samples
 
 
 def _document_texts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:

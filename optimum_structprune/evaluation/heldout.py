@@ -5,18 +5,26 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.meta import positions_of
 from ..config.domains import DomainConfig
-from ..domains.packing import Passages, SampleFormat, check_vocabulary, document_numbers, tokenised
+from ..domains.packing import (
+    Passages,
+    SampleFormat,
+    check_vocabulary,
+    cut_to_positions,
+    document_numbers,
+    tokenised,
+)
 from ..domains.sources import documents, endless
 from ..domains.templates import read_lines
-from ..errors import StructPruneError
+from ..errors import StructPruneError, warn
 from ..forward.metrics import compare, evaluating, row_losses, sample_losses
 from ..record.figures import DENSE, PRUNED, DomainResult, Figure, perplexity_result
 from ..vocabulary.token_alignment import TokenAlignment, divergence_from_dense
@@ -74,6 +82,34 @@ def read_heldout(
 
     samples, names = sample_format.pack(texts, max_samples)
     return Heldout(domain, samples, names)
+
+
+def cut_texts(
+    texts: Sequence[Heldout],
+    models: Mapping[str, PreTrainedModel],
+    tokenizers: Mapping[str, PreTrainedTokenizerBase],
+) -> list[Heldout]:
+    """Cut the samples of all domains so that each model has enough positions for their text in its own tokens.
+
+    Args:
+        texts: The domains, with samples of equal length.
+        models: The models, by `pruned` and, where there is one, `dense`.
+        tokenizers: Their tokenizers. `dense`, which has cut the samples, is required.
+    """
+    original_length = texts[0].samples.shape[1]
+    length = original_length
+    for text in texts:
+        for name, model in models.items():
+            samples = text.samples[:, :length]
+            samples = cut_to_positions(samples, tokenizers[DENSE], positions_of(model), tokenizers[name])
+            length = samples.shape[1]
+
+    if length < original_length:
+        warn(
+            f"The samples are cut from {original_length} to {length} tokens, because a model has too few positions "
+            "for their text in its own tokens."
+        )
+    return [replace(text, samples=text.samples[:, :length]) for text in texts]
 
 
 def read_pairs(paths: Sequence[str | Path]) -> dict[str, list[str]]:

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.hooks import replaying
-from ..arch.meta import is_offloaded, reads_text
+from ..arch.meta import is_offloaded, positions_of, reads_text
 from ..arch.modules import layer_list
 from ..arch.spec import ArchSpec
-from ..domains.packing import Domain, Passages, document_numbers
+from ..domains.packing import Domain, Passages, cut_to_positions, document_numbers
 from ..errors import StructPruneError
 from ..forward import metrics
 from ..method.layers import Batch, InMemory
@@ -113,7 +113,7 @@ class Comparison:
         return None
 
     def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-        """Measure with another tokenizer from now on. Raise if its samples are too long for the model."""
+        """Measure with another tokenizer from now on."""
         if self.measure is not None:
             self.measure.set_tokenizer(tokenizer, model)
 
@@ -192,6 +192,9 @@ class Measure:
         if unseen:
             self.heldout[UNSEEN] = list(unseen)
             self.documents[UNSEEN] = torch.arange(len(unseen))
+        if vocabulary_changes and tokenizer is not None:
+            for name, rows in self.heldout.items():
+                self.heldout[name] = list(cut_to_positions(torch.stack(rows), tokenizer, positions_of(model)))
 
         # All rows of a domain have the same length. A model predicts all tokens of a row but the first.
         self.tokens_predicted = {name: rows[0][1:].numel() for name, rows in self.heldout.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import inf, isfinite
 from shlex import join
 from typing import TYPE_CHECKING
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 # A removed share that differs from the requested one by more than this part of it is a warning.
 MAX_DEVIATION = 0.1
 MAX_DOMAINS = 6
+# The text of a suggested evaluation, until the user names other text.
+UNSEEN_TEXT = ("--domain", "general=builtin:general", "--num-samples", "64")
 MAX_SCRIPTS = 6
 # The units of each kind of space.
 UNITS = {
@@ -544,20 +546,26 @@ def recovery_lines(recovery: RecoveryReport) -> list[str]:
     return lines
 
 
-def next_command(verdict: Verdict | None, model: str, output: str, is_recovered: bool = False) -> str:
-    """Return the command that a user should run next.
+def next_command(
+    verdict: Verdict | None, model: str, output: str, can_recover: bool, flags: Sequence[str] = ()
+) -> str:
+    """Return the command that a user should run next. It runs as it is.
 
     Args:
         verdict: The verdict on the result; None where no loss was measured.
-        model: The id or the folder of the original model.
+        model: The id or the folder of the original model; empty if it is unknown.
         output: The folder of the result.
-        is_recovered: Whether the result was already trained.
+        can_recover: Whether `recover` can train the result, and has not trained it.
+        flags: Flags that loading the models takes.
     """
-    if verdict is not None and verdict.level in (Level.OWN_DOMAINS, Level.RECOVER) and not is_recovered:
-        return join(["structprune", "recover", output, f"{output.rstrip('/')}-recovered", "--teacher", model])
+    if can_recover and verdict is not None and verdict.level in (Level.OWN_DOMAINS, Level.RECOVER):
+        words = ["structprune", "recover", output, f"{output.rstrip('/')}-recovered", "--teacher", model]
+        return join([*words, *flags])
 
-    words = join(["structprune", "evaluate", output, "--against", model])
-    return f"{words} --domain NAME=SOURCE"
+    words = ["structprune", "evaluate", output]
+    if model:
+        words += ["--against", model]
+    return join([*words, *UNSEEN_TEXT, *flags])
 
 
 def details(report: Report) -> Iterator[str]:

@@ -17,7 +17,7 @@ from ..arch.inference import last_states
 from ..arch.load import describe
 from ..arch.meta import positions_of, shrunk_skeleton
 from ..arch.spec import MODEL, VOCAB, Widths
-from ..domains.packing import Domain, Passages
+from ..domains.packing import Domain, Passages, cut_to_positions
 from ..forward.metrics import evaluating, row_losses
 from ..system.processes import broadcast_object
 from ..system.stages import say
@@ -205,6 +205,9 @@ class HeldOutText:
         self.causal = state.arch.causal
         tokens = MEASURED_TOKENS // len(state.data.domains)
         self.pieces = [_pieces(domain, tokens) for domain in state.data.domains]
+        if self.causal:
+            positions = positions_of(state.model)
+            self.pieces = [cut_to_positions(pieces, tokenizer, positions) for pieces in self.pieces]
         self.passages = [Passages(list(pieces), tokenizer) for pieces in self.pieces]
 
         self.dense_losses = torch.zeros(len(self.passages))
