@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.meta import reads_text
+from ..arch.meta import positions_of, reads_text
 from ..arch.spec import ArchSpec
 from ..domains.load import MEASURED_TOKENS
 from ..errors import StructPruneError
@@ -86,6 +86,8 @@ class Comparison:
                 texts[UNSEEN_TEXT] = Text(unseen.rows, tokenizer=run.dense_tokenizer)
 
         tokenizer = run.dense_tokenizer if vocabulary_changes else None
+        if tokenizer is not None:
+            texts = {name: text.cut(positions_of(run.model)) for name, text in texts.items()}
         return DomainLosses(run.model, texts, run.arch, tokenizer)
 
     def _encoder(self, measures_languages: bool) -> Embeddings:
@@ -114,7 +116,7 @@ class Comparison:
         return None
 
     def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-        """Measure with another tokenizer from now on. Raise if its samples are too long for the model."""
+        """Measure with another tokenizer from now on."""
         if self.measure is not None:
             self.measure.set_tokenizer(tokenizer, model)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -94,7 +95,7 @@ def recovery_cost(
     text = student.config.get_text_config()
     itemsize = student.dtype.itemsize
     parameters = student.num_parameters()
-    table = student.get_input_embeddings().weight
+    table: Any = student.get_input_embeddings().weight
     passes = 3
     trained = parameters
     if config.train == "lora":

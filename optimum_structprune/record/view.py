@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from math import inf, isfinite
 from shlex import join
@@ -38,6 +38,8 @@ from .verdict import LANGUAGE_LIMIT, Level, judge
 # Warn if the removed share misses the requested share by more than a tenth of it.
 MAX_TARGET_DEVIATION = 0.1
 MAX_DOMAINS = 6
+# The text of a suggested evaluation, until the user names other text.
+SUGGESTED_TEXT = ("--domain", "general=builtin:general", "--num-samples", "64")
 MAX_SCRIPTS = 6
 # The units of each kind of space.
 UNITS = {
@@ -326,17 +328,24 @@ class View:
             lines.append(recovery.stopped)
         return lines
 
-    def next_command(self, model: str, output: str) -> str:
-        """Return the command that a user should run next.
+    def next_command(self, model: str, output: str, can_recover: bool, flags: Sequence[str] = ()) -> str:
+        """Return the command that a user should run next. It runs as it is.
 
         Args:
-            model: The id or the folder of the original model.
+            model: The id or the folder of the original model; empty if it is unknown.
             output: The folder of the result.
+            can_recover: Whether `recover` can train the result, and has not trained it.
+            flags: Flags that loading the models takes.
         """
         needs_recovery = self.verdict is not None and self.verdict.level in (Level.OWN_DOMAINS, Level.RECOVER)
-        if needs_recovery and self.report.recovery is None:
-            return join(["structprune", "recover", output, f"{output.rstrip('/')}-recovered", "--teacher", model])
-        return f"{join(['structprune', 'evaluate', output, '--against', model])} --domain NAME=SOURCE"
+        if can_recover and needs_recovery:
+            words = ["structprune", "recover", output, f"{output.rstrip('/')}-recovered", "--teacher", model]
+            return join([*words, *flags])
+
+        words = ["structprune", "evaluate", output]
+        if model:
+            words += ["--against", model]
+        return join([*words, *SUGGESTED_TEXT, *flags])
 
 
 def report_lines(report: Report) -> list[str]:

@@ -186,13 +186,15 @@ def test_a_language_of_unknown_tokens_got_worse_although_it_has_fewer_tokens():
 
 
 @pytest.mark.parametrize(("ratio", "command"), [
-    (1.0, "structprune evaluate 'my out' --against m --domain NAME=SOURCE"),
-    (1.4, "structprune recover 'my out' 'my out-recovered' --teacher m"),
+    (1.0, "structprune evaluate 'my out' --against m --domain general=builtin:general --num-samples 64 --arch a"),
+    (1.4, "structprune recover 'my out' 'my out-recovered' --teacher m --arch a"),
 ])  # fmt: skip
 def test_the_next_command_follows_the_verdict(ratio, command):
     view = View(results.report([ratio], asked=results.answers()))
 
-    assert view.next_command("m", "my out") == command
+    assert view.next_command("m", "my out", can_recover=True, flags=["--arch", "a"]) == command
+    evaluation = view.next_command("", "out", can_recover=False)
+    assert evaluation == "structprune evaluate out --domain general=builtin:general --num-samples 64"
 
 
 def test_an_infinite_loss_is_stated_in_words():
