@@ -187,9 +187,10 @@ def _loss_violations(table: Measurements, level: Level) -> list[str]:
     if num_kept < limits.kept_answers * len(correct):
         violations.append(f"{num_kept} of {len(correct)} correct answers kept")
 
-    first, *_, last = answers.counts("loops")
-    if last - first > limits.new_loops * len(answers.questions):
-        violations.append(f"{last - first} more repetitive answers")
+    counts = answers.counts("loops")
+    new_loops = counts[-1] - counts[0]
+    if new_loops > limits.new_loops * len(answers.questions):
+        violations.append(f"{new_loops} more repetitive answers")
     return violations
 
 
@@ -230,8 +231,8 @@ def _languages(report: Report) -> tuple[list[str], list[str]]:
     limit = LANGUAGE_LIMIT
     if report.recovery is None:
         figures = [domain.bits_per_byte for domain in report.domains.values()]
-        ratios = [figure.ratio for figure in figures if figure is not None]
-        limit = max([limit, *(ratio for ratio in ratios if ratio is not None)])
+        ratios = [figure.ratio or 0.0 for figure in figures if figure is not None]
+        limit = max(limit, max(ratios, default=0.0))
 
     worse = [LANGUAGES[code] for code in worse_languages(languages, limit) if code in judged]
     unsupported = [LANGUAGES[code] for code in requested if languages[code].known is False]

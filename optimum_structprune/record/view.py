@@ -201,7 +201,7 @@ class View:
             rows += self._divergence_row()
 
         if rows:
-            rows.insert(0, ["Perplexity relative to the original", *models])
+            rows.insert(0, ["Perplexity relative to the original"] + models)
         return rows
 
     def _divergence_row(self) -> list[list[str]]:
@@ -211,7 +211,7 @@ class View:
         if mean.recovered is None:
             return []
         values = [f"{value:.3f}" for value in mean.values.values()]
-        return [["KL to the original, mean (nats per token)", *values]]
+        return [["KL to the original, mean (nats per token)"] + values]
 
     def _vector_table(self) -> list[list[str]]:
         """Return the similarity of an encoder's vectors to the original vectors, by domain."""
@@ -256,8 +256,9 @@ class View:
     def _interval_note(self) -> str:
         """Return the meaning of the intervals, and the lowest and the highest ratio of several domains."""
         note = INTERVAL
-        results = [*self.table.domains.values(), self.table.unseen]
-        documents = [0 if result is None else result.documents or 0 for result in results]
+        documents = [domain.documents or 0 for domain in self.table.domains.values()]
+        if self.table.unseen is not None:
+            documents.append(self.table.unseen.documents or 0)
         if any(0 < count < MANY_DOCUMENTS for count in documents):
             note += f"; {FEW_DOCUMENTS}"
         note += "."
@@ -314,7 +315,7 @@ class View:
         """Return the answers to test questions in one line, and a warning if many got worse."""
         if self.table.answers is None:
             return []
-        return [answers_line(self.table.answers), *answers_warning(self.table.answers)]
+        return [answers_line(self.table.answers)] + answers_warning(self.table.answers)
 
     @property
     def training(self) -> list[str]:
