@@ -8,8 +8,8 @@
 # model, also under FSDP2 or DeepSpeed ZeRO-3: CONFIG names a file for `accelerate launch`, see
 # docs/recovery_many_gpus.md.
 #
-# PROCESSES sets the number of processes, by default one per GPU. Further words for `accelerate launch`, such as the
-# address of another machine, go into ACCELERATE_FLAGS.
+# PROCESSES sets the number of processes on each machine, by default one per GPU. Further words for `accelerate launch`
+# go into ACCELERATE_FLAGS. Under Slurm, `srun --ntasks-per-node 1 bash examples/distributed.sh ...` uses all nodes.
 set -euo pipefail
 
 if [ $# -lt 2 ]; then
@@ -27,14 +27,25 @@ fi
 
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 processes=${PROCESSES:-$((gpus > 0 ? gpus : 1))}
-flags=(--num_processes "$processes")
+
+machines=1
+flags=()
+# srun starts the script once on each node.
+if [ "${SLURM_STEP_NUM_NODES:-1}" -gt 1 ]; then
+    machines=$SLURM_STEP_NUM_NODES
+    first_node=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)
+    flags+=(--machine_rank "$SLURM_NODEID" --main_process_ip "$first_node" --main_process_port "${PORT:-29500}")
+fi
+processes=$((processes * machines))
+flags+=(--num_machines "$machines" --num_processes "$processes")
+
 if [ "$gpus" -eq 0 ]; then
     export ACCELERATE_USE_CPU=true
 fi
 if [ -n "${CONFIG:-}" ]; then
     flags+=(--config_file "$CONFIG")
 else
-    flags+=(--num_machines 1 --mixed_precision no --dynamo_backend no)
+    flags+=(--mixed_precision no --dynamo_backend no)
     # The name of this flag stands for several processes, on CPUs too: `--cpu` would start only one.
     if [ "$processes" -gt 1 ]; then
         flags+=(--multi_gpu)

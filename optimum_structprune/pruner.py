@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -19,8 +19,8 @@ from .domains.packing import Domain
 from .errors import StructPruneError, warn
 from .forward.settings import own_settings
 from .pruning.comparison import Comparison
-from .pruning.request import check_arguments, check_config_kind, resolve_request
-from .record.cost import check_memory
+from .pruning.cost import check_memory
+from .pruning.request import PruningRequest, check_arguments, check_config_kind, resolve_request
 from .record.plan import Plan
 from .record.report import PruneRecords, Report
 from .record.view import View
@@ -162,6 +162,8 @@ class StructPruner:
     ) -> PruneResult:
         """Prune a model.
 
+        With `budget={"loss": …}`, trial prunings of copies first find the smallest model within this loss.
+
         Args:
             model: A causal language model, an encoder or an encoder-decoder, in any floating-point dtype. A quantized
                 model is unpacked first if transformers supports it, unless only tokens are removed.
@@ -175,18 +177,16 @@ class StructPruner:
             The pruned model with its tokenizer and its records.
 
         Raises:
-            StructPruneError: If the model, the config or a domain cannot be used, or if the device has too little free
-                memory. Nothing has changed then.
+            StructPruneError: If the model, the config or a domain cannot be used, if the device has too little free
+                memory, or if no cut is within the loss. Nothing has changed then.
             InPlaceError: If pruning in place failed after the model had begun to change.
         """
         check_arguments(model, tokenizer, inputs, inplace)
         info = ModelInfo.of(model, self.config.arch_file)
         request = resolve_request(self.config, info, tokenizer, inputs, options=self.options)
         if LOSS in (self.config.budget or {}):
-            raise StructPruneError(
-                f"`budget={{{LOSS!r}: …}}` needs trial prunings. Call `prune(model, config, tokenizer)`, or pass a "
-                "size, such as `budget={'parameters': 0.9}`."
-            )
+            self.result = self._within_loss(request, model, tokenizer, inplace)
+            return self.result
         check_memory(request, inplace)
 
         earlier = earlier or Manifest.seen_by(model)
@@ -219,6 +219,33 @@ class StructPruner:
                 comparison.finish_languages()
             self.result = self._finish(state)
         return self.result
+
+    def _within_loss(
+        self,
+        request: PruningRequest,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        inplace: bool,
+    ) -> PruneResult:
+        """Prune a model to the smallest size whose loss in trials is within the budget. Measure it on other text."""
+        start = perf_counter()
+
+        def prune_copy(model_copy: PreTrainedModel, config: StructPruneConfig) -> PruneRecords:
+            pruner = copy(self)
+            pruner.config = config
+            pruner.options = replace(self.options, checkpoint_dir=None)
+            pruner.measures_any_language = False
+            return pruner.prune(model_copy, tokenizer, inplace=True).records
+
+        search = CutSearch(request, model, tokenizer, self.config, prune_copy)
+        pruner = copy(self)
+        pruner.config = search.largest()
+        seconds = perf_counter() - start
+
+        result = pruner.prune(model, tokenizer, inplace, earlier=search.text_of_trials())
+        result.report.seconds["trials"] = seconds
+        result.report.loss_search = search.record(result.report)
+        return result
 
     def prune_model(
         self,
@@ -361,35 +388,8 @@ def prune(
     inputs: Mapping[str, Tensor] | None = None,
     options: RunOptions | None = None,
 ) -> PruneResult:
-    """Prune a model in one call, and return it with its tokenizer and its records; see `StructPruner.prune`.
-
-    With `budget={"loss": …}`, trial prunings first find the smallest model within this loss.
-
-    Raises:
-        StructPruneError: If `StructPruner.prune` raises, or no cut is within the loss.
-    """
-    pruner = StructPruner(config, options)
-    if LOSS not in (config.budget or {}):
-        return pruner.prune(model, tokenizer, inplace, inputs)
-
-    start = perf_counter()
-    check_arguments(model, tokenizer, inputs, inplace)
-    info = ModelInfo.of(model, config.arch_file)
-    request = resolve_request(config, info, tokenizer, inputs, options=pruner.options)
-
-    def prune_copy(copy: PreTrainedModel, trial_config: StructPruneConfig) -> PruneRecords:
-        trial_pruner = StructPruner(trial_config, replace(pruner.options, checkpoint_dir=None))
-        trial_pruner.measures_any_language = False
-        return trial_pruner.prune(copy, tokenizer, inplace=True).records
-
-    search = CutSearch(request, model, tokenizer, config, prune_copy)
-    pruner = StructPruner(search.largest(), options)
-    seconds = perf_counter() - start
-
-    result = pruner.prune(model, tokenizer, inplace, earlier=search.text_of_trials())
-    result.report.seconds["trials"] = seconds
-    result.report.loss_search = search.record(result.report)
-    return result
+    """Prune a model in one call, and return it with its tokenizer and its records; see `StructPruner.prune`."""
+    return StructPruner(config, options).prune(model, tokenizer, inplace, inputs)
 
 
 def prune_model(

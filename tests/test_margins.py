@@ -53,7 +53,7 @@ def test_a_single_document_has_no_margin():
     values = torch.randn(40)
     assert isnan(margin_of_error(values[:1]))
 
-    result = perplexity_result({"dense": values, "pruned": values + 1}, 40, torch.arange(40) // 40)
+    result = perplexity_result({"original": values, "pruned": values + 1}, 40, torch.arange(40) // 40)
     assert result.perplexity.margin is None
     assert result.documents == 1
 
@@ -72,7 +72,7 @@ def test_the_margin_of_a_share_covers_shares_near_zero_and_one(share):
 
 def test_a_ratio_without_any_loss_has_a_margin():
     losses = torch.randn(12, dtype=torch.float64)
-    result = perplexity_result({"dense": losses, "pruned": losses}, 12, torch.arange(12))
+    result = perplexity_result({"original": losses, "pruned": losses}, 12, torch.arange(12))
 
     assert result.perplexity.margin == pytest.approx(MIN_RELATIVE_MARGIN / 12)
 
@@ -81,7 +81,7 @@ def test_a_ratio_for_other_kinds_of_text_has_a_wider_margin():
     dense_losses = torch.randn(12, dtype=torch.float64)
     numbers = torch.arange(12)
     for increase in (0.1, 0.5):
-        losses = {"dense": dense_losses, "pruned": dense_losses + increase}
+        losses = {"original": dense_losses, "pruned": dense_losses + increase}
         margin = perplexity_result(losses, 12, numbers, 0.0).perplexity.margin
         wider_margin = perplexity_result(losses, 12, numbers, KINDS_DIFFER).perplexity.margin
 

@@ -1,4 +1,4 @@
-"""Pruning inside the trainers of TRL, which replace the `forward` of a model."""
+"""Pruning inside the trainers of TRL, which replace the `forward` of a model, and trainers that have no teacher."""
 
 import pytest
 import torch
@@ -6,9 +6,22 @@ from datasets import Dataset
 from helpers import logits
 from models import build, config, documents, tokenizer
 from transformers import AutoModelForCausalLM
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DistillationConfig,
+    DistillationTrainer,
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+from trl.experimental.gkd import GKDConfig, GKDTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-from optimum_structprune import attach_pruner
+from optimum_structprune import StructPruneError, attach_pruner, attach_teacher
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning")]
@@ -38,6 +51,16 @@ def preferences() -> Dataset:
     chosen = [f" {text}" for text in documents(24, seed=1)]
     rejected = [f" {text}" for text in documents(24, seed=2)]
     return Dataset.from_dict({"prompt": documents(24), "chosen": chosen, "rejected": rejected})
+
+
+def dpo(folder):
+    return DPOTrainer(
+        build("llama-tied"),
+        ref_model=build("llama-tied"),
+        args=DPOConfig(folder, **SHORT),
+        train_dataset=preferences(),
+        processing_class=tokenizer(),
+    )
 
 
 def prune_while_training(trainer, folder) -> None:
@@ -72,11 +95,65 @@ def test_sft_on_answers_of_the_assistant(tmp_path):
 
 
 def test_dpo(tmp_path):
-    trainer = DPOTrainer(
+    prune_while_training(dpo(str(tmp_path)), tmp_path / "out")
+
+
+def chat_tokenizer():
+    reader = tokenizer()
+    reader.chat_template = TEMPLATE
+    return reader
+
+
+def kto(folder):
+    rows = preferences().rename_column("chosen", "completion").remove_columns("rejected")
+    rows = rows.add_column("label", [True, False] * 12)
+    return KTOTrainer(
         build("llama-tied"),
         ref_model=build("llama-tied"),
-        args=DPOConfig(str(tmp_path), **SHORT),
-        train_dataset=preferences(),
+        args=KTOConfig(folder, **SHORT),
+        train_dataset=rows,
         processing_class=tokenizer(),
     )
-    prune_while_training(trainer, tmp_path / "out")
+
+
+def orpo(folder):
+    config = ORPOConfig(folder, **SHORT)
+    model = build("llama-tied")
+    return ORPOTrainer(model, args=config, train_dataset=preferences(), processing_class=tokenizer())
+
+
+def grpo(folder):
+    def reward(completions, **columns):
+        return [float(len(completion)) for completion in completions]
+
+    config = GRPOConfig(folder, num_generations=2, per_device_train_batch_size=2, **QUIET)
+    rows = preferences().select_columns("prompt")
+    return GRPOTrainer(build("llama-tied"), reward, args=config, train_dataset=rows, processing_class=chat_tokenizer())
+
+
+def gkd(folder):
+    return GKDTrainer(
+        build("llama-tied"),
+        teacher_model=build("llama-tied", seed=2),
+        args=GKDConfig(folder, **SHORT),
+        train_dataset=conversations(),
+        processing_class=chat_tokenizer(),
+    )
+
+
+def distillation(folder):
+    return DistillationTrainer(
+        build("llama-tied"),
+        teacher_model=build("llama-tied", seed=2),
+        args=DistillationConfig(folder, **QUIET),
+        train_dataset=preferences().select_columns("prompt"),
+        processing_class=chat_tokenizer(),
+    )
+
+
+@pytest.mark.parametrize("make_trainer", [dpo, kto, orpo, grpo, gkd, distillation])
+def test_trainers_with_another_objective_have_no_teacher(make_trainer, tmp_path):
+    trainer = make_trainer(str(tmp_path))
+    message = f"{type(trainer).__name__} has an objective of its own.*Use a Trainer that minimises the cross-entropy"
+    with pytest.raises(StructPruneError, match=message):
+        attach_teacher(trainer, build("llama-tied", seed=5))

@@ -57,6 +57,8 @@ def compared(
     plan = dry_run(model.config, config, model.dtype, cost=True, device="cpu", tokenizer=tokenizer)
     assert plan.cost is not None
     estimated = dict(plan.cost.seconds)
+    # Only the command line asks questions.
+    estimated.pop("answers", None)
     if plan.recovery is not None:
         estimated.update(plan.recovery.seconds)
 

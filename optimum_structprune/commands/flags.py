@@ -85,7 +85,7 @@ QUALITY: Flags = {
         **{"action": "append", "default": []},
     ),
     "--max-new-tokens": number("Maximum number of tokens per answer (120).", default=120),
-    "--seq-length": number("Tokens per sample (512).", default=512),
+    "--seq-length": number("Tokens per sample; by default 512, or the positions of the models if these are fewer."),
     "--num-samples": number("Maximum number of samples per domain; by default each domain is read to its end."),
     "--limit": number("Maximum number of questions; by default all of them."),
     "--batch-size": number("Sequences per forward pass; by default 1 on a CPU, and up to 16 on a GPU."),

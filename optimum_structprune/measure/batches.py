@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..errors import StructPruneError
-from ..vocabulary.token_alignment import AlignedChunk, TokenAlignment
+from ..errors import warn
+from ..vocabulary.token_alignment import AlignedChunk, AlignedToken, TokenAlignment
 from .kl import divergence
 from .predictions import Predictions
 
@@ -24,64 +24,6 @@ IGNORED = -100
 # Token ids by name: `input_ids`, `labels` with `IGNORED` for tokens that do not count, and `position_ids`, which begin
 # at 0 with each document. They may be in the tokens of a model and of its teacher, whose texts differ in length.
 Sample = dict[str, list[int]]
-
-
-def align_document(alignment: TokenAlignment, ids: Sequence[int], is_counted: Sequence[bool]) -> Sample:
-    """Spell a document in the tokens of the teacher and of the student.
-
-    Args:
-        alignment: The spelling of the teacher's tokens.
-        ids: The document in the teacher's tokens.
-        is_counted: Whether each token counts in the loss.
-
-    Returns:
-        `input_ids`, `labels` and `position_ids` in the student's tokens. `align_rows` and `align_nodes`, the `row` and
-        the `node` of each student token; see `AlignedToken`. `teacher_input_ids`, `teacher_labels` and
-        `teacher_position_ids` in the teacher's tokens.
-    """
-    # The first token of a document has no prediction.
-    has_label = [False] + list(is_counted[1:])
-    parts = alignment.align(ids, has_label)
-    student_ids = [part for part, _, _ in parts]
-    rows = [row for _, row, _ in parts]
-
-    return {
-        "input_ids": student_ids,
-        "labels": _labels(student_ids, [row >= 0 for row in rows]),
-        "position_ids": list(range(len(student_ids))),
-        "align_rows": rows,
-        "align_nodes": [node for _, _, node in parts],
-        "teacher_input_ids": list(ids),
-        "teacher_labels": _labels(ids, has_label),
-        "teacher_position_ids": list(range(len(ids))),
-    }
-
-
-def _labels(ids: Sequence[int], has_label: Sequence[bool]) -> list[int]:
-    """Return the ids, with `IGNORED` for tokens without a label."""
-    labels = list(ids)
-    for place, keeps_id in enumerate(has_label):
-        if not keeps_id:
-            labels[place] = IGNORED
-    return labels
-
-
-def join_documents(documents: Sequence[Sample]) -> Sample:
-    """Pack the documents of one sample. Rows are numbered through all documents."""
-    sample: Sample = {name: [] for name in documents[0]}
-    num_rows = 0
-    for document in documents:
-        for name, values in document.items():
-            if name != "align_rows":
-                sample[name] += values
-
-        for row in document.get("align_rows", ()):
-            if row >= 0:
-                row += num_rows
-            sample["align_rows"].append(row)
-
-        num_rows += sum(label != IGNORED for label in document["teacher_labels"])
-    return sample
 
 
 # The values that pad shorter rows of a batch.
@@ -98,18 +40,43 @@ def pad_samples(samples: Sequence[Sample]) -> dict[str, Tensor]:
 
 
 def aligned_sample(sample: Mapping[str, Any], alignment: TokenAlignment) -> Sample:
-    """Spell a sample of the teacher's tokens in the student's tokens too; see `align_document`."""
+    """Spell a sample of the teacher's tokens in the student's tokens too.
+
+    Args:
+        sample: `input_ids` and `labels`, and `position_ids` if the sample has several documents.
+        alignment: The spelling of the teacher's tokens.
+
+    Returns:
+        `input_ids`, `labels` and `position_ids` in the student's tokens. `align_rows` and `align_nodes`, the `row` and
+        the `node` of each student token; see `AlignedToken`. `teacher_input_ids`, `teacher_labels` and
+        `teacher_position_ids` in the teacher's tokens.
+    """
     ids = sample["input_ids"]
-    is_counted = [label != IGNORED for label in sample["labels"]]
+    labels = list(sample["labels"])
+    positions = list(sample.get("position_ids", range(len(ids))))
+    starts = [place for place, position in enumerate(positions) if position == 0]
 
-    positions = sample.get("position_ids", range(len(ids)))
-    bounds = [place for place, position in enumerate(positions) if position == 0]
-    bounds.append(len(ids))
+    parts: list[AlignedToken] = []
+    student_positions: list[int] = []
+    num_rows = 0
+    for start, end in pairwise(starts + [len(ids)]):
+        labels[start] = IGNORED  # the first token of a document has no prediction
+        is_counted = [label != IGNORED for label in labels[start:end]]
+        document = alignment.align(ids[start:end], is_counted, num_rows)
+        num_rows += sum(is_counted)
+        parts += document
+        student_positions += range(len(document))
 
-    documents = []
-    for start, end in pairwise(bounds):
-        documents.append(align_document(alignment, ids[start:end], is_counted[start:end]))
-    return join_documents(documents)
+    return {
+        "input_ids": [part.token for part in parts],
+        "labels": [part.token if part.row >= 0 else IGNORED for part in parts],
+        "position_ids": student_positions,
+        "align_rows": [part.row for part in parts],
+        "align_nodes": [part.node for part in parts],
+        "teacher_input_ids": list(ids),
+        "teacher_labels": labels,
+        "teacher_position_ids": positions,
+    }
 
 
 class SampleCollator:
@@ -131,16 +98,22 @@ class SampleCollator:
         if self.alignment is None:
             return pad_samples([dict(sample) for sample in samples])
 
-        batch = pad_samples([aligned_sample(sample, self.alignment) for sample in samples])
-        longest = 1 + int(batch["position_ids"].max())
-        if longest > self.max_positions:
-            length = max(len(sample["input_ids"]) for sample in samples)
-            possible = int(length * self.max_positions // longest)
-            raise StructPruneError(
-                f"A sample of `seq_length`={length} takes {longest} of the kept tokens, and the model has "
-                f"{self.max_positions:.0f} positions. Set `seq_length` to {possible}."
+        return pad_samples([self._aligned(sample, self.alignment) for sample in samples])
+
+    def _aligned(self, sample: Mapping[str, Any], alignment: TokenAlignment) -> Sample:
+        """Spell a sample in the student's tokens too. It is cut if the student has too few positions for them."""
+        while True:
+            aligned = aligned_sample(sample, alignment)
+            longest = 1 + max(aligned["position_ids"])
+            if longest <= self.max_positions:
+                return aligned
+
+            length = int(len(sample["input_ids"]) * self.max_positions // longest)
+            sample = {name: values[:length] for name, values in sample.items()}
+            warn(
+                f"Samples are cut where their text has more of the kept tokens than the model has positions "
+                f"({self.max_positions:.0f})."
             )
-        return batch
 
 
 def next_tokens(inputs: dict[str, Any]) -> Tensor:

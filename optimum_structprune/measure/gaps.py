@@ -19,7 +19,7 @@ from .text import Text
 
 
 # The maximum number of tokens of a text.
-MAX_TOKENS = 512
+MAX_GAP_TOKENS = 512
 # The share of the words of a text that are masked, as in BERT.
 MASKED_SHARE = 0.15
 # The maximum number of tokens of a masked word. Some scripts do not have spaces between words.
@@ -96,7 +96,7 @@ class Gaps:
 
     def rows(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Tensor, Tensor]]:
         """Return the inputs and the labels of each text as token ids, each of shape `(tokens,)`."""
-        max_tokens = int(min(positions_of(model), MAX_TOKENS))
+        max_tokens = int(min(positions_of(model), MAX_GAP_TOKENS))
         if self.targets is not None:
             inputs = tokenizer(list(self.texts), verbose=False)["input_ids"]
             targets = tokenizer(text_target=list(self.targets), verbose=False)["input_ids"]

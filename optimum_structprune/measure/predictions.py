@@ -18,13 +18,13 @@ from ..method.devices import rows_at_once
 # On a CPU, the number of tokens in a forward pass, and the number of tokens whose loss is computed at a time. The loss
 # copies their logits in fp32.
 TOKENS_PER_PASS = 512
-TOKENS_AT_ONCE = 128
+LOSS_TOKENS = 128
 FP32_BYTES = 4
 
 
 def tokens_at_once(device: torch.device, vocabulary: int) -> int:
     """Return the number of tokens whose loss is computed at a time on a device."""
-    return rows_at_once(device, FP32_BYTES * vocabulary, TOKENS_AT_ONCE)
+    return rows_at_once(device, FP32_BYTES * vocabulary, LOSS_TOKENS)
 
 
 def tokens_per_pass(model: Any) -> int:
@@ -49,17 +49,23 @@ class Predictions:
     values: Tensor
     head: nn.Module | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the logits. The hooks of accelerate move the inputs of an offloaded head."""
+        weight = self.values
+        if self.head is not None:
+            weight = next(self.head.parameters())
+        if weight.is_meta:
+            return self.values.device
+        return weight.device
+
     @torch.no_grad()
     def logits(self, start: int, end: int, device: torch.device | None = None) -> Tensor:
         """Return the logits of the positions `start` to `end`, shape `(end - start, vocab)`, on a device."""
         values = self.values[start:end]
         if self.head is not None:
-            weight = next(self.head.parameters())
-            # The hooks of accelerate move the inputs of an offloaded head.
-            if not weight.is_meta:
-                values = values.to(weight.device)
             with in_fast_dtype([self.head]):
-                values = self.head(values)
+                values = self.head(values.to(self.device))
         return values.to(device)
 
 
@@ -130,7 +136,7 @@ class Predictor:
         with replaced_forward(self.head, keep_hidden):
             output = self.run(inputs)
         if self._is_plain is None:
-            self._is_plain = len(hidden) == 1 and _is_same(output, hidden[0][..., :1])
+            self._is_plain = len(hidden) == 1 and is_same(output, hidden[0][..., :1])
             if not self._is_plain:
                 return _at(self.run(inputs), positions)
         return _at(hidden[0], positions, self.head)
@@ -142,11 +148,11 @@ def _at(values: Tensor, positions: Tensor, head: nn.Module | None = None) -> Pre
     return Predictions(values[positions.to(values.device)], head)
 
 
-def _is_same(output: Any, expected: Tensor) -> bool:
-    """Return whether the output of a model is the output of its head."""
+def is_same(output: Any, expected: Tensor) -> bool:
+    """Return whether the output of a model is what its head returned."""
     if not isinstance(output, Tensor) or output.shape != expected.shape:
         return False
-    return bool(torch.equal(output.float(), expected.to(output.device).float()))
+    return torch.equal(output.detach().float(), expected.detach().to(output.device).float())
 
 
 def bare_model(model: Any) -> Any:

@@ -7,9 +7,9 @@ from statistics import median
 from typing import NamedTuple
 
 from .answers import COUNTED, paired, question_lines, sample_questions
-from .figures import ORIGINAL, PRUNED, Figure, SizeResult, TextResult, mean_figure, mean_ratio, ratios_of
+from .figures import ORIGINAL, PRUNED, TextResult, mean_figure, mean_ratio, ratios_of
 from .report import PRINTERS, Evaluation, MeasuredModel, Measurement, Speed, Timing
-from .table import MAX_DIGITS, UNKNOWN, aligned, byte_size, number, times, with_margin
+from .table import MAX_DIGITS, UNKNOWN, aligned, byte_size, number, ratio_text, times, value_text, with_margin
 from .view import FEW_DOCUMENTS, INTERVAL, MISSING_TEXT, UNITS, language_lines
 
 
@@ -22,6 +22,15 @@ ROWS_OF_TEXTS = {
     "cosine_worst": "cosine, lowest",
     "neighbours": "neighbours kept",
     "retrieval": "translations found",
+}
+
+
+# The rows of sizes and their formats, by their attribute.
+ROWS_OF_SIZES: dict[str, tuple[str, Callable[[int], str]]] = {
+    "layers": ("layers", number),
+    "parameters": ("parameters", number),
+    "bytes": ("weights", byte_size),
+    "cache_per_token": ("cache bytes per token", number),
 }
 
 
@@ -126,13 +135,10 @@ def _size_rows(columns: Sequence[Column]) -> list[list[str]]:
         widths = [column.measured.widths.get(kind) for column in columns]
         rows.append([UNITS.get(kind, kind), *map(number, widths)])
 
-    sizes = [column.measured.size or SizeResult() for column in columns]
-    if any(size.parameters for size in sizes):
-        rows.append(["layers", *(number(size.layers) for size in sizes)])
-        rows.append(["parameters", *(number(size.parameters or None) for size in sizes)])
-        rows.append(["weights", *(byte_size(size.bytes) for size in sizes)])
-    if any(size.cache_per_token is not None for size in sizes):
-        rows.append(["cache bytes per token", *(number(size.cache_per_token) for size in sizes)])
+    for attribute, (label, show) in ROWS_OF_SIZES.items():
+        values = [getattr(column.measured.size, attribute, None) or None for column in columns]
+        if any(values):
+            rows.append([label, *(UNKNOWN if value is None else show(value) for value in values)])
     return rows
 
 
@@ -161,7 +167,7 @@ def _quality_rows(columns: Sequence[Column], evaluations: Sequence[Evaluation]) 
     for attribute, label in ROWS_OF_TEXTS.items():
         for name in domains:
             figures = [getattr(column.result(name), attribute) for column in columns]
-            rows.append([f"{label}, {name}", *map(figure_cell, figures)])
+            rows.append([f"{label}, {name}", *map(value_text, figures)])
 
     return [row for row in rows if any(cell not in ("", UNKNOWN) for cell in row[1:])]
 
@@ -173,14 +179,7 @@ def perplexity_cell(result: TextResult) -> str:
         return UNKNOWN
     if figure.ratio is None:
         return with_margin(figure.last, figure.margin, 2)
-    return times(figure.ratio, figure.margin, result.documents)
-
-
-def figure_cell(figure: Figure | None) -> str:
-    """Return a value with its margin, if the margin belongs to the value."""
-    if figure is None or figure.last is None:
-        return UNKNOWN
-    return with_margin(figure.last, figure.margin if figure.ratio is None else None)
+    return ratio_text(figure, result.documents)
 
 
 def _mean_row(label: str, columns: Sequence[Column], is_calibration: bool | None) -> list[list[str]]:

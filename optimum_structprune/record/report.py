@@ -288,9 +288,9 @@ class Report(Measurements, ResultRecord):
         if recovery is not None:
             if recovery.has_original:
                 table.domains = recovery.domains
-            trained = recovery.unseen
-            if trained is not None and trained.perplexity is not None and trained.perplexity.original is not None:
-                table.unseen = trained
+            trained = recovery.unseen_perplexity
+            if trained is not None and trained.original is not None:
+                table.unseen = recovery.unseen
             # A training that gained nothing leaves the pruned model with its answers.
             if answers is None and (recovery.answers is not None or recovery.kept_step):
                 table.answers = recovery.answers

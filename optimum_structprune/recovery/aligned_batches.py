@@ -9,8 +9,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..measure.batches import IGNORED, PADDING, AlignedTargets, Sample, align_document, join_documents, pad_samples
+from ..errors import StructPruneError
+from ..measure.batches import IGNORED, PADDING, AlignedTargets, Sample, aligned_sample, pad_samples
 from ..vocabulary.token_alignment import TokenAlignment
+
+
+def check_batch(batch: Any) -> None:
+    """Raise `StructPruneError` if a batch lacks the inputs that a loss of next tokens needs."""
+    for name in ("input_ids", "labels"):
+        if not isinstance(batch, Mapping) or batch.get(name) is None:
+            raise StructPruneError(
+                f"The batches of the Trainer have no `{name}`, which `attach_teacher` needs. Pass a `data_collator` "
+                "that returns both, such as `DataCollatorForLanguageModeling(tokenizer, mlm=False)`."
+            )
 
 
 class AlignedCollator:
@@ -58,9 +69,11 @@ class AlignedCollator:
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return the batch of the collator, with the inputs of `AlignedTargets`."""
-        batch: dict[str, Any] = dict(self.collator(features))
+        batch: Any = self.collator(features)
+        check_batch(batch)
+        batch = dict(batch)
         ids = batch["input_ids"]
-        labels = batch.get("labels", ids)
+        labels = batch["labels"]
         positions = batch.get("position_ids")
         mask = batch.get("attention_mask")
         if mask is None or mask.shape != ids.shape:  # a mask of packed documents has more dimensions
@@ -101,20 +114,19 @@ class AlignedCollator:
             bounds.insert(0, 0)
         bounds.append(len(ids))
 
-        documents = []
+        sample: Sample = {"input_ids": [], "labels": [], "position_ids": []}
         for start, end in pairwise(bounds):
-            documents.append(self._document(ids[start:end], labels[start:end]))
-        return join_documents(documents)
+            teacher_ids = self._teacher_ids(ids[start:end])
+            sample["input_ids"] += teacher_ids
+            sample["position_ids"] += range(len(teacher_ids))
 
-    def _document(self, ids: list[int], labels: list[int]) -> Sample:
-        teacher_ids = self._teacher_ids(ids)
-        is_counted = []
-        start = 0
-        for token in teacher_ids:
-            end = start + len(self.alignment.spellings[token])
-            is_counted.append(all(label != IGNORED for label in labels[start:end]))
-            start = end
-        return align_document(self.alignment, teacher_ids, is_counted)
+            part_start = start
+            for token in teacher_ids:
+                part_end = part_start + len(self.alignment.spellings[token])
+                counts = all(label != IGNORED for label in labels[part_start:part_end])
+                sample["labels"].append(token if counts else IGNORED)
+                part_start = part_end
+        return aligned_sample(sample, self.alignment)
 
     def _teacher_ids(self, ids: list[int]) -> list[int]:
         """Return the teacher's tokens of a text. Their spelling is exactly `ids`."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from inspect import unwrap
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,14 @@ from ..arch.meta import predicts_next
 from ..errors import StructPruneError
 from ..measure.batches import IGNORED, AlignedTargets, next_tokens
 from ..measure.kl import divergence
-from ..measure.predictions import Predictions, accepted_inputs, bare_model
-from .aligned_batches import AlignedCollator
+from ..measure.predictions import Predictions, accepted_inputs, bare_model, is_same
+from .aligned_batches import AlignedCollator, check_batch
 from .chunked_loss import TokenLosses, chunk_tokens, chunked_losses
 from .teacher import Teacher, load_teacher
 
 
-# Inputs that a model's `forward` uses to compute a loss of its own.
-LOSS_INPUTS = ("labels", "shift_labels", "num_items_in_batch")
+# Inputs that a model's `forward` uses to compute a loss of its own. `skip_logits` is for Liger's kernels.
+LOSS_INPUTS = ("labels", "shift_labels", "num_items_in_batch", "skip_logits")
 
 
 def attach_teacher(
@@ -53,7 +54,8 @@ def attach_teacher(
     divergence is computed per token of the teacher.
 
     Args:
-        trainer: Any Trainer of a causal language model, such as TRL's `SFTTrainer`, before `train`.
+        trainer: A Trainer that minimises the cross-entropy of a causal language model, such as TRL's `SFTTrainer`,
+            before `train`. Its batches need `input_ids` and `labels`.
         teacher: A causal language model, or its id or folder; usually the dense model. A model in memory is put in
             eval mode and moved to `teacher_device`.
         temperature: The temperature of both distributions, above 0.
@@ -71,9 +73,9 @@ def attach_teacher(
         The loss, which the Trainer calls.
 
     Raises:
-        StructPruneError: If an argument is out of range, the Trainer uses `nn.DataParallel`, label smoothing or its
-            own loss function, the student is not a causal language model or has an adapter of prompts, or the teacher
-            does not fit (see `load_teacher`).
+        StructPruneError: If an argument is out of range, the Trainer has another objective, label smoothing,
+            `nn.DataParallel`, or context or sequence parallelism, the student is not a causal language model or has an
+            adapter of prompts, or the teacher does not fit (see `load_teacher`).
     """
     check_weights(temperature, task_weight)
     student = bare_model(trainer.model)
@@ -166,6 +168,19 @@ def _check_trainer(trainer: Trainer, student: Any) -> None:
             "`task_weight` mixes the cross-entropy with the divergence."
         )
 
+    if not _minimises_cross_entropy(trainer):
+        raise StructPruneError(
+            f"{type(trainer).__name__} has an objective of its own in `compute_loss` or `training_step`, and "
+            "`attach_teacher` would replace it. Use a Trainer that minimises the cross-entropy, such as "
+            "`transformers.Trainer` or TRL's `SFTTrainer`, and train with the other objective afterwards."
+        )
+
+    if trainer.get_cp_size() * trainer.get_sp_size() > 1:
+        raise StructPruneError(
+            "The Trainer divides sequences over processes, and a teacher needs whole sequences. Set `cp_size` and "
+            "`sp_size` of its `parallelism_config` to 1."
+        )
+
     if trainer.args.label_smoothing_factor:
         raise StructPruneError(
             f"The Trainer has label_smoothing_factor={trainer.args.label_smoothing_factor}, and `attach_teacher` "
@@ -180,12 +195,20 @@ def _check_trainer(trainer: Trainer, student: Any) -> None:
         )
 
 
-@dataclass
-class _Sums:
-    """The sums of KL divergence and tokens since the last log, on the device, so that no step waits for the CPU."""
+def _minimises_cross_entropy(trainer: Trainer) -> bool:
+    """Return whether the steps of a Trainer end in a cross-entropy with `labels`.
 
-    kl: Tensor
-    tokens: Tensor
+    Only such a loss can smooth labels, so `compute_loss` of a subclass with another objective has no `label_smoother`.
+    """
+    in_step = _names_in(trainer.training_step)
+    calls_loss = "compute_loss" in in_step or "training_step" in in_step  # of the base class
+    return calls_loss and "label_smoother" in _names_in(trainer.compute_loss)
+
+
+def _names_in(method: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names of the attributes that the code of a method uses."""
+    code = getattr(unwrap(method), "__code__", None)
+    return getattr(code, "co_names", ())
 
 
 class TeacherLoss:
@@ -207,7 +230,8 @@ class TeacherLoss:
         self._plain_head: bool | None = None
         if trainer.args.torch_compile:
             self._plain_head = False
-        self._sums: dict[str, _Sums] = {}
+        # The sums of KL divergence and tokens since the last log, on the device, so that no step waits for the CPU.
+        self._sums: dict[str, Tensor] = {}
         # Whether the Trainer reads the logits of an evaluation.
         self._returns_logits = False
 
@@ -222,12 +246,15 @@ class TeacherLoss:
 
         Args:
             model: The student, as the Trainer wraps it.
-            inputs: The batch. Tokens count if their `labels`, shape `(batch, seq_length)`, are not -100. Without
-                labels, all tokens in the `attention_mask` count.
+            inputs: The batch. Tokens count if their `labels`, shape `(batch, seq_length)`, are not -100.
             return_outputs: Whether to return the model's outputs too. They only have logits if the Trainer computes
                 metrics or predictions.
             num_items_in_batch: The number of counted tokens in the accumulated batch of all processes.
+
+        Raises:
+            StructPruneError: If the batch has no `input_ids` or `labels`.
         """
+        check_batch(inputs)
         trainer = self.trainer
         accelerator = trainer.accelerator
         self.teacher.place(accelerator)
@@ -250,11 +277,16 @@ class TeacherLoss:
         student_inputs = accepted_inputs(bare_model(model), student_inputs)
         batch = _Batch(positions, targets[positions], predictions, aligned)
         losses = self._losses(model, student_inputs, batch)
-        mode = "eval"
-        if model.training:
-            mode = "train"
         # Logs have the divergence per token of the teacher, as reports do.
-        self._add(mode, losses, len(teacher_positions))
+        mode = "train"
+        kl = losses.kl.detach().to(targets.device)
+        is_counted = torch.ones_like(teacher_positions)
+        if not model.training:
+            mode = "eval"
+            kl = kl * self._is_first(inputs, positions)
+            is_counted = self._is_first(teacher_inputs, teacher_positions)
+        sums = torch.stack([kl.sum(), is_counted.sum()])
+        self._sums[mode] = self._sums.get(mode, 0) + sums
 
         loss = self._mean(losses.loss, num_items_in_batch)
         if not return_outputs:
@@ -289,19 +321,33 @@ class TeacherLoss:
         if sums is None:
             return
 
-        totals = torch.stack([sums.kl, sums.tokens])[None]
-        kl, tokens = self.trainer.accelerator.gather(totals).sum(0).tolist()
+        kl, tokens = self.trainer.accelerator.gather(sums[None]).sum(0).tolist()
         logs[name] = round(kl / max(tokens, 1.0), 6)
 
-    def _add(self, mode: str, losses: TokenLosses, num_tokens: int) -> None:
-        device = self.trainer.args.device
-        kl = losses.kl.detach().sum().to(device)
-        tokens = torch.tensor(float(num_tokens), device=device)
-        sums = self._sums.get(mode)
-        if sums is not None:
-            kl = kl + sums.kl
-            tokens = tokens + sums.tokens
-        self._sums[mode] = _Sums(kl, tokens)
+    def _is_first(self, inputs: Mapping[str, Any], positions: Tensor) -> Tensor:
+        """Return which positions of a batch are not repeated.
+
+        accelerate repeats samples to fill the last batch. `Accelerator.gather_for_metrics` drops them by their number.
+        """
+        state = self.trainer.accelerator.gradient_state
+        if self._num_batches == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return torch.ones_like(positions, dtype=torch.bool)
+
+        num_samples, length = inputs["input_ids"].shape
+        samples = positions // length
+        if num_samples == 1 and inputs.get("position_ids") is not None:
+            # The samples of a process are in one row. They are not told apart if they have several documents each.
+            num_samples = self.trainer.args.eval_batch_size
+            documents = (inputs["position_ids"].flatten() == 0).cumsum(0)
+            samples = (documents[positions] - 1) * num_samples // documents[-1]
+
+        first_sample = self.trainer.accelerator.process_index // self.trainer.get_tp_size() * num_samples
+        return first_sample + samples < state.remainder
+
+    @property
+    def _num_batches(self) -> int:
+        """Return the number of batches that are computed at once. A tensor-parallel group shares one batch."""
+        return self.trainer.accelerator.num_processes // self.trainer.get_tp_size()
 
     def _mean(self, losses: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         """Average the losses of tokens. The sum over accumulated batches is then the mean over all their tokens."""
@@ -312,7 +358,7 @@ class TeacherLoss:
         mean = total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
         if self.trainer.args.average_tokens_across_devices:
             # The number counts the tokens of all processes, and DDP averages the gradients over them.
-            mean = mean * self.trainer.accelerator.num_processes
+            mean = mean * self._num_batches
         return mean
 
     def _losses(self, model: Any, inputs: dict[str, Any], batch: _Batch) -> TokenLosses:
@@ -353,8 +399,7 @@ class TeacherLoss:
         with replaced_forward(head, losses_for):
             output = model(**inputs).logits
         if self._plain_head is None:
-            same_shape = len(returned) == 1 and output.shape == returned[0].shape
-            is_plain = same_shape and torch.equal(output.detach().to(returned[0].device), returned[0].detach())
+            is_plain = len(returned) == 1 and is_same(output, returned[0])
             # Losses of zero stay zero if a model scales or caps the output of its head, so they show nothing.
             if not is_plain or returned[0].any():
                 self._plain_head = is_plain

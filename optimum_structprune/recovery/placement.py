@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
 import torch
 from accelerate import Accelerator, cpu_offload
 from accelerate.utils import DistributedType
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..arch.meta import is_offloaded
@@ -57,8 +59,23 @@ def _is_placed(model: PreTrainedModel) -> bool:
 def is_sharded(accelerator: Accelerator) -> bool:
     """Return whether every process holds a part of the weights: FSDP, or stage 3 of DeepSpeed's ZeRO."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return _zero_stage(accelerator) == 3
+        plugin: Any = accelerator.state.deepspeed_plugin
+        return int(plugin.zero_stage) == 3
     return accelerator.distributed_type == DistributedType.FSDP
+
+
+@contextmanager
+def gathered(weight: Any) -> Iterator[Tensor]:
+    """Gather a weight that FSDP2 or ZeRO-3 shards, in every process. Other weights are unchanged."""
+    if hasattr(weight, "full_tensor"):
+        yield weight.detach().full_tensor()
+    elif hasattr(weight, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([weight]):
+            yield weight.detach()
+    else:
+        yield weight.detach()
 
 
 def place_teacher(
@@ -127,11 +144,6 @@ def reshard(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "reshard"):
             module.reshard()
-
-
-def _zero_stage(accelerator: Accelerator) -> int:
-    plugin: Any = accelerator.state.deepspeed_plugin
-    return int(plugin.zero_stage)
 
 
 def _zero_3(model: PreTrainedModel, accelerator: Accelerator) -> Any:

@@ -297,7 +297,7 @@ class Recovery:
         """Store the report and the text of the run, and attach the manifest to the model."""
         self.report = report
         if self.report.unseen is not None:
-            self.report.unseen.source = data.other.source
+            self.report.unseen.source = data.unseen.source
         self.entries = data.entries
         manifest = earlier or Manifest.of(self.pruning, [], tokenizer)
         self._manifest = manifest.with_entries(self.entries)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.meta import predicts_next
@@ -18,7 +18,7 @@ from ..measure.predictions import Predictor, accepted_inputs
 from ..method.layers import input_device
 from ..system.placement import is_spread
 from ..vocabulary.token_alignment import TokenAlignment
-from .placement import check_device, check_movable, is_sharded, place_teacher, reshard
+from .placement import check_device, check_movable, gathered, is_sharded, place_teacher, reshard
 
 
 def load_teacher(
@@ -89,22 +89,31 @@ def _loaded(name: str | Path, dtype: torch.dtype, trust_remote_code: bool, devic
 
 
 def _same_weights(teacher: nn.Module, model: nn.Module) -> bool:
-    """Return whether two models have the same weights. The comparison ends at the first difference."""
-    teacher_weights = dict(teacher.named_parameters())
+    """Return whether two models have the same weights. Every process must call it, because weights may be sharded."""
     weights = dict(model.named_parameters())
-    if teacher_weights.keys() != weights.keys():
-        return False
+    teacher_weights = dict(teacher.named_parameters())
     # Shapes are compared first, because values of offloaded or large models take time to copy.
-    if any(teacher_weights[name].shape != weight.shape for name, weight in weights.items()):
+    if _shapes(teacher_weights) != _shapes(weights):
         return False
 
-    for name, weight in weights.items():
-        teacher_weight = teacher_weights[name]
-        if weight.is_meta or teacher_weight.is_meta:
-            return False
-        if not torch.equal(weight.detach().float().cpu(), teacher_weight.detach().float().cpu()):
-            return False
-    return True
+    # The comparison ends at the first difference.
+    results = [all(_equal(weight, teacher_weights[name]) for name, weight in weights.items())]
+    # FSDP's RAM-efficient loading reads the weights in the first process only.
+    if distributed.is_initialized():
+        distributed.broadcast_object_list(results)
+    return results[0]
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the shapes of whole weights. ZeRO-3 leaves an empty tensor in place of a sharded weight."""
+    return {name: getattr(weight, "ds_shape", weight.shape) for name, weight in weights.items()}
+
+
+def _equal(weight: Tensor, other: Tensor) -> bool:
+    if weight.is_meta or other.is_meta:
+        return False
+    with gathered(weight) as whole, gathered(other) as other_whole:
+        return torch.equal(whole.float().cpu(), other_whole.float().cpu())
 
 
 def tokens_of_teacher(

@@ -22,19 +22,19 @@ from ..system.stages import progress
 
 # The shares of a space that are removed in the trials. The loss is measured at the larger share, and estimated from
 # the error of the outputs at the smaller share. A third trial, at a half, changes the predicted loss by 2 %.
-SHARES = (0.25, 0.75)
+REMOVED_SHARES = (0.25, 0.75)
 # The maximum number of calibration tokens of a trial that prunes several layers.
-TRIAL_TOKENS = 2048
+SHAPE_TOKENS = 2048
 # The held-out tokens of a trial of one layer. A trial that prunes all layers runs on `PROBE_TOKENS`.
 LAYER_TOKENS = PROBE_TOKENS // 2
 Key = tuple[int, str]  # a layer and a kind of space
 # The loss of the model in nats per token by the number of units removed, from 0 on, in one layer and kind of space.
 Curves = Mapping[Key, Sequence[float]]
 # The losses by domain, shape `(domains,)`, by the number of units removed, by layer and kind of space.
-Losses = dict[Key, dict[int, Tensor]]
+LayerLosses = dict[Key, dict[int, Tensor]]
 # The values of the consumers of one kind of space in one layer, and the energy of their outputs' error, by the number
 # of units removed.
-Candidates = Mapping[int, tuple[Mapping[Axis, Values], float]]
+LayerCuts = Mapping[int, tuple[Mapping[Axis, Values], float]]
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class LayerTrials:
     probe: Probe
     spaces: Mapping[Key, Sequence[Space]]  # by layer and kind, because experts of one layer share their width
 
-    def losses(self) -> Losses:
-        """Return the losses of all trials. Losses that an earlier run has saved are not measured again."""
+    def losses(self) -> LayerLosses:
+        """Return the losses of all trials. LayerLosses that an earlier run has saved are not measured again."""
         store = self._store()
-        losses: Losses = {}
+        losses: LayerLosses = {}
         if store is not None:
             losses = _saved_losses(store)
 
@@ -66,11 +66,11 @@ class LayerTrials:
             return None
 
         refit = (config.refit, config.damping, config.error_feedback)
-        settings = (config.scored_by, refit, config.seed, SHARES, LAYER_TOKENS, STRIDE, TRIAL_TOKENS)
+        settings = (config.scored_by, refit, config.seed, REMOVED_SHARES, LAYER_TOKENS, STRIDE, SHAPE_TOKENS)
         key = self.data.key(self.masks.model, settings, self.data.shares)
         return Resume(Path(folder), key, f"losses-{key[:12]}")
 
-    def _measure_(self, losses: Losses, store: Resume | None) -> None:
+    def _measure_(self, losses: LayerLosses, store: Resume | None) -> None:
         """Add the missing losses, and save all losses after each layer."""
         masks = self.masks
         arch = masks.arch
@@ -82,13 +82,13 @@ class LayerTrials:
             with source.at(layer):
                 for key, spaces in self.spaces.items():
                     if key[0] == layer and key not in losses:
-                        losses[key] = trial_losses(masks, candidates(masks, spaces, source, method), self.probe)
+                        losses[key] = trial_losses(masks, layer_cuts(masks, spaces, source, method), self.probe)
                 source.advance(layer)
                 self.probe.advance()
             if store is not None:
                 store.save(layer + 1, {"losses": _rows(losses)})
 
-    def curves(self, losses: Losses) -> Curves:
+    def curves(self, losses: LayerLosses) -> Curves:
         """Return the mean loss of the model over the domains, by the number of units removed from a layer."""
         shares = torch.tensor(self.data.shares)
         last_layer = max(self.masks.arch.num_layers - 1, 1)
@@ -121,9 +121,9 @@ class LayerTrials:
         return sum(space.unit_params * space.scale for space in self.spaces[key])
 
 
-def _saved_losses(store: Resume) -> Losses:
+def _saved_losses(store: Resume) -> LayerLosses:
     """Return the losses that an earlier run has saved."""
-    losses: Losses = {}
+    losses: LayerLosses = {}
     saved = store.load()
     if saved is None:
         return losses
@@ -132,7 +132,7 @@ def _saved_losses(store: Resume) -> Losses:
     return losses
 
 
-def _rows(losses: Losses) -> list[tuple[int, str, dict[int, list[float]]]]:
+def _rows(losses: LayerLosses) -> list[tuple[int, str, dict[int, list[float]]]]:
     """Return losses as values that JSON can store; see `_saved_losses`."""
     rows = []
     for (layer, name), by_units in losses.items():
@@ -140,7 +140,7 @@ def _rows(losses: Losses) -> list[tuple[int, str, dict[int, list[float]]]]:
     return rows
 
 
-def candidates(masks: Masks, spaces: Sequence[Space], source: Source, method: Method) -> Candidates:
+def layer_cuts(masks: Masks, spaces: Sequence[Space], source: Source, method: Method) -> LayerCuts:
     """Return consumers with units of one kind of space in one layer removed. Experts of a layer share their width."""
     by_units: dict[int, tuple[dict[Axis, Values], float]] = {}
     for space in spaces:
@@ -163,7 +163,7 @@ def candidates(masks: Masks, spaces: Sequence[Space], source: Source, method: Me
 
 def _trial_units(width: int) -> list[int]:
     """Return the numbers of units that the trials of a space remove, in rising order."""
-    numbers = {min(max(round(share * width), 1), width - 1) for share in SHARES}
+    numbers = {min(max(round(share * width), 1), width - 1) for share in REMOVED_SHARES}
     return sorted(numbers - {0})
 
 
@@ -177,7 +177,7 @@ def values_on_trial(
         return masks.current(space.consumers)
 
 
-def trial_losses(masks: Masks, by_units: Candidates, probe: Probe) -> dict[int, Tensor]:
+def trial_losses(masks: Masks, by_units: LayerCuts, probe: Probe) -> dict[int, Tensor]:
     """Return the losses by domain, shape `(domains,)`, by the number of units removed.
 
     The loss is measured with the largest number of units removed. With a smaller number, it is proportional to the

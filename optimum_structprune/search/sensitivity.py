@@ -21,7 +21,7 @@ from ..system.processes import broadcast_object
 from ..widths.allocation import widths_of
 from ..widths.budget import budget_of, removed_parameters
 from ..widths.legal import legal_widths
-from .layer_trials import LAYER_TOKENS, TRIAL_TOKENS, Curves, Key, LayerTrials
+from .layer_trials import LAYER_TOKENS, SHAPE_TOKENS, Curves, Key, LayerTrials
 from .trials import Candidate, Divergence, Trials
 
 
@@ -56,7 +56,7 @@ def choose_shape(state: RunState, config: StructPruneConfig) -> Widths:
 
         losses = [0.0]
         if len(candidates) > 1:
-            shape_trials = Trials(state, Divergence(state), TRIAL_TOKENS)
+            shape_trials = Trials(state, Divergence(state), SHAPE_TOKENS)
             losses = [shape_trials.loss(candidate.widths) for candidate in candidates]
 
     best = losses.index(min(losses))

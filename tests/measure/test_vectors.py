@@ -93,7 +93,7 @@ def test_figures_compare_the_original_and_the_pruned_model():
     for measures_languages, num_languages in ((True, 30), (False, 0)):
         embeddings = Embeddings(model, texts, reader, measures_languages)
         by_domain, _ = embeddings.figures(model)
-        assert by_domain["greetings"]["cosine"] == pytest.approx(1)
+        assert by_domain["greetings"].cosine.pruned == pytest.approx(1)
 
         embeddings.set_tokenizer(pruner.tokenizer, small)
         by_domain, by_language = embeddings.figures(small)
@@ -313,8 +313,9 @@ def test_the_margin_of_a_run_covers_text_of_many_documents():
         texts_per_document = 128 // num_documents
         runs = [figures_of_random_vectors(num_documents, texts_per_document, generator) for _ in range(100)]
         for name in ("cosine", "neighbours"):
-            mean = sum(figures[name] for figures in reference) / len(reference)
-            covered = sum(abs(figures[name] - mean) <= figures[f"{name}_margin"] for figures in runs)
+            mean = sum(getattr(result, name).pruned for result in reference) / len(reference)
+            figures = [getattr(result, name) for result in runs]
+            covered = sum(abs(figure.pruned - mean) <= figure.margin for figure in figures)
             assert covered >= 85, (num_documents, name)
 
 

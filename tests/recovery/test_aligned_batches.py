@@ -4,13 +4,14 @@ from itertools import chain, islice
 
 import pytest
 import torch
-from helpers import aligned_divergence
+from helpers import aligned_divergence, on_one_rank, on_two_ranks, save_with_tokenizer
 from models import config, real_text_model
+from recovery.test_attach import printed_divergences
 from transformers import Trainer, TrainingArguments
 
 from optimum_structprune import StructPruner, attach_teacher
 from optimum_structprune.domains.sources import builtin_documents
-from optimum_structprune.measure.batches import align_document, join_documents, pad_samples
+from optimum_structprune.measure.batches import aligned_sample, pad_samples
 from optimum_structprune.recovery.aligned_batches import AlignedCollator
 from optimum_structprune.vocabulary.token_alignment import TokenAlignment
 
@@ -154,14 +155,14 @@ def test_the_loss_is_the_divergence_from_the_teachers_tokens(trimmed, tmp_path):
 
 def test_rows_of_packed_documents_are_numbered_consecutively():
     alignment = TokenAlignment([(0,), (1,), (2,), (0, 1), (1, 2, 0)], 3)
-    first = align_document(alignment, [2, 3, 4], [True, True, True])
+    first = aligned_sample({"input_ids": [2, 3, 4], "labels": [2, 3, 4]}, alignment)
     assert first["input_ids"] == [2, 0, 1, 1, 2, 0]
     assert first["align_rows"] == [-1, 0, 0, 1, 1, 1]
     assert first["labels"] == [-100, 0, 1, 1, 2, 0]
     assert first["teacher_labels"] == [-100, 3, 4]
 
-    second = align_document(alignment, [1, 0, 3], [True, False, True])
-    joined = join_documents([first, second])
+    sample = {"input_ids": [2, 3, 4, 1, 0, 3], "labels": [2, 3, 4, 1, -100, 3], "position_ids": [0, 1, 2, 0, 1, 2]}
+    joined = aligned_sample(sample, alignment)
     assert joined["align_rows"] == [-1, 0, 0, 1, 1, 1, -1, -1, 2, 2]
     assert joined["position_ids"] == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3]
     assert joined["teacher_position_ids"] == [0, 1, 2, 0, 1, 2]
@@ -178,3 +179,36 @@ def test_a_trimmed_student_learns_from_its_teacher(trimmed, tmp_path):
     original_divergence = trainer.evaluate()["eval_kl"]
     trainer.train()
     assert trainer.evaluate()["eval_kl"] < original_divergence
+
+
+EVALUATION = """
+import sys
+import torch
+
+torch.set_num_threads(1)
+dense, student, folder = sys.argv[1:]
+
+from recovery.test_aligned_batches import make_features, trainer_for
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from optimum_structprune import attach_teacher
+
+tokenizer = AutoTokenizer.from_pretrained(student)
+model = AutoModelForCausalLM.from_pretrained(student)
+trainer = trainer_for(model, tokenizer, make_features(tokenizer, 11), folder, per_device_eval_batch_size=2)
+attach_teacher(trainer, dense)
+metrics = trainer.evaluate()
+print(f"kl={metrics['eval_kl']}")
+"""
+
+
+@pytest.mark.slow
+def test_samples_that_fill_the_last_batch_are_not_counted(trimmed, tmp_path):
+    """Two processes with batches of two evaluate eleven samples, and repeat one."""
+    dense, reader, student, tokenizer = trimmed
+    save_with_tokenizer(dense, tmp_path / "dense", reader)
+    save_with_tokenizer(student, tmp_path / "student", tokenizer)
+
+    arguments = [tmp_path / "dense", tmp_path / "student", tmp_path]
+    (expected,) = printed_divergences(on_one_rank(EVALUATION, tmp_path, *arguments))
+    results = printed_divergences(on_two_ranks(EVALUATION, tmp_path, *arguments).stdout)
+    assert results == pytest.approx([expected, expected], rel=2e-6)

@@ -1,6 +1,7 @@
 """A Trainer with a teacher minimises the KL divergence from the teacher, in one process and in several."""
 
 import json
+import re
 from copy import deepcopy
 
 import pytest
@@ -15,6 +16,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import (
     AutoModelForCausalLM,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -38,7 +41,7 @@ def labelled_rows(count=16, length=16):
     return rows
 
 
-def trainer_for(model, folder, rows=None, **settings):
+def trainer_for(model, folder, rows=None, trainer_class=Trainer, arguments_class=TrainingArguments, **settings):
     options = {
         "use_cpu": True,
         "max_steps": 4,
@@ -52,9 +55,9 @@ def trainer_for(model, folder, rows=None, **settings):
     }
     options.update(settings)
     rows = rows or labelled_rows()
-    return Trainer(
+    return trainer_class(
         model=model,
-        args=TrainingArguments(str(folder), **options),
+        args=arguments_class(str(folder), **options),
         train_dataset=rows,
         eval_dataset=rows[:8],
         data_collator=default_data_collator,
@@ -226,6 +229,25 @@ def test_an_evaluation_excludes_earlier_losses(tmp_path):
     with torch.no_grad():
         assert trainer.compute_loss(model, batch).item() != pytest.approx(expected)
 
+    assert trainer.evaluate()["eval_kl"] == expected
+
+
+def test_liger_evaluates_without_logits(tmp_path):
+    """With Liger's kernels, the Trainer asks for no logits, and the model raises an error if it gets no labels."""
+    model = build("llama-tied")
+    forward = model.forward
+
+    def forward_of_liger(*args, skip_logits=None, labels=None, **kwargs):
+        if skip_logits and labels is None:
+            raise ValueError("skip_logits is True, but labels and shift_labels are None")
+        return forward(*args, labels=labels, **kwargs)
+
+    trainer = trainer_for(model, tmp_path, prediction_loss_only=True)
+    attach_teacher(trainer, build("llama-tied", seed=1))
+    expected = trainer.evaluate()["eval_kl"]
+
+    model.forward = forward_of_liger
+    trainer.args.use_liger_kernel = True
     assert trainer.evaluate()["eval_kl"] == expected
 
 
@@ -402,25 +424,94 @@ def test_trainers_that_cannot_have_a_teacher_are_refused(tmp_path):
         attach_teacher(trainer_for(build("bert"), tmp_path), teacher)
 
 
+class PenaltyTrainer(Trainer):
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return super().compute_loss(model, inputs, *args, **kwargs) + 1
+
+
+class GeneratingTrainer(Trainer):
+    def training_step(self, model, inputs, *args, **kwargs):
+        return model.generate(inputs["input_ids"]).float().mean()
+
+
+class TimedTrainer(Trainer):
+    def training_step(self, *args, **kwargs):
+        return super().training_step(*args, **kwargs)
+
+
+def test_trainers_with_another_objective_are_refused(tmp_path):
+    teacher = build("llama-tied", seed=1)
+    for trainer_class in (PenaltyTrainer, GeneratingTrainer):
+        trainer = trainer_for(build("llama-tied"), tmp_path, trainer_class=trainer_class)
+        with pytest.raises(StructPruneError, match=f"{trainer_class.__name__} has an objective of its own"):
+            attach_teacher(trainer, teacher)
+
+    trainer = trainer_for(build("llama-tied"), tmp_path)
+    trainer.compute_loss = PenaltyTrainer.compute_loss.__get__(trainer)
+    with pytest.raises(StructPruneError, match="Trainer has an objective of its own"):
+        attach_teacher(trainer, teacher)
+
+    attach_teacher(trainer_for(build("llama-tied"), tmp_path, trainer_class=TimedTrainer), teacher)
+
+
+def test_a_seq2seq_trainer_trains_a_decoder(tmp_path):
+    model = build("llama-tied")
+    classes = {"trainer_class": Seq2SeqTrainer, "arguments_class": Seq2SeqTrainingArguments}
+    trainer = trainer_for(model, tmp_path, **classes)
+    attach_teacher(trainer, build("llama-tied", seed=1))
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert logs[-1]["kl"] < logs[0]["kl"]
+
+
+@pytest.mark.parametrize("name", ["input_ids", "labels"])
+def test_batches_without_tokens_or_labels_change_no_weight(name, tmp_path):
+    def collator_without_name(rows):
+        batch = default_data_collator(rows)
+        del batch[name]
+        return batch
+
+    model = build("llama-tied")
+    trainer = trainer_for(model, tmp_path)
+    trainer.data_collator = collator_without_name
+    attach_teacher(trainer, build("llama-tied", seed=1))
+    with pytest.raises(StructPruneError, match=f"batches of the Trainer have no `{name}`.* Pass a `data_collator`"):
+        trainer.train()
+    assert same_weights(model, build("llama-tied"))
+
+
+@pytest.mark.parametrize("method", ["get_cp_size", "get_sp_size"])
+def test_divided_sequences_are_refused(method, tmp_path, monkeypatch):
+    trainer = trainer_for(build("llama-tied"), tmp_path)
+    monkeypatch.setattr(trainer, method, lambda: 2)
+    with pytest.raises(StructPruneError, match="a teacher needs whole sequences.* Set `cp_size` and `sp_size`"):
+        attach_teacher(trainer, build("llama-tied", seed=1))
+
+
 # --- several processes
-SCRIPT = """
+# accelerate allows FSDP and tensor parallelism only where processes have GPUs, and PyTorch's work on CPUs too.
+PRETEND_GPUS = """
+import accelerate.state as state
+
+original_init = state.PartialState.__init__
+
+def init_as_gpu(self, *args, **kwargs):
+    original_init(self, *args, **kwargs)
+    if self._shared_state.get("distributed_type") == state.DistributedType.MULTI_CPU:
+        self._shared_state["distributed_type"] = state.DistributedType.MULTI_GPU
+
+state.PartialState.__init__ = init_as_gpu
+"""
+
+SCRIPT = (
+    PRETEND_GPUS
+    + """
 import json, os, sys
 import torch
 
 torch.set_num_threads(1)
 launch, case, lora, folder = sys.argv[1:5]
 if launch == "fsdp2":
-    # accelerate allows FSDP only where processes have GPUs, and PyTorch's `fully_shard` also works on CPUs.
-    import accelerate.state as state
-
-    original_init = state.PartialState.__init__
-
-    def init_as_gpu(self, *args, **kwargs):
-        original_init(self, *args, **kwargs)
-        if self._shared_state.get("distributed_type") == state.DistributedType.MULTI_CPU:
-            self._shared_state["distributed_type"] = state.DistributedType.MULTI_GPU
-
-    state.PartialState.__init__ = init_as_gpu
     os.environ.update(
         ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
         FSDP_TRANSFORMER_CLS_TO_WRAP="LlamaDecoderLayer", FSDP_RESHARD_AFTER_FORWARD="true",
@@ -454,6 +545,7 @@ if trainer.accelerator.is_main_process:
     weights = {name.removeprefix("module."): weight.clone().contiguous() for name, weight in weights.items()}
     save_file(weights, f"{folder}/weights")
 """
+)
 
 
 def read_results(folder):
@@ -487,3 +579,127 @@ def test_two_processes_train_like_one(launch, case, lora, tmp_path):
     assert weights.keys() == expected_weights.keys()
     for name, weight in expected_weights.items():
         torch.testing.assert_close(weights[name], weight, atol=1e-5, rtol=0)
+
+
+EVALUATION = """
+import sys
+import torch
+
+torch.set_num_threads(1)
+kind, folder = sys.argv[1:]
+
+from datasets import Dataset
+from models import build, documents, tokenizer
+from recovery.test_attach import labelled_rows, trainer_for
+from optimum_structprune import attach_teacher
+
+if kind == "rows":
+    trainer = trainer_for(build("llama-tied"), folder, labelled_rows(16), per_device_eval_batch_size=2)
+    rows = labelled_rows(11)
+else:
+    from trl import SFTConfig, SFTTrainer
+
+    texts = []
+    for number, text in enumerate(documents(11)):
+        texts.append(text[: 20 + 5 * number])
+    rows = Dataset.from_dict({"text": texts})
+    settings = {"use_cpu": True, "bf16": False, "report_to": []}
+    arguments = SFTConfig(folder, padding_free=True, max_length=None, per_device_eval_batch_size=2, **settings)
+    trainer = SFTTrainer(
+        build("llama-tied"), args=arguments, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer()
+    )
+    rows = trainer.eval_dataset
+
+attach_teacher(trainer, build("llama-tied", seed=1))
+metrics = trainer.evaluate(rows)
+print(f"kl={metrics['eval_kl']}")
+"""
+
+
+def printed_divergences(output):
+    return [float(value) for value in re.findall(r"kl=([\d.]+)", output)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["rows", "padding-free"])
+def test_samples_that_fill_the_last_batch_are_not_counted(kind, tmp_path):
+    """Two processes with batches of two evaluate eleven samples, and repeat one."""
+    (expected,) = printed_divergences(on_one_rank(EVALUATION, tmp_path, kind, tmp_path))
+    results = printed_divergences(on_two_ranks(EVALUATION, tmp_path, kind, tmp_path).stdout)
+    assert results == pytest.approx([expected, expected], abs=2e-6)
+
+
+TENSOR_PARALLEL = (
+    PRETEND_GPUS
+    + """
+import os, sys
+import torch
+
+torch.set_num_threads(1)
+folder, teacher = sys.argv[1:]
+
+from accelerate import ParallelismConfig
+from recovery.test_attach import labelled_rows, trainer_for
+from transformers import AutoModelForCausalLM
+from optimum_structprune import attach_teacher
+
+settings = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
+options = {}
+if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    torch.distributed.init_process_group("gloo")
+    settings["parallelism_config"] = ParallelismConfig(tp_size=2)
+    options["tp_plan"] = "auto"
+
+model = AutoModelForCausalLM.from_pretrained(folder, **options)
+trainer = trainer_for(model, folder, labelled_rows(), **settings)
+attach_teacher(trainer, teacher)
+trainer.train()
+for log in trainer.state.log_history:
+    if "loss" in log:
+        print(f"loss={log['loss']} kl={log['kl']}")
+"""
+)
+
+
+@pytest.mark.slow
+def test_tensor_parallel_processes_train_like_one(tmp_path):
+    build("llama-untied").save_pretrained(tmp_path)
+    build("llama-untied", seed=1).save_pretrained(tmp_path / "teacher")
+    expected_output = on_one_rank(TENSOR_PARALLEL, tmp_path, tmp_path, tmp_path / "teacher")
+    output = on_two_ranks(TENSOR_PARALLEL, tmp_path, tmp_path, tmp_path / "teacher").stdout
+
+    expected = [float(value) for value in re.findall(r"(?:loss|kl)=([\d.]+)", expected_output)]
+    values = [float(value) for value in re.findall(r"(?:loss|kl)=([\d.]+)", output)]
+    assert len(expected) == 8
+    assert values == pytest.approx(expected * 2, abs=2e-6)
+
+
+# FSDP's RAM-efficient loading may leave zeros in all processes but the first.
+RAM_EFFICIENT = """
+import torch
+
+torch.distributed.init_process_group("gloo")
+
+from models import build
+from optimum_structprune import StructPruneError
+from optimum_structprune.recovery.teacher import load_teacher
+
+def load(seed):
+    model = build("llama-tied", seed=seed)
+    if torch.distributed.get_rank() > 0:
+        for weight in model.parameters():
+            weight.data.zero_()
+    return model
+
+load_teacher(load(seed=1), load(seed=0))
+try:
+    load_teacher(load(seed=0), load(seed=0))
+except StructPruneError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_the_first_process_compares_the_weights_of_teacher_and_student(tmp_path):
+    output = on_two_ranks(RAM_EFFICIENT, tmp_path).stdout
+    assert output.count("are the same model") == 2

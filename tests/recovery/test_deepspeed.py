@@ -16,21 +16,21 @@ DEEPSPEED = BUILD / "deepspeed"
 # DeepSpeed compiles its operators once.
 OPERATORS = BUILD / "deepspeed-operators"
 
-# The arguments of a Trainer turn on ZeRO-3, and transformers then shards every model that it builds. The random
-# student is therefore built first, like a student that a script loads before its arguments. A teacher in a folder is
-# loaded later.
+# The arguments of a Trainer turn on ZeRO-3, and transformers then shards every model that it loads. Scripts load
+# their student before or after them.
 SCRIPT = """
 import json, os, sys
 import torch
 
 torch.set_num_threads(1)
-engine, case, lora, teacher, folder = sys.argv[1:]
+engine, case, lora, order, teacher, folder = sys.argv[1:]
 
 from models import build
 from peft import get_peft_model
 from recovery.test_attach import LORA, labelled_rows, trainer_for
 from safetensors.torch import save_file
-from optimum_structprune import attach_teacher
+from transformers import AutoModelForCausalLM, Trainer
+from optimum_structprune import StructPruneError, attach_teacher
 
 if engine == "zero3":
     # The Trainer does this on GPUs, before a model is loaded.
@@ -43,8 +43,15 @@ model = build(case)
 if lora == "True":
     model = get_peft_model(model, LORA)
 
-if teacher == "memory":
-    teacher = build(case, seed=1)
+student_folder = f"{teacher}/student"
+if order == "student in memory":
+    teacher = AutoModelForCausalLM.from_pretrained(teacher)
+
+def trainer_after_arguments(model, **options):
+    # trainer_for builds the arguments before it calls this function.
+    if order == "student after arguments":
+        model = AutoModelForCausalLM.from_pretrained(student_folder)
+    return Trainer(model=model, **options)
 
 settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "optim": "sgd", "learning_rate": 0.1}
 if engine == "zero3":
@@ -58,7 +65,14 @@ if engine == "zero3":
         "gradient_clipping": "auto",
     }
 
-trainer = trainer_for(model, folder, labelled_rows(64), **settings)
+trainer = trainer_for(model, folder, labelled_rows(64), trainer_class=trainer_after_arguments, **settings)
+if order == "student after arguments":
+    try:
+        attach_teacher(trainer, student_folder)
+    except StructPruneError as error:
+        assert "the same model" in str(error)
+    else:
+        raise AssertionError("a teacher with the weights of the student must be refused")
 attach_teacher(trainer, teacher, task_weight=0.1)
 trainer.train()
 measured = trainer.evaluate()
@@ -75,20 +89,25 @@ if trainer.accelerator.is_main_process:
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(
-    ("case", "lora", "teacher"),
-    [("llama-tied", False, "memory"), ("llama-untied", True, "memory"), ("llama-untied", False, "folder")],
+    ("case", "lora", "order"),
+    [
+        ("llama-tied", False, "student in memory"),
+        ("llama-untied", True, "student in memory"),
+        ("llama-untied", False, "student before arguments"),
+        ("llama-untied", False, "student after arguments"),
+    ],
 )
-def test_two_processes_with_sharded_weights_train_like_one_process(case, lora, teacher, tmp_path, monkeypatch):
+def test_two_processes_with_sharded_weights_train_like_one_process(case, lora, order, tmp_path, monkeypatch):
     if not DEEPSPEED.exists():
         pytest.skip("DeepSpeed is not installed: run `make deepspeed`")
 
-    if teacher == "folder":
-        teacher = tmp_path / "teacher"
-        build(case, seed=1).save_pretrained(teacher)
+    teacher = tmp_path / "teacher"
+    build(case, seed=1).save_pretrained(teacher)
+    build(case).save_pretrained(teacher / "student")
 
     single = tmp_path / "single"
     single.mkdir()
-    on_one_rank(SCRIPT, single, "none", case, lora, teacher, single)
+    on_one_rank(SCRIPT, single, "none", case, lora, order, teacher, single)
 
     paths = [str(DEEPSPEED), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
@@ -96,7 +115,7 @@ def test_two_processes_with_sharded_weights_train_like_one_process(case, lora, t
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(OPERATORS))
     sharded = tmp_path / "sharded"
     sharded.mkdir()
-    on_two_ranks(SCRIPT, sharded, "zero3", case, lora, teacher, sharded)
+    on_two_ranks(SCRIPT, sharded, "zero3", case, lora, order, teacher, sharded)
 
     expected = json.loads((single / "logs.json").read_text())
     result = json.loads((sharded / "logs.json").read_text())

@@ -18,7 +18,7 @@ from optimum_structprune.measure.probe import STRIDE, Probe
 from optimum_structprune.method.layers import Batch
 from optimum_structprune.method.loop import best_units, calibrate, consumer_scores, prune_layers_, refit_consumers
 from optimum_structprune.method.shrink import Masks, read_consumer
-from optimum_structprune.search.layer_trials import candidates, trial_losses, unit_losses, values_on_trial
+from optimum_structprune.search.layer_trials import layer_cuts, trial_losses, unit_losses, values_on_trial
 from optimum_structprune.search.sensitivity import Search, choose_shape
 from optimum_structprune.sources.data import batches_of, source_of
 from optimum_structprune.steps.base import RunState
@@ -102,7 +102,7 @@ def test_trials_prune_like_masks_and_lose_more_if_they_remove_more():
     space = arch.of("mlp")[0]
     probe = Probe(model, arch, batches_of(random_domains(), 3))
 
-    losses = trial_losses(masks, candidates(masks, [space], source, method), probe)
+    losses = trial_losses(masks, layer_cuts(masks, [space], source, method), probe)
     assert list(losses) == [10, 30]
     assert (torch.stack(list(losses.values())).diff(dim=0) > 0).all()
 
