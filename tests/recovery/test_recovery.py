@@ -182,6 +182,20 @@ def test_a_training_shows_its_steps_tokens_and_divergence(pruned, terminal, caps
     assert any("train_runtime" in logs for logs in recorder.logs), "callbacks get every log"
 
 
+def test_the_bar_of_an_interrupted_training_ends(pruned, capsys, monkeypatch):
+    """Otherwise the next message would stand behind the bar."""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr(Recorder, "on_log", failing(Recorder.on_log, 2, KeyboardInterrupt()))
+    recovery = Recovery(recovery_config(training={"logging_steps": 1, "disable_tqdm": None}), callbacks=[Recorder()])
+    with pytest.raises(KeyboardInterrupt) as caught:
+        recovery.recover_model(deepcopy(pruned), tokenizer(), build("llama-tied"))
+
+    assert caught.tb is not None
+    last_line = re.split(r"\r", capsys.readouterr().err)[-1]
+    assert last_line.startswith("Training:")
+    assert last_line.endswith("\n")
+
+
 def test_a_nan_loss_stops_the_training_and_restores_the_best_checkpoint(pruned):
     spoiler = Spoiler(step=5)
     recovery = Recovery(recovery_config(training={"save_steps": 2}, **FULL), callbacks=[spoiler])
