@@ -383,7 +383,7 @@ def check_tokens(model: Any, tokenizer: Any) -> None:
     advice = "The model has no rows for these tokens. `model.resize_token_embeddings(len(tokenizer))` adds them."
     if different_ids:
         advice = (
-            "Pass the model's own tokenizer (after a pruning, `pruner.tokenizer`). If the model was trained with this "
+            "Pass the model's own tokenizer (after a pruning, `result.tokenizer`). If the model was trained with this "
             "tokenizer, save both to one folder and load them."
         )
     tokens = some_of(tokenizer.convert_ids_to_tokens(different_ids + rowless_ids))
