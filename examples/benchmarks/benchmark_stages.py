@@ -69,7 +69,7 @@ def compared(
             pruner.prune_model(model, tokenizer)
 
     measured = dict.fromkeys(estimated, 0.0)
-    for stage, seconds in pruner.report.seconds.items():
+    for stage, seconds in pruner.result.report.seconds.items():
         name = stage
         if stage not in OTHER_STAGES:
             name = "pruning"

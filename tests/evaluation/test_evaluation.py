@@ -118,13 +118,15 @@ def test_calibration_text_causes_a_warning(tmp_path, folder):
     messages = [str(warning.message) for warning in recorded]
     assert [message for message in messages if "domain" in message] == evaluation.warnings
     assert [warning.split("'")[1] for warning in evaluation.warnings] == ["same", "copy"]
-    num_documents = len(pruner.manifest.domains[0].documents)
+    num_documents = len(pruner.result.manifest.domains[0].documents)
     assert 0 < num_documents < 40
     assert f"{num_documents} of 40 documents were calibrated on" in evaluation.warnings[0]
     assert evaluation.warnings[0] in str(evaluation)
 
     with pytest.warns(UserWarning, match="calibrated on"):
-        evaluate(pruned, tokenizer(), [same_documents, other_documents], seq_length=24, manifest=pruner.manifest)
+        evaluate(
+            pruned, tokenizer(), [same_documents, other_documents], seq_length=24, manifest=pruner.result.manifest
+        )
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -378,7 +378,7 @@ def prune_recover_and_evaluate(make_source):
         recovered=recovered,
         second_model=second_model,
         evaluation=evaluation,
-        report=pruner.report,
+        report=pruner.result.report,
     )
 
 

@@ -87,13 +87,13 @@ def test_a_model_that_loses_nothing_has_the_dense_perplexity_on_unseen_text(writ
     pruner = StructPruner(settings(sparsity=None, widths={"mlp": width}, refit="none"))
     pruner.prune_model(model, tokenizer)
 
-    unseen = pruner.report.unseen
+    unseen = pruner.result.report.unseen
     assert unseen.source == "model-written"
     assert unseen.documents == MIN_DOCUMENTS
     assert unseen.tokens == MIN_DOCUMENTS * (unseen_module.DOCUMENT_TOKENS - 1)
     assert unseen.perplexity.ratio == pytest.approx(1, rel=1e-6)
     assert unseen.perplexity.margin == pytest.approx(MIN_RELATIVE_MARGIN / MIN_DOCUMENTS, rel=1e-3)
-    assert "unseen text (sampled from the original model)  1.00×" in str(pruner.report)
+    assert "unseen text (sampled from the original model)  1.00×" in str(pruner.result.report)
 
 
 def test_unseen_text_changes_no_weights(writer, monkeypatch):
@@ -108,14 +108,14 @@ def test_unseen_text_changes_no_weights(writer, monkeypatch):
 
     assert all(torch.equal(tensor, weights_without[name]) for name, tensor in weights.items())
 
-    entries = pruner.manifest.domains
+    entries = pruner.result.manifest.domains
     (unseen_documents,) = (set(entry.heldout_documents) for entry in entries if entry.use == "judged by")
     assert unseen_documents
     assert not any(unseen_documents & set(entry.documents) for entry in entries)
-    assert 0 < pruner.report.unseen.split_words < 1
-    assert "Words now split into more tokens: " in str(pruner.report)
+    assert 0 < pruner.result.report.unseen.split_words < 1
+    assert "Words now split into more tokens: " in str(pruner.result.report)
 
-    report_without = pruner_without.report
+    report_without = pruner_without.result.report
     assert report_without.unseen is None
     assert "unseen text" not in str(report_without)
     assert "Unseen text was not measured, because none was available." in list(View(report_without).details)
