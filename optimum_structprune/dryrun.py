@@ -16,8 +16,9 @@ from .arch.spec import CHANNEL, EXPERT, GROUP, VOCAB, ArchSpec, Space, Widths
 from .config.pruning import RunOptions, StructPruneConfig
 from .forward.generation import cached_values
 from .method.devices import cpu_speed, default_device
+from .pruning.cost import pruning_cost
 from .pruning.request import DRY_RUN, PruningRequest, check_config_kind, resolve_request
-from .record.cost import Cost, check_recovery_memory, pruning_cost, recovery_cost
+from .record.cost import Cost, check_recovery_memory, recovery_cost
 from .record.table import aligned, change_row
 from .system.stages import saved_bytes
 from .vocabulary.amount import large_vocabulary
@@ -188,9 +189,9 @@ def dry_run(
     notes = list(_notes(request, model_config))
     notes += lost_kernels(config, info.arch, request.widths)
     speed = None
-    if run_device.type == "cpu" and (cost or config.recovery is not None):
-        speed = cpu_speed(dense.dtype)
     pruning = None
+    if cost and run_device.type == "cpu":
+        speed = cpu_speed(dense.dtype)
     if cost:
         pruning = pruning_cost(request, offload, speed)
 
@@ -201,7 +202,7 @@ def dry_run(
         reload=_reload(request.smaller, model_class(model_config, config.arch_file).__name__),
         notes=tuple(notes),
         cost=pruning,
-        recovery=_recovery(request, speed),
+        recovery=_recovery(request),
         depends_on_text=_depends_on_text(config),
         **changes,
     )
@@ -222,21 +223,30 @@ def _space_choices(request: PruningRequest) -> list[SpaceChoice]:
     return choices
 
 
-def _recovery(request: PruningRequest, speed: float | None) -> Cost | None:
+def _recovery(request: PruningRequest) -> Cost | None:
     """Check and estimate the recovery of the config, if it has one."""
     config = request.config
     if config.recovery is None:
         return None
 
     # Training libraries take seconds to import.
+    from .recovery.arguments import computes_in_bf16
     from .recovery.checks import check_recovery
     from .recovery.text import sample_length
 
     dense = request.model_info.plain_model
     check_recovery(config.recovery, config, dense)
+    device = request.model_info.device
+    speed = None
+    if device.type == "cpu":
+        dtype = dense.dtype
+        if computes_in_bf16(device.type):
+            dtype = torch.bfloat16
+        speed = cpu_speed(dtype)
+
     seq_length = sample_length(config.recovery, request.smaller)
     cost = recovery_cost(config.recovery, dense, request.smaller, seq_length, speed)
-    check_recovery_memory(cost, request.model_info.device, loaded=False)
+    check_recovery_memory(cost, device, loaded=False)
     return cost
 
 

@@ -19,8 +19,8 @@ from .domains.packing import Domain
 from .errors import StructPruneError, warn
 from .forward.settings import own_settings
 from .pruning.comparison import Comparison
+from .pruning.cost import check_memory
 from .pruning.request import PruningRequest, check_arguments, check_config_kind, resolve_request
-from .record.cost import check_memory
 from .record.plan import Plan
 from .record.report import PruneRecords, Report
 from .record.view import View
@@ -256,34 +256,6 @@ class StructPruner:
     ) -> PreTrainedModel:
         """Prune a model and return the pruned model. `result` has its tokenizer and its records; see `prune`."""
         return self.prune(model, tokenizer, inplace, inputs).model
-
-    @property
-    def report(self) -> Report | None:
-        """Return the report of the last run, or None before the first run."""
-        if self.result is None:
-            return None
-        return self.result.report
-
-    @property
-    def plan(self) -> Plan | None:
-        """Return the plan of the last run, or None before the first run."""
-        if self.result is None:
-            return None
-        return self.result.plan
-
-    @property
-    def manifest(self) -> Manifest | None:
-        """Return the manifest of the last run, or None before the first run."""
-        if self.result is None:
-            return None
-        return self.result.manifest
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """Return the tokenizer of the last pruned model, or None before the first run."""
-        if self.result is None:
-            return None
-        return self.result.tokenizer
 
     def _teacher(self, state: RunState) -> PreTrainedModel | None:
         """Return the dense model if the pruned model will be trained, or else None."""

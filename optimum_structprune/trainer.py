@@ -442,7 +442,7 @@ def _check_config(config: StructPruneConfig, options: RunOptions | None) -> None
     if options is not None and options.checkpoint_dir is not None:
         raise _unsupported("checkpoint_dir", "spans the layers of one pruning, and a Trainer prunes at several steps")
     if config.allocation != "uniform":
-        raise _unsupported(f"allocation={config.allocation!r}", "measures losses of the dense model")
+        raise _unsupported(f"allocation={config.allocation!r}", "measures losses of the original model")
     if config.recovery is not None:
         warn(
             "`recovery` has no effect here, because the Trainer trains the model. Call `attach_teacher` to train "

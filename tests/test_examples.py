@@ -9,11 +9,13 @@ import sys
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
+from shutil import rmtree
 
 import pytest
 import torch
 from helpers import main_of, ran, same_weights, save_with_tokenizer, write_texts
 from models import PLAIN, build, config, real_text_model, token_ids, tokenizer
+from recovery.test_attach import PRETEND_GPUS
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -201,6 +203,129 @@ def test_recover_sft(desk, capsys):
     assert 0 < float(first_loss) < 10
     assert 0 < float(last_loss) < 10
     assert (out / "adapter_config.json").is_file()
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
+
+    # The checkpoint of step 6 leads to the same adapter.
+    weights = load_file(out / "adapter_model.safetensors")
+    rmtree(out / "checkpoint-8")
+    flags += ["--resume", "--attn-implementation", "eager"]
+    flags += ["--eval-dataset", str(desk / "notes.jsonl"), "--eval-size", "8"]
+    main_of("recover_sft")([str(pruned), str(out), *flags])
+    resumed_weights = load_file(out / "adapter_model.safetensors")
+    for name, weight in weights.items():
+        torch.testing.assert_close(resumed_weights[name], weight, atol=1e-4, rtol=1e-3, msg=name)
+
+    state = json.loads((out / "checkpoint-8" / "trainer_state.json").read_text())
+    assert [log["step"] for log in state["log_history"] if "eval_kl" in log] == [8]
+
+
+MANY_GPUS = EXAMPLES.parent / "docs" / "recovery_many_gpus.md"
+
+
+def blocks(language: str) -> list[str]:
+    """Return the blocks of a language in the page about many GPUs."""
+    return re.findall(rf"^```{language}\n(.*?)^```", MANY_GPUS.read_text(), re.M | re.S)
+
+
+def test_the_table_of_memory_is_the_output_of_its_script(capsys):
+    main_of("training_memory")([])
+    output = capsys.readouterr().out
+    assert output in MANY_GPUS.read_text()
+    assert output.count("\n") == 7
+
+    main_of("training_memory")(["--gpus", "32"])
+    last_row = capsys.readouterr().out.splitlines()[-1]
+    assert f"all weights of the 70B model take {last_row.split(' | ')[3]}" in MANY_GPUS.read_text()
+
+
+def with_paths(script: str, paths: dict[str, Path]) -> str:
+    """Put paths in place of the names in a script."""
+    for name, path in paths.items():
+        script = script.replace(name, str(path))
+    return script
+
+
+def environment_of_processes(**variables) -> dict[str, str]:
+    """Return the environment for programs of `.venv` on CPUs."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"PATH": path, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"} | variables
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("offload", ["false", "true"])
+def test_the_file_for_fsdp2_trains_and_its_checkpoints_merge(offload, desk, tmp_path):
+    """The FSDP2 file of the page runs with two processes, and the commands after it make a model of a checkpoint."""
+    (text,) = [block for block in blocks("yml") if "FSDP" in block]
+    text = text.replace("fsdp_offload_params: false", f"fsdp_offload_params: {offload}")
+    (tmp_path / "fsdp2.yaml").write_text(text.replace("num_processes: 8", "num_processes: 2"))
+    (tmp_path / "script.py").write_text(PRETEND_GPUS + RUN_ON_CPU)
+
+    model, out = desk / "model", tmp_path / "out"
+    command = ["accelerate", "launch", "--config_file", tmp_path / "fsdp2.yaml", "--mixed_precision", "no"]
+    command += [tmp_path / "script.py", EXAMPLES / "recover_sft.py", pruned_model(desk), out, "--teacher", model]
+    command += ["--full", "--steps", "4", "--seq-length", "64", "--batch-size", "1", "--accumulation", "1"]
+    environment = environment_of_processes(OMP_NUM_THREADS="1")
+    ran(command, env=environment, timeout=500)
+
+    (commands,) = [block for block in blocks("sh") if "merge-weights" in block]
+    paths = {
+        "OUTPUT/checkpoint-500": out / "checkpoint-4",
+        "PRUNED": pruned_model(desk),
+        "MERGED": tmp_path / "merged",
+    }
+    ran(["bash", "-euc", with_paths(commands, paths)], env=environment)
+
+    saved = AutoModelForCausalLM.from_pretrained(out)
+    assert same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), saved)
+    assert not same_weights(saved, AutoModelForCausalLM.from_pretrained(pruned_model(desk)))
+
+
+# PyTorch pins the memory of offloaded weights, which needs a GPU.
+RUN_ON_CPU = """
+import runpy, sys
+import torch
+
+torch.Tensor.pin_memory = lambda tensor: tensor
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def pruned_model(desk):
+    """Return the folder of a pruned model, which is made once."""
+    folder = desk / "pruned-for-processes"
+    if not folder.exists():
+        fields = json.dumps({"num_samples": 6, "seq_length": 64})
+        flags = ["--model", str(desk / "model"), "--output", str(folder), "--sparsity", "0.6", "--pruning", fields]
+        main_of("prune")(flags)
+    return folder
+
+
+SRUN = """#!/bin/bash
+export SLURM_STEP_NUM_NODES=2 SLURM_STEP_NODELIST=nodes
+SLURM_NODEID=1 "$@" &
+SLURM_NODEID=0 "$@" || { kill $!; exit 1; }
+wait $!
+"""
+
+
+@pytest.mark.nightly
+def test_the_script_for_slurm_trains_on_two_nodes(desk, tmp_path):
+    """`srun` starts two processes of this machine as if they were nodes."""
+    for name, text in (("srun", SRUN), ("scontrol", "#!/bin/bash\necho 127.0.0.1\necho 127.0.0.2\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+
+    (script,) = [block for block in blocks("sh") if "srun" in block]
+    script = script.replace("examples/distributed.sh", str(EXAMPLES / "distributed.sh"))
+    paths = {"PRUNED": pruned_model(desk), "OUTPUT": tmp_path / "out", "ORIGINAL": desk / "model"}
+    script = with_paths(script, paths).rstrip() + " --steps 2 --seq-length 64 --batch-size 1 --accumulation 1\n"
+
+    environment = environment_of_processes(PROCESSES="1", PORT="29517", OMP_NUM_THREADS="1")
+    environment["PATH"] = f"{tmp_path}{os.pathsep}{environment['PATH']}"
+    output = ran(["bash", "-euc", script], env=environment, timeout=500)
+    assert output.count("KL per token") == 1
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ def test_the_default_criterion_depends_on_the_refit(refit, criterion):
     expected = prune_model(model, config(criterion=criterion, refit=refit), tokenizer())
 
     assert same_weights(small, expected)
-    assert default.report.criterion == criterion
+    assert default.result.report.criterion == criterion
 
 
 @pytest.mark.parametrize(("case", "fields", "inplace"), [
@@ -121,10 +121,12 @@ def test_hidden_states_are_returned_before_and_after_pruning():
 def test_the_report_adds_up():
     pruner = StructPruner(config(widths={"mlp": 20, "attention": 2}))
     pruner.prune_model(build("llama-untied"), tokenizer())
-    report = pruner.report
+    report = pruner.result.report
 
     assert report.sparsity == pytest.approx(0.5, abs=0.02)
-    calibration_tokens = {entry.name: entry.calibration_tokens for entry in pruner.manifest.with_use(CALIBRATED)}
+    calibration_tokens = {
+        entry.name: entry.calibration_tokens for entry in pruner.result.manifest.with_use(CALIBRATED)
+    }
     assert calibration_tokens == {"a": 4 * 24, "b": 4 * 24}
     assert {"domains", "perplexity", "pruning"} <= set(report.seconds)
 
@@ -153,7 +155,7 @@ def test_perplexities_have_margins_of_error():
     margin = ratio * max(margin_of_error(increases, numbers), MIN_RELATIVE_MARGIN / num_documents)
     margin = hypot(margin, PARTS_DIFFER * (ratio - 1))
 
-    result = pruner.report.domains["a"]
+    result = pruner.result.report.domains["a"]
     assert result.perplexity.margin == pytest.approx(margin)
     assert result.perplexity.pruned == pytest.approx(float(pruned_losses.mean().exp()))
     assert result.documents == num_documents >= 5
@@ -164,7 +166,7 @@ def test_the_report_states_requested_and_removed_parameters():
     pruner = StructPruner(config(sparsity=0.2))
     pruner.prune_model(build("llama-untied"), tokenizer())
 
-    report = pruner.report
+    report = pruner.result.report
     assert report.sparsity == pytest.approx(0.2, abs=0.01)
     assert "warning: requested" not in str(report)
     assert f"Requested 20.0% of the layer parameters, removed {report.sparsity:.1%}" in str(report)
@@ -178,8 +180,8 @@ def test_a_coarse_rounding_that_misses_the_requested_sparsity_warns():
 
     # The warning names the line that called the package.
     assert {warning.filename for warning in warned} == {__file__}
-    assert "warning: requested 10.0%" in str(pruner.report)
-    assert pruner.report.to_dict()["target"] == 0.1
+    assert "warning: requested 10.0%" in str(pruner.result.report)
+    assert pruner.result.report.to_dict()["target"] == 0.1
 
 
 @pytest.mark.parametrize(("case", "weight", "message"), [

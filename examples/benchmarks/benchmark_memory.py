@@ -18,8 +18,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from optimum_structprune import StructPruneConfig, StructPruner
 from optimum_structprune.arch.load import ModelInfo
+from optimum_structprune.pruning.cost import pruning_cost
 from optimum_structprune.pruning.request import PruningRequest
-from optimum_structprune.record.cost import pruning_cost
 
 
 VOCABULARY = 1000

@@ -57,6 +57,8 @@ def compared(
     plan = dry_run(model.config, config, model.dtype, cost=True, device="cpu", tokenizer=tokenizer)
     assert plan.cost is not None
     estimated = dict(plan.cost.seconds)
+    # Only the command line asks questions.
+    estimated.pop("answers", None)
     if plan.recovery is not None:
         estimated.update(plan.recovery.seconds)
 
@@ -67,7 +69,7 @@ def compared(
             pruner.prune_model(model, tokenizer)
 
     measured = dict.fromkeys(estimated, 0.0)
-    for stage, seconds in pruner.report.seconds.items():
+    for stage, seconds in pruner.result.report.seconds.items():
         name = stage
         if stage not in OTHER_STAGES:
             name = "pruning"

@@ -101,12 +101,12 @@ def trim(args: Namespace, model, tokenizer, size: int, texts: Texts, original_lo
     trimmed = pruner.prune_model(model, tokenizer)
     figures = {
         "seconds": perf_counter() - start,
-        "widths": pruner.report.widths,
+        "widths": pruner.result.report.widths,
         "tokens": trimmed.config.vocab_size,
         "parameters": trimmed.num_parameters() / model.num_parameters() - 1,
     }
 
-    losses = mean_losses(trimmed, pruner.tokenizer, texts)
+    losses = mean_losses(trimmed, pruner.result.tokenizer, texts)
     figures.update(relative_perplexities(args, losses, original_losses))
     if args.speed:
         figures["speed"] = decoding_speed(model, trimmed)

@@ -180,8 +180,8 @@ def _pruned(args: Namespace, config: StructPruneConfig, folder: Path | None) -> 
     if folder is not None:
         # A sweep that was killed may have left a model in the folder.
         pruner.save(pruned, folder, tokenizer, overwrite=True)
-    assert pruner.report is not None
-    return pruner.report
+    assert pruner.result.report is not None
+    return pruner.result.report
 
 
 def _notes_on_equal_widths(sizes: Sequence[str], record: Mapping[str, Any]) -> Iterator[str]:

@@ -57,7 +57,9 @@ def adapter_size(model: PreTrainedModel) -> int:
 
 
 def memory(model: PreTrainedModel, gpus: int, tokens: int) -> list[float]:
-    """Return bytes: of a GPU for LoRA without and with sharding, and for all weights without and with offload; of CPUs.
+    """Return the memory of one GPU for four kinds of training, and the CPU memory of the last, in bytes.
+
+    They are LoRA without and with sharding, and all weights sharded, without and with offload.
 
     Args:
         model: The model on the meta device.
@@ -103,14 +105,12 @@ def main(argv: list[str] | None = None) -> None:
     if not configs:
         configs = {name: config_of(*shape) for name, shape in SHAPES.items()}
 
-    print(
-        f"| GB, {args.gpus} GPUs | LoRA, not sharded | LoRA | all weights | all weights, offloaded | their CPU memory |"
-    )
+    print(f"| {args.gpus} GPUs | LoRA, not sharded | LoRA | all weights | all weights, offloaded | their CPU memory |")
     print("|---|---|---|---|---|---|")
     for name, config in configs.items():
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        cells = [f"{value / 1e9:,.0f}" for value in memory(model, args.gpus, args.tokens)]
+        cells = [f"{value / 1e9:,.0f} GB" for value in memory(model, args.gpus, args.tokens)]
         print(f"| {name} | {' | '.join(cells)} |")
 
 

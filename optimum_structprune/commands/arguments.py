@@ -9,9 +9,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from importlib import import_module
-from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
+from ..codec import FieldError, field_types, members_of
 from ..config.fields import field_help
 from ..errors import StructPruneError
 
@@ -155,7 +155,7 @@ def declare_fields(group_of: Callable[[str], Any], config_class: type, without: 
         config_class: The config class.
         without: The fields that are not flags.
     """
-    types = get_type_hints(config_class)
+    types = field_types(config_class)
     sentences = field_help(config_class)
 
     for field in fields(config_class):
@@ -194,10 +194,7 @@ def _help_of(field: Field[Any], sentence: str, note: str) -> str:
 
 def _arguments_of(name: str, annotation: Any) -> dict[str, Any]:
     """Return the arguments of `add_argument` for the values of a field."""
-    members = [annotation]
-    if get_origin(annotation) in (Union, UnionType):
-        members = [member for member in get_args(annotation) if member is not NoneType]
-
+    members = members_of(annotation)
     kind = members[0]
     origin = get_origin(kind)
     if origin is dict:
@@ -325,11 +322,10 @@ def text_files() -> dict[str, Any]:
 
 def pruning_config(args: Namespace) -> StructPruneConfig:
     """Return the `StructPruneConfig` of the config file, if there is one, and of the flags."""
-    from ..config.fields import field_names
     from ..config.pruning import AMOUNTS, RunOptions, StructPruneConfig
 
     values = _values_of_file(args)
-    ignored = list(field_names(RunOptions))
+    ignored = list(field_types(RunOptions))
     if any(hasattr(args, name) for name in AMOUNTS):
         ignored += AMOUNTS
     for name in ignored:
@@ -343,10 +339,9 @@ def pruning_config(args: Namespace) -> StructPruneConfig:
 
 def run_options(args: Namespace) -> RunOptions:
     """Return the `RunOptions` of the config file, if there is one, and of the flags."""
-    from ..config.fields import field_names
     from ..config.pruning import RunOptions
 
-    names = field_names(RunOptions)
+    names = field_types(RunOptions)
     values = {name: value for name, value in _values_of_file(args).items() if name in names}
     return RunOptions.from_dict(_with_flags(values, args, RunOptions))
 
@@ -369,8 +364,6 @@ def recovery_config(args: Namespace) -> RecoveryConfig:
 
 def by_flag(error: StructPruneError, args: Namespace) -> str:
     """Return the text of an error, with the flag or the config file in place of the name of a field."""
-    from ..config.fields import FieldError
-
     if not isinstance(error, FieldError):
         return str(error).removeprefix(f"{args.command.config}: ")
 

@@ -85,7 +85,7 @@ QUALITY: Flags = {
         **{"action": "append", "default": []},
     ),
     "--max-new-tokens": number("Maximum number of tokens per answer (120).", default=120),
-    "--seq-length": number("Tokens per sample (512).", default=512),
+    "--seq-length": number("Tokens per sample; by default 512, or the positions of the models if these are fewer."),
     "--num-samples": number("Maximum number of samples per domain; by default each domain is read to its end."),
     "--limit": number("Maximum number of questions; by default all of them."),
     "--batch-size": number("Sequences per forward pass; by default 1 on a CPU, and up to 16 on a GPU."),
@@ -104,7 +104,7 @@ SPEED: Flags = {
 
 # The flags of `prune`, all of which `plan` takes too.
 PRUNE: Flags = {
-    "--recover": switch("Train the pruned model afterwards, with the dense model as the teacher; see --recovery."),
+    "--recover": switch("Train the pruned model afterwards, with the original model as the teacher; see --recovery."),
     "--recovery-tokens": option(
         "N",
         "Like --recover, with this number of training tokens: short for --recovery tokens=N.",
@@ -117,9 +117,9 @@ PRUNE: Flags = {
         "installed.",
         type=str.lower,
     ),
-    "--base-model": option("OWNER/NAME", "The dense model's id on the Hub, for the model card."),
+    "--base-model": option("OWNER/NAME", "The original model's id on the Hub, for the model card."),
     "--license": option(
-        "ID", "The dense model's licence, for the model card; by default the licence in the dense model's card."
+        "ID", "The original model's licence, for the model card; by default the licence in the original model's card."
     ),
     "--resume": switch(
         "Save every finished layer in a folder next to the output, and resume from there if a run with the same "
@@ -174,7 +174,7 @@ COMMANDS = (
         {
             "model": "Folder or id of the pruned model.",
             "output": "Folder for the recovered model.",
-            "--teacher": option("MODEL", "The model to learn from, usually the dense model."),
+            "--teacher": option("MODEL", "The model to learn from, usually the original model."),
             "--resume": switch("Resume from the last checkpoint of the same command."),
             **RESULT,
             **ARCH,
@@ -210,11 +210,11 @@ COMMANDS = (
     Command(
         "evaluate",
         "measure.evaluate",
-        "Measure the perplexity, the answers and the speed of models, alone or against the dense model. Without such "
-        "flags, show their sizes.",
+        "Measure the perplexity, the answers and the speed of models, alone or against the original model. Without "
+        "such flags, show their sizes.",
         {
             "models": option("model", "Model ids or folders.", nargs="+"),
-            "--against": option("DENSE", "The dense model to compare with."),
+            "--against": option("ORIGINAL", "The original model to compare with."),
             **QUALITY,
             **SPEED,
             "--html": switch("Save the numbers in the folder of the pruned model, and update its report.html."),

@@ -22,8 +22,8 @@ from ..arch.per_layer import enable_heterogeneous
 from ..config.pruning import RunOptions, StructPruneConfig
 from ..domains.manifest import has_files
 from ..errors import StructPruneError, reason_of, some_of
+from ..pruning.cost import check_memory
 from ..pruning.request import PruningRequest, check_reads_text, resolve_request
-from ..record.cost import check_memory
 from ..sources.offloaded import layer_device_map
 from ..system.disk import check_regular_files
 from ..system.offloading import check_reachable

@@ -16,7 +16,7 @@ from ..arch.load import describe
 from ..arch.meta import predicts_next
 from ..errors import StructPruneError
 from ..evaluation import evaluate as quality
-from ..evaluation.evaluate import check_evaluation
+from ..evaluation.evaluate import check_evaluation, default_seq_length
 from ..evaluation.heldout import distinct_names
 from ..evaluation.speed import cache_per_token, check_speed, measure_speed
 from ..forward.generation import cache_name
@@ -110,15 +110,13 @@ def _check_page(args: Namespace) -> None:
     check_folder(folder)
 
 
-def _with_page(args: Namespace, lines: list[str], values: Mapping[str, object]) -> Result:
+def _with_page(args: Namespace, lines: list[str], values: dict[str, Any]) -> Result:
     """Write the page, and return the result with its path."""
     page = write_report(args.models[0], original=args.against or "")
 
-    all_lines = list(lines)
-    all_lines.append(f"Report: {page}")
-    all_values = dict(values)
-    all_values["report"] = str(page)
-    return Result("\n".join(all_lines), all_values)
+    lines.append(f"Report: {page}")
+    values["report"] = str(page)
+    return Result("\n".join(lines), values)
 
 
 def _check_quality(args: Namespace, loading: Loading, paths: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
@@ -135,14 +133,14 @@ def _check_quality(args: Namespace, loading: Loading, paths: Mapping[str, str]) 
     if len(paths) > 1:
         dense_tokenizer, notes = _first_tokenizer(args, loading, next(iter(paths.values())))
 
-    for model in args.models:
-        models = [loading.without_weights(model)]
-        if args.against:
-            models.insert(0, loading.without_weights(args.against))
-        check_evaluation(models, args.domain, args.answers, args.seq_length, dense_tokenizer, args.pairs)
+    dense = [loading.without_weights(args.against)] if args.against else []
+    models = [loading.without_weights(model) for model in args.models]
+    for model in models:
+        check_evaluation([*dense, model], args.domain, args.answers, args.seq_length, dense_tokenizer, args.pairs)
 
-    names = ("seq_length", "num_samples", "batch_size", "limit", "answers", "max_new_tokens", "pairs")
+    names = ("num_samples", "batch_size", "limit", "answers", "max_new_tokens", "pairs")
     settings = {name: getattr(args, name) for name in names}
+    settings["seq_length"] = args.seq_length or default_seq_length(dense + models)
     settings["dense_tokenizer"] = dense_tokenizer
     return settings, notes
 

@@ -6,6 +6,7 @@ from argparse import Namespace
 from contextlib import suppress
 from dataclasses import replace
 
+from ..arch.meta import predicts_next
 from ..config.pruning import RunOptions, StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.load import calibration_domains
@@ -26,7 +27,7 @@ from .export import add_gguf
 from .loading import Loading
 from .output import Result, note
 from .recover import push_result, recover_and_save, recovery_for
-from .saved import result_lines
+from .saved import loading_flags, result_lines
 
 
 def prune(args: Namespace) -> Result:
@@ -122,7 +123,9 @@ def _result(args: Namespace, pruned: PruneResult) -> Result:
 
     values = report.to_dict()
     values["output"] = args.output
-    return Result("\n".join(lines), values, view.next_command(args.model, args.output))
+    flags = loading_flags(pruned.config.arch_file, args.trust_remote_code)
+    suggestion = view.next_command(args.model, args.output, predicts_next(pruned.model), flags)
+    return Result("\n".join(lines), values, suggestion)
 
 
 def _recovered_result(args: Namespace, pruned: PruneResult, recovery: RecoveryConfig) -> Result:

@@ -24,7 +24,7 @@ from ..system.processes import is_first_rank
 from .arguments import recovery_config
 from .loading import Loading, weights_bytes
 from .output import Result
-from .saved import result_lines
+from .saved import loading_flags, result_lines
 
 
 def recover(args: Namespace) -> Result:
@@ -106,10 +106,9 @@ def recover_and_save(
         lines = view.lines()
         name = pruning_report.model.name or ""
         # A report has the id of a model on the Hub, but not the path of a local folder.
-        original = args.teacher or "ORIGINAL"
-        if args.teacher is None and "/" in name:
-            original = name
-        suggestion = view.next_command(original, args.output)
+        flags = loading_flags(recovery.pruning.arch_file, args.trust_remote_code)
+        original = args.teacher or (name if "/" in name else "")
+        suggestion = view.next_command(original, args.output, False, flags)
 
     lines += result_lines(args.output, recovered.config, recovery.pruning.arch_file)
     values = report.to_dict()
@@ -122,10 +121,7 @@ def _say_how_to_resume(args: Namespace, checkpoints: Path) -> None:
     command = ["structprune", "recover", args.model, args.output]
     if args.teacher:
         command += ["--teacher", args.teacher]
-    if args.arch_file:
-        command += ["--arch", args.arch_file]
-    if args.trust_remote_code:
-        command.append("--trust-remote-code")
+    command += loading_flags(args.arch_file, args.trust_remote_code)
     if args.overwrite:
         command.append("--overwrite")
     if any(checkpoints.glob("checkpoint-*")):

@@ -19,7 +19,7 @@ from ..errors import StructPruneError
 from ..record.view import target_line
 from ..saving.gguf_file import check_gguf
 from .checks import prune_configs
-from .loading import Loading, loading_without_weights
+from .loading import SPREAD_DEVICES, Loading, loading_without_weights
 from .output import Result
 
 
@@ -117,6 +117,9 @@ def plan(args: Namespace) -> Result:
     if args.gguf is not None:
         check_gguf(loading.config(args.model), args.gguf)
 
+    device = args.device
+    if device in SPREAD_DEVICES:
+        device = None
     outcome = dry_run(
         loading.config(args.model),
         config,
@@ -126,6 +129,7 @@ def plan(args: Namespace) -> Result:
         args.offload,
         options,
         _tokenizer(loading, args.model, config),
+        device,
     )
 
     if config.sparsity is None:

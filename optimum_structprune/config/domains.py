@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import tee
 from pathlib import Path
 from string import Formatter
@@ -127,10 +127,10 @@ class DomainConfig(Config):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values for JSON. A source in memory becomes the name of its class."""
-        values = super().to_dict()
-        if not isinstance(self.source, str):
-            values["source"] = f"{IN_MEMORY}{type(self.source).__name__}"
-        return values
+        source = self.source
+        if not isinstance(source, str):
+            source = f"{IN_MEMORY}{type(source).__name__}"
+        return Config.to_dict(replace(self, source=source))
 
 
 def written_by_model(domain: DomainConfig) -> bool:
@@ -142,14 +142,7 @@ def as_domain(item: Any) -> DomainConfig:
     """Convert a mapping of fields to a domain. A domain is returned unchanged."""
     if isinstance(item, DomainConfig):
         return item
-    if not isinstance(item, Mapping):
-        raise StructPruneError(f"`domains` must be a list of mappings with a name and a source, got {item!r:.80}.")
     return DomainConfig.from_dict(item)
-
-
-def read_domains(items: Any) -> list[DomainConfig]:
-    """Return the domains of a list of mappings."""
-    return [as_domain(item) for item in items]
 
 
 def check_domains(config: Any) -> None:

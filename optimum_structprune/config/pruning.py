@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short_repr
 from typing import Any, ClassVar, Literal
 
+from ..codec import by_layer, field_types
 from ..errors import StructPruneError, warn
 from ..registry import Registry, did_you_mean
 from ..written import replace_json, versioned
-from .domains import GENERAL, DomainConfig, check_domains, is_general, read_domains
-from .fields import MAX_COUNT, Config, by_layer, field_names, read_json
+from .domains import GENERAL, DomainConfig, check_domains, is_general
+from .fields import MAX_COUNT, Config, read_json
 from .recovery import RecoveryConfig
 
 
@@ -31,6 +33,7 @@ LANGUAGES = {
 }  # fmt: skip
 CACHE = "cache_bytes_per_token"
 LOSS = "loss"
+MAX_BUDGET = 1e18
 BUDGETS = ("parameters", "bytes", CACHE, LOSS)
 AUTO: Literal["auto"] = "auto"
 
@@ -132,10 +135,6 @@ class StructPruneConfig(Config):
     # have less than 4,000 tokens, more are held out as far as there is text, at most half of the calibration samples.
     # An allocation that measures losses reserves the same fraction a second time as its probe.
     holdout: ClassVar[float] = 0.125
-    nested: ClassVar[Mapping[str, Callable[[Any], Any]]] = {
-        "domains": read_domains,
-        "recovery": RecoveryConfig.from_dict,
-    }
 
     sparsity: float | None = None
     widths: dict[str, int | list[int] | dict[Any, int]] | None = None
@@ -223,8 +222,11 @@ class StructPruneConfig(Config):
         ((name, limit),) = budget.items()
         if name not in BUDGETS:
             self.refuse("budget", f"has no {name!r}.{did_you_mean(name, BUDGETS).rstrip('.')}")
-        if limit <= 0:
-            self.refuse("budget", f"must be greater than 0 for {name!r}, got {limit}")
+        if not 0 < limit < MAX_BUDGET:
+            self.refuse(
+                "budget",
+                f"must be greater than 0 and less than {MAX_BUDGET:.0e} for {name!r}, got {short_repr(limit)}",
+            )
         if name in ("parameters", "bytes") and 1 <= limit <= 100:
             self.refuse("budget", f"is a share below 1, such as 0.9, or a number of {name}, got {limit}")
         if name == LOSS and limit >= 1:
@@ -338,7 +340,7 @@ class StructPruneConfig(Config):
 
 def _known_fields(cls: type, values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Return the values of the fields that a config class has, and warn of other fields."""
-    names = field_names(cls)
+    names = field_types(cls)
     unknown = [name for name in values if name not in names]
     if unknown:
         warn(f"{path} has fields that this version does not know: {', '.join(unknown)}. They are ignored.")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from ..errors import StructPruneError
-from .domains import DomainConfig, check_domains, read_domains
+from .domains import DomainConfig, check_domains
 from .fields import Config
 
 
@@ -53,8 +52,6 @@ class RecoveryConfig(Config):
         StructPruneError: If a field is unknown, or a value has another type, is out of range, or contradicts another
             value. The message names the field and the value.
     """
-
-    nested: ClassVar[Mapping[str, Callable[[Any], Any]]] = {"domains": read_domains}
 
     tokens: int = 200_000
     seq_length: int | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.meta import check_positions, predicts_next, reads_text
+from ..arch.meta import check_positions, positions_of, predicts_next, reads_text
 from ..config.domains import DomainConfig, as_domain
 from ..domains.manifest import CALIBRATED, Manifest, check_kinds, check_tokens
 from ..domains.packing import check_reads_any_text, check_vocabulary, prefix_token
@@ -29,7 +29,11 @@ from ..system.placement import check_devices
 from ..system.stages import stage
 from ..vocabulary.token_alignment import TokenAlignment
 from .answers import MIN_BATCH, Question, answer_divergence, answers_result, ask, read_questions
-from .heldout import Heldout, read_heldout, read_pairs
+from .heldout import Heldout, cut_texts, read_heldout, read_pairs
+
+
+# The number of tokens in a sample, unless a model has fewer positions.
+SEQ_LENGTH = 512
 
 
 @own_settings()
@@ -40,7 +44,7 @@ def evaluate(
     dense: PreTrainedModel | None = None,
     *,
     dense_tokenizer: PreTrainedTokenizerBase | None = None,
-    seq_length: int = 512,
+    seq_length: int | None = None,
     num_samples: int | None = None,
     batch_size: int | None = None,
     limit: int | None = None,
@@ -59,7 +63,8 @@ def evaluate(
             the agreement with it, and whether the two differ on the same questions.
         dense_tokenizer: The tokenizer of the dense model if it differs from the model's own. Each model then reads the
             same text with its own tokenizer, and perplexity is per token of the dense one, with or without `dense`.
-        seq_length: The number of tokens in a sample.
+        seq_length: The number of tokens in a sample. The default is 512, or the positions of the model with the fewest
+            positions. Samples are cut, with a warning, if a model spells them with more tokens than it has positions.
         num_samples: The maximum number of samples per domain; None reads every domain to its end.
         batch_size: The number of samples in a forward pass; see `perplexity` for the default. At least 32 questions
             are asked together.
@@ -91,6 +96,7 @@ def evaluate(
         check_tokens(compared_model, tokenizers[name])
     _check_counts(num_samples=num_samples, batch_size=batch_size, limit=limit, max_new_tokens=max_new_tokens)
 
+    seq_length = seq_length or default_seq_length(models.values())
     # Everything is read before anything is computed, so that an error shows at once.
     texts = [read_heldout(domain, tokenizers[ORIGINAL], seq_length, num_samples) for domain in resolved_domains]
     translations = read_pairs(pairs)
@@ -100,6 +106,9 @@ def evaluate(
 
     tokens_differ = _tokens_differ(models, tokenizers)
     is_causal = predicts_next(model)
+    if texts and is_causal and tokens_differ:
+        texts = cut_texts(texts, models, tokenizers)
+        seq_length = texts[0].samples.shape[1]
     parts = None
     if is_causal and dense is not None:
         parts = _parts(models, tokenizers)
@@ -124,6 +133,11 @@ def evaluate(
     if questions:
         evaluation.answers = _answers(models, tokenizers, parts, questions, max_new_tokens, batch_size)
     return evaluation
+
+
+def default_seq_length(models: Iterable[PreTrainedModel]) -> int:
+    """Return the number of tokens in a sample that models read: 512, or fewer if a model has fewer positions."""
+    return int(min(SEQ_LENGTH, *map(positions_of, models)))
 
 
 def _texts_by_model(
@@ -322,7 +336,7 @@ def check_evaluation(
     models: Sequence[PreTrainedModel],
     domains: Sequence[DomainConfig | Mapping[str, Any]],
     answers: str | Path | None,
-    seq_length: int,
+    seq_length: int | None,
     dense_tokenizer: PreTrainedTokenizerBase | None,
     pairs: Sequence[str | Path] = (),
 ) -> None:
@@ -332,7 +346,7 @@ def check_evaluation(
         models: The original model, where there is one, and the model. They may be without weights.
         domains: The text.
         answers: The questions.
-        seq_length: The number of tokens in a sample.
+        seq_length: The number of tokens in a sample; None for the default.
         dense_tokenizer: The tokenizer of the original model if it differs.
         pairs: The files with translations.
 
@@ -350,15 +364,15 @@ def check_evaluation(
             f"{type(models[-1]).__name__} predicts the next token, and pairs are for encoders. Remove `pairs`."
         )
 
-    if domains:
+    if domains and seq_length is not None:
         for model in models:
             check_positions(model, seq_length, f"seq_length={seq_length}")
 
     sizes = [model.config.get_text_config().vocab_size for model in models]
     if len(set(sizes)) > 1 and dense_tokenizer is None:
         raise StructPruneError(
-            f"The model has a vocabulary of {sizes[-1]}, and the dense model has one of {sizes[0]}. Pass the dense "
-            "model's tokenizer (`dense_tokenizer`)."
+            f"The model has a vocabulary of {sizes[-1]}, and the original model has one of {sizes[0]}. Pass the "
+            "original model's tokenizer (`dense_tokenizer`)."
         )
 
 
@@ -379,5 +393,5 @@ def _check_encoders(encoders: Sequence[PreTrainedModel], answers: str | Path | N
     if len(encoders) < 2 or answers is not None:
         raise StructPruneError(
             f"{type(encoders[0]).__name__} does not predict the next token. Only its vectors of text can be compared: "
-            "pass domains or pairs, and a dense model of the same kind (--against)."
+            "pass domains or pairs, and an original model of the same kind (--against)."
         )

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.meta import positions_of
 from ..config.domains import DomainConfig
 from ..domains.packing import SampleFormat, tokenised
 from ..domains.sources import documents, endless
 from ..domains.templates import read_lines
-from ..errors import StructPruneError
+from ..errors import StructPruneError, warn
+from ..measure.text import Text
+from ..record.figures import ORIGINAL
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,33 @@ def read_heldout(
 
     samples, names = sample_format.pack(texts, max_samples)
     return Heldout(domain, samples, names)
+
+
+def cut_texts(
+    texts: Sequence[Heldout],
+    models: Mapping[str, PreTrainedModel],
+    tokenizers: Mapping[str, PreTrainedTokenizerBase],
+) -> list[Heldout]:
+    """Cut the samples of all domains so that each model has enough positions for their text in its own tokens.
+
+    Args:
+        texts: The domains, with samples of equal length.
+        models: The models, by `pruned` and, where there is one, `original`.
+        tokenizers: Their tokenizers. `original`, which has cut the samples, is required.
+    """
+    original_length = texts[0].samples.shape[1]
+    length = original_length
+    for text in texts:
+        for name, model in models.items():
+            cut_text = Text.of(text.samples[:, :length], tokenizers[ORIGINAL])
+            length = len(cut_text.cut(positions_of(model), tokenizers[name]).rows[0])
+
+    if length < original_length:
+        warn(
+            f"The samples are cut from {original_length} to {length} tokens, because a model has too few positions "
+            "for their text in its own tokens."
+        )
+    return [replace(text, samples=text.samples[:, :length]) for text in texts]
 
 
 def read_pairs(paths: Sequence[str | Path]) -> dict[str, list[str]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..errors import StructPruneError
+from ..errors import warn
 from ..vocabulary.token_alignment import AlignedChunk, AlignedToken, TokenAlignment
 from .predictions import Predictions, StoredPredictions
 
@@ -97,16 +97,22 @@ class SampleCollator:
         if self.alignment is None:
             return pad_samples([dict(sample) for sample in samples])
 
-        batch = pad_samples([aligned_sample(sample, self.alignment) for sample in samples])
-        longest = 1 + int(batch["position_ids"].max())
-        if longest > self.max_positions:
-            length = max(len(sample["input_ids"]) for sample in samples)
-            possible = int(length * self.max_positions // longest)
-            raise StructPruneError(
-                f"A sample of `seq_length`={length} takes {longest} of the kept tokens, and the model has "
-                f"{self.max_positions:.0f} positions. Set `seq_length` to {possible}."
+        return pad_samples([self._aligned(sample, self.alignment) for sample in samples])
+
+    def _aligned(self, sample: Mapping[str, Any], alignment: TokenAlignment) -> Sample:
+        """Spell a sample in the student's tokens too. It is cut if the student has too few positions for them."""
+        while True:
+            aligned = aligned_sample(sample, alignment)
+            longest = 1 + max(aligned["position_ids"])
+            if longest <= self.max_positions:
+                return aligned
+
+            length = int(len(sample["input_ids"]) * self.max_positions // longest)
+            sample = {name: values[:length] for name, values in sample.items()}
+            warn(
+                f"Samples are cut where their text has more of the kept tokens than the model has positions "
+                f"({self.max_positions:.0f})."
             )
-        return batch
 
 
 def next_tokens(inputs: dict[str, Any]) -> Tensor:

@@ -268,7 +268,7 @@ def values_of(
         aligned: The tokens of the other model, which the model spells in parts.
     """
     if aligned is not None:
-        aligned.split(size, predictions.values.device)
+        aligned.split(size, predictions.device)
 
     parts: defaultdict[str, list[Tensor]] = defaultdict(list)
     for start in range(0, len(predictions.values), size):

@@ -50,17 +50,23 @@ class Predictions:
     values: Tensor
     head: nn.Module | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the logits. The hooks of accelerate move the inputs of an offloaded head."""
+        weight = self.values
+        if self.head is not None:
+            weight = next(self.head.parameters())
+        if weight.is_meta:
+            return self.values.device
+        return weight.device
+
     @torch.no_grad()
     def logits(self, start: int, end: int, device: torch.device | None = None) -> Tensor:
         """Return the logits of the positions `start` to `end`, shape `(end - start, vocab)`, on a device."""
         values = self.values[start:end]
         if self.head is not None:
-            weight = next(self.head.parameters())
-            # The hooks of accelerate move the inputs of an offloaded head.
-            if not weight.is_meta:
-                values = values.to(weight.device)
             with in_fast_dtype([self.head]):
-                values = self.head(values)
+                values = self.head(values.to(self.device))
         return values.to(device)
 
     def divergence(

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
-from math import log, nan
+from math import inf, log, nan
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.meta import positions_of
 from ..domains.packing import check_vocabulary, document_numbers, prefix_token
 from ..errors import StructPruneError
 from ..margins import MANY_DOCUMENTS
@@ -150,8 +149,7 @@ class Text:
             model: The model that will read the text.
 
         Raises:
-            StructPruneError: If the tokenizer has no token to begin a text or does not belong to the model, or if a
-                row has more tokens than the model has positions.
+            StructPruneError: If the tokenizer has no token to begin a text or does not belong to the model.
         """
         prefix = prefix_token(tokenizer)
         if prefix is None:
@@ -161,9 +159,40 @@ class Text:
 
         rows = [torch.tensor([prefix] + ids) for ids in _joined_ids(self.strings, tokenizer)]
         check_vocabulary(max(int(row.max()) for row in rows), model.config.get_text_config().vocab_size)
-        original = self.original or self
-        _check_length(len(original.rows[0]), max(len(row) for row in rows), positions_of(model))
-        return Text(rows, self.documents, tokenizer, original=original)
+        return Text(rows, self.documents, tokenizer, original=self.original or self)
+
+    def cut(self, positions: float, tokenizer: PreTrainedTokenizerBase | None = None) -> Text:
+        """Cut rows of equal length so that a model has enough positions for the text in other tokens.
+
+        Args:
+            positions: The number of positions of the model.
+            tokenizer: The other tokenizer. None stands for any tokenizer.
+
+        Raises:
+            StructPruneError: If the model has too few positions for one token.
+        """
+        text = self
+        while positions < inf:
+            longest = text._longest_row(tokenizer)
+            if longest <= positions:
+                break
+
+            length = int(len(text.rows[0]) * positions // longest)
+            if length < 2:
+                raise StructPruneError(
+                    f"The model has {positions:.0f} positions, which are too few for text with fewer kinds of tokens."
+                )
+            text = replace(text, rows=[row[:length] for row in text.rows])
+        return text
+
+    def _longest_row(self, tokenizer: PreTrainedTokenizerBase | None) -> int:
+        """Return the number of tokens of the longest row, with a tokenizer or with any tokenizer.
+
+        No tokenizer has more tokens than bytes, a mark at the beginning of each document, and an EOS token after it.
+        """
+        if tokenizer is not None:
+            return 1 + max(map(len, _joined_ids(self.strings, tokenizer)))
+        return 1 + max(sum(len(string.encode()) + 2 for string in strings) for strings in self.strings)
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase | None) -> int | None:
@@ -187,15 +216,6 @@ def _joined_ids(strings: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizer
                 ids += separator
             ids += next(encoded)
         yield ids
-
-
-def _check_length(seq_length: int, longest: int, positions: float) -> None:
-    """Raise if the longest row has more tokens than a model has positions."""
-    if longest > positions:
-        raise StructPruneError(
-            f"A sample with `seq_length={seq_length}` has {longest} tokens of the model's own tokenizer, and "
-            f"the model has {positions} positions. Use `seq_length={seq_length * positions // longest}`."
-        )
 
 
 def _document_strings(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:

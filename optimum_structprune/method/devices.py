@@ -36,7 +36,7 @@ def total_bytes(device: torch.device) -> int | None:
 
 def free_bytes(device: torch.device) -> int | None:
     """Return the bytes that a device has free for tensors, or None if they are unknown."""
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.is_available():
         # Memory that torch has reserved and does not use is free for its tensors.
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused

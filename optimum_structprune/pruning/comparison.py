@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.meta import reads_text
+from ..arch.meta import positions_of, reads_text
 from ..arch.spec import ArchSpec
 from ..domains.load import MEASURED_TOKENS
 from ..errors import StructPruneError
@@ -19,6 +19,7 @@ from ..measure.text import Text
 from ..record.figures import (
     ORIGINAL,
     PRUNED,
+    UNSEEN_TEXT,
     Figure,
     Measurements,
     language_costs,
@@ -31,9 +32,6 @@ from ..steps.base import RunState
 
 if TYPE_CHECKING:
     from ..measure.vectors import Embeddings
-
-# The name of unseen text among the domains. Names of domains are not empty.
-UNSEEN_TEXT = ""
 
 
 class Comparison:
@@ -78,16 +76,18 @@ class Comparison:
 
         # Inputs that a program gave have no origin.
         if run.dense_tokenizer is not None and domains[0].origin is not None:
-            from ..sources.other import other_text
+            from ..sources.unseen import unseen_text
 
-            with run.report.timed("other text"):
-                unseen = other_text(run.config, run.model, run.dense_tokenizer, domains, run.earlier)
+            with run.report.timed("unseen text"):
+                unseen = unseen_text(run.config, run.model, run.dense_tokenizer, domains, run.earlier)
             self.unseen_source = unseen.source
             run.entries += unseen.entries
             if unseen.rows:
                 texts[UNSEEN_TEXT] = Text(unseen.rows, tokenizer=run.dense_tokenizer)
 
         tokenizer = run.dense_tokenizer if vocabulary_changes else None
+        if tokenizer is not None:
+            texts = {name: text.cut(positions_of(run.model)) for name, text in texts.items()}
         return DomainLosses(run.model, texts, run.arch, tokenizer)
 
     def _encoder(self, measures_languages: bool) -> Embeddings:
@@ -116,7 +116,7 @@ class Comparison:
         return None
 
     def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-        """Measure with another tokenizer from now on. Raise if its samples are too long for the model."""
+        """Measure with another tokenizer from now on."""
         if self.measure is not None:
             self.measure.set_tokenizer(tokenizer, model)
 
@@ -139,7 +139,7 @@ class Comparison:
 
         unseen.source = self.unseen_source
         if isinstance(measure, DomainLosses) and run.report.trimmed is not None:
-            from ..sources.other import respelled
+            from ..sources.unseen import respelled
 
             assert run.dense_tokenizer is not None
             assert run.tokenizer is not None

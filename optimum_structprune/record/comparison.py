@@ -7,9 +7,9 @@ from statistics import median
 from typing import NamedTuple
 
 from .answers import COUNTED, paired, question_lines, sample_questions
-from .figures import ORIGINAL, PRUNED, Figure, SizeResult, TextResult, mean_figure, mean_ratio, ratios_of
+from .figures import ORIGINAL, PRUNED, TextResult, mean_figure, mean_ratio, ratios_of
 from .report import PRINTERS, Evaluation, MeasuredModel, Measurement, Speed, Timing
-from .table import MAX_DIGITS, UNKNOWN, aligned, byte_size, number, times, with_margin
+from .table import MAX_DIGITS, UNKNOWN, aligned, byte_size, number, ratio_text, times, value_text, with_margin
 from .view import FEW_DOCUMENTS, INTERVAL, MISSING_TEXT, UNITS, language_lines
 
 
@@ -22,6 +22,15 @@ ROWS_OF_TEXTS = {
     "cosine_worst": "cosine, lowest",
     "neighbours": "neighbours kept",
     "retrieval": "translations found",
+}
+
+
+# The rows of sizes and their formats, by their attribute.
+ROWS_OF_SIZES: dict[str, tuple[str, Callable[[int], str]]] = {
+    "layers": ("layers", number),
+    "parameters": ("parameters", number),
+    "bytes": ("weights", byte_size),
+    "cache_per_token": ("cache bytes per token", number),
 }
 
 
@@ -74,7 +83,7 @@ def evaluation_lines(evaluation: Evaluation) -> list[str]:
 
 def speed_lines(speed: Speed) -> list[str]:
     """Return the printed form of a measurement of speed."""
-    rows = [["", *speed.models]]
+    rows = [_row("", speed.models)]
     rows += speed_rows(speed)
     return [aligned(rows), speed_note(speed)]
 
@@ -87,7 +96,7 @@ PRINTERS[Speed] = speed_lines
 def measurement_table(measurement: Measurement) -> list[list[str]]:
     """Return the table of all figures, with one column for each model."""
     columns = _columns(measurement)
-    rows = [["", *(column.name for column in columns)]]
+    rows = [_row("", (column.name for column in columns))]
     rows += _size_rows(columns)
     rows += _quality_rows(columns, measurement.evaluations)
     rows += _answer_rows(columns)
@@ -109,10 +118,10 @@ def _columns(measurement: Measurement) -> list[Column]:
     return columns
 
 
-def _row(label: str, columns: Sequence[Column], cell: Callable[[Column], str]) -> list[str]:
+def _row(label: str, cells: Iterable[str]) -> list[str]:
     """Return a row of the table."""
     row = [label]
-    row += map(cell, columns)
+    row += cells
     return row
 
 
@@ -124,15 +133,12 @@ def _size_rows(columns: Sequence[Column]) -> list[list[str]]:
     rows = []
     for kind in kinds:
         widths = [column.measured.widths.get(kind) for column in columns]
-        rows.append([UNITS.get(kind, kind), *map(number, widths)])
+        rows.append(_row(UNITS.get(kind, kind), map(number, widths)))
 
-    sizes = [column.measured.size or SizeResult() for column in columns]
-    if any(size.parameters for size in sizes):
-        rows.append(["layers", *(number(size.layers) for size in sizes)])
-        rows.append(["parameters", *(number(size.parameters or None) for size in sizes)])
-        rows.append(["weights", *(byte_size(size.bytes) for size in sizes)])
-    if any(size.cache_per_token is not None for size in sizes):
-        rows.append(["cache bytes per token", *(number(size.cache_per_token) for size in sizes)])
+    for attribute, (label, show) in ROWS_OF_SIZES.items():
+        values = [getattr(column.measured.size, attribute, None) or None for column in columns]
+        if any(values):
+            rows.append(_row(label, (show(value) if value else UNKNOWN for value in values)))
     return rows
 
 
@@ -147,21 +153,23 @@ def _quality_rows(columns: Sequence[Column], evaluations: Sequence[Evaluation]) 
     for name in domains:
         label = f"perplexity, {name}"
         if with_record:
-            is_calibration = with_record[0].is_calibration_domain(name)
-            label += " (calibration domain)" if is_calibration else " (unseen)"
-        rows.append([label, *(perplexity_cell(column.result(name)) for column in columns)])
+            if with_record[0].is_calibration_domain(name):
+                label += " (calibration domain)"
+            else:
+                label += " (unseen)"
+        rows.append(_row(label, (perplexity_cell(column.result(name)) for column in columns)))
 
     if with_record:
         rows += _mean_row("calibration domains", columns, True)
         rows += _mean_row("unseen domains", columns, False)
     else:
         rows += _mean_row("domains", columns, None)
-    rows.append(_row("bits per byte, mean", columns, _mean_bits))
+    rows.append(_row("bits per byte, mean", map(_mean_bits, columns)))
 
     for attribute, label in ROWS_OF_TEXTS.items():
         for name in domains:
             figures = [getattr(column.result(name), attribute) for column in columns]
-            rows.append([f"{label}, {name}", *map(figure_cell, figures)])
+            rows.append(_row(f"{label}, {name}", map(value_text, figures)))
 
     return [row for row in rows if any(cell not in ("", UNKNOWN) for cell in row[1:])]
 
@@ -173,14 +181,7 @@ def perplexity_cell(result: TextResult) -> str:
         return UNKNOWN
     if figure.ratio is None:
         return with_margin(figure.last, figure.margin, 2)
-    return times(figure.ratio, figure.margin, result.documents)
-
-
-def figure_cell(figure: Figure | None) -> str:
-    """Return a value with its margin, if the margin belongs to the value."""
-    if figure is None or figure.last is None:
-        return UNKNOWN
-    return with_margin(figure.last, figure.margin if figure.ratio is None else None)
+    return ratio_text(figure, result.documents)
 
 
 def _mean_row(label: str, columns: Sequence[Column], is_calibration: bool | None) -> list[list[str]]:
@@ -202,9 +203,15 @@ def _mean_row(label: str, columns: Sequence[Column], is_calibration: bool | None
 
         figures = ratios_of(results).values()
         counts.append(len(figures))
-        row.append(times(*mean_ratio(figures)) if figures else "")
+        if figures:
+            mean, margin = mean_ratio(figures)
+            row.append(times(mean, margin))
+        else:
+            row.append("")
 
-    return [row] if max(counts) > 1 else []
+    if max(counts) < 2:
+        return []
+    return [row]
 
 
 def _mean_bits(column: Column) -> str:
@@ -221,16 +228,18 @@ def _answer_rows(columns: Sequence[Column]) -> list[list[str]]:
 
     rows = []
     for name, word in COUNTED.items():
-        rows.append([f"answers {word}", *(_count(column, name) for column in columns)])
-    rows.append(_row("median length of an answer (tokens)", columns, _median_length))
+        rows.append(_row(f"answers {word}", (_count(column, name) for column in columns)))
+    rows.append(_row("median length of an answer (tokens)", map(_median_length, columns)))
 
-    divergences = []
+    divergences: list[float | None] = []
     for column in columns:
         answers = column.evaluation.answers
-        divergence = None if answers is None else answers.divergence
-        divergences.append(None if divergence is None else divergence.of_model(column.key).last)
+        if answers is None or answers.divergence is None:
+            divergences.append(None)
+        else:
+            divergences.append(answers.divergence.of_model(column.key).last)
     if any(value is not None for value in divergences):
-        rows.append(["KL to the original along its answers", *(number(value, MAX_DIGITS) for value in divergences)])
+        rows.append(_row("KL to the original along its answers", (number(value, MAX_DIGITS) for value in divergences)))
     return rows
 
 
@@ -261,14 +270,15 @@ def speed_rows(speed: Speed) -> list[list[str]]:
     for word, stage in (("reading", speed.prefill), ("writing", speed.decode)):
         for shape, timings in stage.items():
             rates = [number(timing.tokens_per_second, 1) for timing in timings.values()]
-            rows.append([f"{word}, tokens/s, {shape}", *rates])
+            rows.append(_row(f"{word}, tokens/s, {shape}", rates))
 
             speedups = [_speedup(timing) for timing in timings.values()]
             if len(speedups) > 1:
-                rows.append([f"{word}, speed-up, {shape}", UNKNOWN, *speedups[1:]])
+                speedups[0] = UNKNOWN
+                rows.append(_row(f"{word}, speed-up, {shape}", speedups))
 
     for shape, memory in speed.run_memory.items():
-        rows.append([f"memory, {shape}", *map(byte_size, memory.values())])
+        rows.append(_row(f"memory, {shape}", map(byte_size, memory.values())))
     return rows
 
 

@@ -23,6 +23,10 @@ SPLIT_LOSS = 6.0
 TECHNICAL_SPLITS = 2.0
 # The names of the models of a run, from the first model to the last.
 ORIGINAL, PRUNED, RECOVERED = "original", "pruned", "recovered"
+# The name of unseen text among the domains. Names of domains are not empty.
+UNSEEN_TEXT = ""
+# The sources of unseen text.
+FROM_HUB, MODEL_WRITTEN, BUILT_IN = "from the Hub", "model-written", "built-in"
 # A language whose vectors have a lower mean cosine to the vectors of the original model got worse.
 MIN_LANGUAGE_COSINE = 0.98
 AnyText = TypeVar("AnyText", bound="TextResult")
@@ -290,6 +294,11 @@ class Measurements:
     answers: AnswersResult | None = None
 
     @property
+    def unseen_perplexity(self) -> Figure | None:
+        """Return the perplexity on unseen text."""
+        return None if self.unseen is None else self.unseen.perplexity
+
+    @property
     def has_original(self) -> bool:
         """Return whether perplexity was measured, and the original model on the same text."""
         figures = [domain.perplexity for domain in self.domains.values() if domain.perplexity is not None]
@@ -454,6 +463,11 @@ def known_languages(languages: Mapping[str, LanguageResult]) -> dict[str, Langua
         if result.known is not False and result.cost.ratio is not None:
             known[code] = result
     return dict(sorted(known.items(), key=lambda item: item[1].severity, reverse=True))
+
+
+def worse_languages(languages: Mapping[str, LanguageResult], limit: float) -> dict[str, LanguageResult]:
+    """Return the known languages that got worse, the worst result first; see `LanguageResult.is_worse`."""
+    return {code: result for code, result in known_languages(languages).items() if result.is_worse(limit)}
 
 
 def technical_ratio(split_words: float) -> float:

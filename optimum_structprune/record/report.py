@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,13 +17,13 @@ from transformers import PreTrainedModel
 
 from ..arch.meta import is_offloaded, skeleton
 from ..arch.spec import LAYER, MODEL, ArchSpec
+from ..codec import from_plain
 from ..config.fields import read_mapping
 from ..config.pruning import StructPruneConfig
 from ..domains.manifest import Manifest
 from ..errors import StructPruneError
 from ..system.stages import model_bytes, stage
-from ..written import RECORD_VERSION, VERSION_KEY, replace_json, unversioned, versioned
-from .fields import decode, encode
+from ..written import RECORD_VERSION, VERSION_KEY, Record, unversioned
 from .figures import AnswersResult, Measurements, SizeResult, TrimResult
 from .plan import Plan
 from .version_2 import converted
@@ -36,30 +37,23 @@ PRINTERS: dict[type, Callable[[Any], list[str]]] = {}
 AnyResult = TypeVar("AnyResult", bound="ResultRecord")
 
 
-class ResultRecord:
+class ResultRecord(Record):
     """Base of the dataclasses that hold the measurements of a run and are saved as JSON."""
+
+    version = RECORD_VERSION
 
     def __str__(self) -> str:
         """Return the printed form."""
         return "\n".join(PRINTERS[type(self)](self))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values, without fields that are None."""
-        values: dict[str, Any] = encode(self)
-        return values
-
     @classmethod
     def from_dict(cls: type[AnyResult], values: Mapping[str, Any], name: str = "The record") -> AnyResult:
-        """Return the record with these plain values.
+        """Return the record with these plain values. A number that is null is infinite.
 
         Raises:
             StructPruneError: If a field is missing, unknown, or of another type.
         """
-        return decode(cls, values, name)
-
-    def save(self, path: str | Path) -> None:
-        """Write the record as JSON. A number that is not finite becomes null."""
-        replace_json(path, versioned(self.to_dict(), RECORD_VERSION))
+        return from_plain(cls, values, name, null=inf)
 
     @classmethod
     def load(cls: type[AnyResult], path: str | Path) -> AnyResult | None:
@@ -288,9 +282,9 @@ class Report(Measurements, ResultRecord):
         if recovery is not None:
             if recovery.has_original:
                 table.domains = recovery.domains
-            trained = recovery.unseen
-            if trained is not None and trained.perplexity is not None and trained.perplexity.original is not None:
-                table.unseen = trained
+            trained = recovery.unseen_perplexity
+            if trained is not None and trained.original is not None:
+                table.unseen = recovery.unseen
             # A training that gained nothing leaves the pruned model with its answers.
             if answers is None and (recovery.answers is not None or recovery.kept_step):
                 table.answers = recovery.answers

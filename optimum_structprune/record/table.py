@@ -81,6 +81,13 @@ def margin_digits(margin: float) -> int:
     return min(max(-floor(log10(margin)), 0), MAX_DIGITS)
 
 
+def value_text(figure: Figure | None) -> str:
+    """Format the last value of a figure, with its interval if that does not belong to the ratio: `0.95 ± 0.02`."""
+    if figure is None or figure.last is None:
+        return UNKNOWN
+    return with_margin(figure.last, figure.margin if figure.ratio is None else None)
+
+
 def ratio_text(figure: Figure, documents: int | None = None) -> str:
     """Format the ratio of a figure to the original model: `1.39× ± 0.08`, or `1.4× (few documents)`."""
     return UNKNOWN if figure.ratio is None else times(figure.ratio, figure.margin, documents)

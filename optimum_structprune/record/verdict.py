@@ -10,7 +10,16 @@ from statistics import fmean, geometric_mean
 
 from ..config.pruning import LANGUAGES
 from .answers import is_compared
-from .figures import AnswersResult, LanguageResult, Measurements, TextResult, known_languages, mean_ratio, ratios_of
+from .figures import (
+    BUILT_IN,
+    AnswersResult,
+    LanguageResult,
+    Measurements,
+    TextResult,
+    mean_ratio,
+    ratios_of,
+    worse_languages,
+)
 from .report import Report
 from .table import ratio_text, times
 
@@ -126,7 +135,7 @@ def judge(report: Report, answers: AnswersResult | None = None) -> Verdict | Non
         levels = list(LIMITS)
         violations_of = _loss_violations
         # Nothing justifies the best level without answers, or with simple text alone.
-        is_simple_text = table.unseen is not None and table.unseen.source == "built-in"
+        is_simple_text = table.unseen is not None and table.unseen.source == BUILT_IN
         can_be_ready = has_answers and not is_simple_text
     else:
         return None
@@ -162,7 +171,7 @@ def _loss_violations(table: Measurements, level: Level) -> list[str]:
     if len(ratios) > 1 and (worst.ratio or 0.0) > limits.worst:
         violations.append(f"{ratio_text(worst)} on {worst_domain}")
 
-    unseen = None if table.unseen is None else table.unseen.perplexity
+    unseen = table.unseen_perplexity
     if unseen is None:
         if mean > limits.unseen:
             violations.append("unseen text was not measured")
@@ -178,9 +187,10 @@ def _loss_violations(table: Measurements, level: Level) -> list[str]:
     if num_kept < limits.kept_answers * len(correct):
         violations.append(f"{num_kept} of {len(correct)} correct answers kept")
 
-    first, *_, last = answers.counts("loops")
-    if last - first > limits.new_loops * len(answers.questions):
-        violations.append(f"{last - first} more repetitive answers")
+    counts = answers.counts("loops")
+    new_loops = counts[-1] - counts[0]
+    if new_loops > limits.new_loops * len(answers.questions):
+        violations.append(f"{new_loops} more repetitive answers")
     return violations
 
 
@@ -221,14 +231,10 @@ def _languages(report: Report) -> tuple[list[str], list[str]]:
     limit = LANGUAGE_LIMIT
     if report.recovery is None:
         figures = [domain.bits_per_byte for domain in report.domains.values()]
-        ratios = [figure.ratio for figure in figures if figure is not None]
-        limit = max([limit, *(ratio for ratio in ratios if ratio is not None)])
+        ratios = [figure.ratio or 0.0 for figure in figures if figure is not None]
+        limit = max(limit, max(ratios, default=0.0))
 
-    worse = []
-    for code, result in known_languages(languages).items():
-        if code in judged and result.is_worse(limit):
-            worse.append(LANGUAGES[code])
-
+    worse = [LANGUAGES[code] for code in worse_languages(languages, limit) if code in judged]
     unsupported = [LANGUAGES[code] for code in requested if languages[code].known is False]
     return worse, unsupported
 

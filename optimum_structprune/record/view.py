@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from math import inf, isfinite
 from shlex import join
@@ -13,6 +13,8 @@ from ..errors import capitalized
 from ..margins import MANY_DOCUMENTS
 from .answers import answers_line, answers_warning
 from .figures import (
+    BUILT_IN,
+    MODEL_WRITTEN,
     ORIGINAL,
     PRUNED,
     RECOVERED,
@@ -26,15 +28,18 @@ from .figures import (
     mean_ratio,
     ratios_of,
     technical_ratio,
+    worse_languages,
 )
 from .report import PRINTERS, LossSearch, RecoveryReport, Report
-from .table import UNKNOWN, aligned, byte_size, change_row, number, percent_change, ratio_text, times, with_margin
+from .table import UNKNOWN, aligned, byte_size, change_row, number, percent_change, ratio_text, times, value_text
 from .verdict import LANGUAGE_LIMIT, Level, judge
 
 
 # Warn if the removed share misses the requested share by more than a tenth of it.
 MAX_TARGET_DEVIATION = 0.1
 MAX_DOMAINS = 6
+# The text of a suggested evaluation, until the user names other text.
+SUGGESTED_TEXT = ("--domain", "general=builtin:general", "--num-samples", "64")
 MAX_SCRIPTS = 6
 # The units of each kind of space.
 UNITS = {
@@ -170,11 +175,11 @@ class View:
             return self._vector_table()
 
         figures = ratios_of(self.table.domains)
-        unseen = self.table.unseen
+        unseen_perplexity = self.table.unseen_perplexity
         models = [PRUNED]
         measured = list(figures.values())
-        if unseen is not None and unseen.perplexity is not None:
-            measured.append(unseen.perplexity)
+        if unseen_perplexity is not None:
+            measured.append(unseen_perplexity)
         if any(figure.recovered is not None for figure in measured):
             models.append(RECOVERED)
 
@@ -189,13 +194,14 @@ class View:
 
         if len(figures) > 1:
             rows.append(_ratio_row("mean over the calibration domains", _mean_of_ratios(figures), models))
-        if unseen is not None and unseen.perplexity is not None:
-            rows.append(_ratio_row(unseen_label(unseen), unseen.perplexity, models, unseen.documents))
+        unseen = self.table.unseen
+        if unseen is not None and unseen_perplexity is not None:
+            rows.append(_ratio_row(unseen_label(unseen), unseen_perplexity, models, unseen.documents))
         if RECOVERED in models:
             rows += self._divergence_row()
 
         if rows:
-            rows.insert(0, ["Perplexity relative to the original", *models])
+            rows.insert(0, ["Perplexity relative to the original"] + models)
         return rows
 
     def _divergence_row(self) -> list[list[str]]:
@@ -205,7 +211,7 @@ class View:
         if mean.recovered is None:
             return []
         values = [f"{value:.3f}" for value in mean.values.values()]
-        return [["KL to the original, mean (nats per token)", *values]]
+        return [["KL to the original, mean (nats per token)"] + values]
 
     def _vector_table(self) -> list[list[str]]:
         """Return the similarity of an encoder's vectors to the original vectors, by domain."""
@@ -217,7 +223,7 @@ class View:
         for name, domain in self.table.domains.items():
             if domain.texts is None:
                 continue
-            row = [name, _value(domain.cosine), _value(domain.neighbours)]
+            row = [name, value_text(domain.cosine), value_text(domain.neighbours)]
             if self.table.has_perplexity:
                 row.append(ratio_text(domain.perplexity or Figure()))
             rows.append(row)
@@ -250,8 +256,9 @@ class View:
     def _interval_note(self) -> str:
         """Return the meaning of the intervals, and the lowest and the highest ratio of several domains."""
         note = INTERVAL
-        results = [*self.table.domains.values(), self.table.unseen]
-        documents = [0 if result is None else result.documents or 0 for result in results]
+        documents = [domain.documents or 0 for domain in self.table.domains.values()]
+        if self.table.unseen is not None:
+            documents.append(self.table.unseen.documents or 0)
         if any(0 < count < MANY_DOCUMENTS for count in documents):
             note += f"; {FEW_DOCUMENTS}"
         note += "."
@@ -294,7 +301,7 @@ class View:
 
         if self.table.unseen is None:
             yield "Unseen text was not measured, because none was available."
-        elif self.table.unseen.source == "built-in":
+        elif self.table.unseen.source == BUILT_IN:
             yield SIMPLE_TEXT
 
         if self.report.trimmed is not None:
@@ -308,7 +315,7 @@ class View:
         """Return the answers to test questions in one line, and a warning if many got worse."""
         if self.table.answers is None:
             return []
-        return [answers_line(self.table.answers), *answers_warning(self.table.answers)]
+        return [answers_line(self.table.answers)] + answers_warning(self.table.answers)
 
     @property
     def training(self) -> list[str]:
@@ -322,17 +329,24 @@ class View:
             lines.append(recovery.stopped)
         return lines
 
-    def next_command(self, model: str, output: str) -> str:
-        """Return the command that a user should run next.
+    def next_command(self, model: str, output: str, can_recover: bool, flags: Sequence[str] = ()) -> str:
+        """Return the command that a user should run next. It runs as it is.
 
         Args:
-            model: The id or the folder of the original model.
+            model: The id or the folder of the original model; empty if it is unknown.
             output: The folder of the result.
+            can_recover: Whether `recover` can train the result, and has not trained it.
+            flags: Flags that loading the models takes.
         """
         needs_recovery = self.verdict is not None and self.verdict.level in (Level.OWN_DOMAINS, Level.RECOVER)
-        if needs_recovery and self.report.recovery is None:
-            return join(["structprune", "recover", output, f"{output.rstrip('/')}-recovered", "--teacher", model])
-        return f"{join(['structprune', 'evaluate', output, '--against', model])} --domain NAME=SOURCE"
+        if can_recover and needs_recovery:
+            words = ["structprune", "recover", output, f"{output.rstrip('/')}-recovered", "--teacher", model]
+            return join([*words, *flags])
+
+        words = ["structprune", "evaluate", output]
+        if model:
+            words += ["--against", model]
+        return join([*words, *SUGGESTED_TEXT, *flags])
 
 
 def report_lines(report: Report) -> list[str]:
@@ -413,18 +427,11 @@ def _mean_of_ratios(figures: Mapping[str, Figure]) -> Figure:
 
 def unseen_label(unseen: UnseenResult) -> str:
     """Return the name of unseen text with its origin."""
-    if unseen.source == "model-written":
+    if unseen.source == MODEL_WRITTEN:
         return "unseen text (sampled from the original model)"
     if unseen.source:
         return f"unseen text ({unseen.source})"
     return "unseen text"
-
-
-def _value(figure: Figure | None) -> str:
-    """Return the last value of a figure with its interval."""
-    if figure is None or figure.last is None:
-        return UNKNOWN
-    return with_margin(figure.last, figure.margin)
 
 
 def language_lines(languages: Mapping[str, LanguageResult]) -> list[str]:
@@ -444,11 +451,7 @@ def language_lines(languages: Mapping[str, LanguageResult]) -> list[str]:
         lines.append(f"Wanted languages ({unit}): {', '.join(requested)}")
 
     known = known_languages(measured)
-    worse = []
-    for code, result in known.items():
-        if result.is_worse(LANGUAGE_LIMIT):
-            worse.append(_worse_language(code, result))
-
+    worse = [_worse_language(code, result) for code, result in worse_languages(measured, LANGUAGE_LIMIT).items()]
     line = f"Languages checked: {len(known)}; {len(worse) or 'none'} got worse by more than {LANGUAGE_LIMIT - 1:.0%}"
     if any(result.cosine is not None for result in known.values()):
         line += " (cosine or tokens)"
@@ -473,7 +476,7 @@ def _language(code: str, result: LanguageResult) -> str:
     if result.known is False:
         text += " (not supported by the original model)"
     if result.cosine is not None:
-        text += f" (cosine {_value(result.cosine)})"
+        text += f" (cosine {value_text(result.cosine)})"
     return text
 
 

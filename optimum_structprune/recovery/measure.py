@@ -16,12 +16,11 @@ from ..measure.batches import Sample, SampleCollator
 from ..measure.losses import Losses
 from ..measure.predictions import Predictor
 from ..measure.text import Text
-from ..record.figures import ORIGINAL, PRUNED, RECOVERED, Figure, TextResult, perplexity_result, unseen_of
+from ..record.figures import ORIGINAL, PRUNED, RECOVERED, UNSEEN_TEXT, Figure, TextResult, perplexity_result, unseen_of
 from ..record.report import CurvePoint, RecoveryReport
 from .chunked_loss import device_kind
 from .placement import is_sharded
 from .teacher import Teacher
-from .text import OTHER_TEXT
 
 
 # The values of a model by kind of text, in the tokens of the teacher.
@@ -91,7 +90,7 @@ def enter_measurements(
             recovered_kl = float(losses.means(recovered[kind].kl).mean())
             result.divergence = Figure.of({PRUNED: pruned_kl, RECOVERED: recovered_kl})
 
-        if kind == OTHER_TEXT:
+        if kind == UNSEEN_TEXT:
             report.unseen = unseen_of(result, "")
         elif result != TextResult():
             report.domains[kind] = result
@@ -106,7 +105,7 @@ def _perplexity(kind: str, pruned: Losses, recovered: Losses) -> TextResult:
     by_model[RECOVERED] = losses.means(recovered.loss)
 
     spread = 0.0
-    if kind == OTHER_TEXT:
+    if kind == UNSEEN_TEXT:
         spread = KINDS_DIFFER
     return perplexity_result(by_model, sum(len(row) for row in pruned.loss), spread=spread)
 

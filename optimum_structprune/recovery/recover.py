@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from itertools import islice
 from math import ceil
@@ -242,7 +242,8 @@ class Recovery:
             return _samples_read(steps, config.tokens // seq_length, arguments) * seq_length
 
         stopper = StopAtNaN()
-        callbacks = self.callbacks + [inputs, stopper, ShowProgress(value, tokens_after)]
+        shown = ShowProgress(value, tokens_after)
+        callbacks = self.callbacks + [inputs, stopper, shown]
         set_seed(seed)  # for the values of the adapter
         # peft puts a hook on the embedding of a model with activation checkpointing.
         own_hooks = without_new_forward_hooks(model.get_input_embeddings())
@@ -255,7 +256,8 @@ class Recovery:
             if "learning_rate" not in config.training and not arguments.gradient_checkpointing:
                 batches = [collator([sample]) for sample in islice(data.stream, NUM_TRIAL_SAMPLES)]
                 lower_learning_rate_(trainer, batches, take_back)
-            seconds = train(trainer, checkpoint)
+            with closing(shown):
+                seconds = train(trainer, checkpoint)
 
             with stage("perplexity", {}):
                 recovered = measure_all(trained, data.measured, teacher, trainer.accelerator)
@@ -295,7 +297,7 @@ class Recovery:
         """Store the report and the text of the run, and attach the manifest to the model."""
         self.report = report
         if self.report.unseen is not None:
-            self.report.unseen.source = data.other.source
+            self.report.unseen.source = data.unseen.source
         self.entries = data.entries
         manifest = earlier or Manifest.of(self.pruning, [], tokenizer)
         self._manifest = manifest.with_entries(self.entries)

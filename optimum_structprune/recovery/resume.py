@@ -12,12 +12,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import sort_checkpoints
 
+from ..codec import to_plain
 from ..config.fields import read_json
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..errors import StructPruneError, warn
 from ..system.fingerprint import fingerprint
-from ..written import plain
 
 
 class TrainingInputs(TrainerCallback, ExportableState):
@@ -45,7 +45,7 @@ class TrainingInputs(TrainerCallback, ExportableState):
         values: dict[str, Any] = {"model": fingerprint(model), "dtype": model.dtype, "teacher": teacher}
         values.update(replace(config, domains=text.domains).without_output_dir().to_dict())
         values["pruning_seed"] = text.seed
-        return cls(plain(values))
+        return cls(to_plain(values))
 
     def state(self) -> dict[str, Any]:
         """Return the values that the Trainer writes into a checkpoint; see `ExportableState`."""

@@ -33,7 +33,6 @@ MAX_HELDOUT_TOKENS = 1_024
 MAX_VALIDATION_TOKENS = 2_048
 MAX_HELDOUT_SAMPLES = 8
 VALIDATION = "validation text"
-OTHER_TEXT = "other text"
 # The kind of validation text if the training text has all other built-in kinds.
 OTHER_KIND = f"{BUILTIN}news"
 # The maximum number of passes over a text. More passes teach little (Muennighoff et al., 2023, arXiv 2305.16264).

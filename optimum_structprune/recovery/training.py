@@ -106,14 +106,20 @@ class ShowProgress(TrainerCallback):
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
     ) -> None:
-        """Count a batch of an evaluation."""
+        """Count a batch of an evaluation. The bar begins after the first batch."""
         if not state.is_world_process_zero:
             return
         if self._batches is None:
-            batches = range(len(eval_dataloader))
-            label = "Evaluating the checkpoint"
-            self._batches = progress(batches, desc=label, unit="batch", leave=False, disable=args.disable_tqdm)
-            next(self._batches, None)
+            total = len(eval_dataloader)
+            self._batches = progress(
+                range(1, total),
+                desc="Evaluating the checkpoint",
+                initial=1,
+                total=total,
+                unit="batch",
+                leave=False,
+                disable=args.disable_tqdm,
+            )
         next(self._batches, None)
 
     def on_evaluate(
@@ -125,8 +131,9 @@ class ShowProgress(TrainerCallback):
         if state.is_world_process_zero and loss is not None:
             say(f"Step {state.global_step} of {state.max_steps}: validation {self.label} {loss:.4f}")
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the bar."""
+    def close(self) -> None:
+        """Close the bars."""
+        self._batches = None
         self._steps = iter(())
 
     def _note(self) -> str:

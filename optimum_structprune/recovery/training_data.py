@@ -13,7 +13,8 @@ from ..config.recovery import RecoveryConfig
 from ..domains.manifest import Entry, Manifest
 from ..forward.generation import end_tokens
 from ..measure.batches import Sample
-from ..sources.other import OtherText, other_text
+from ..record.figures import UNSEEN_TEXT
+from ..sources.unseen import UnseenText, unseen_text
 from ..system.fingerprint import fingerprint
 from .answers import ANSWER_TOKENS, TEMPERATURE, Answers, answer_file, prompts_per_batch, write_answers, writer_of
 from .prompts import MAX_PROMPT_TOKENS, prompts_of
@@ -21,7 +22,6 @@ from .samples import SamplePacker, text_sample
 from .teacher import Teacher
 from .text import (
     MAX_VALIDATION_TOKENS,
-    OTHER_TEXT,
     VALIDATION,
     TextStream,
     answer_samples,
@@ -87,7 +87,7 @@ class RecoveryData:
         measured: The samples that measure the model, by kind of text. No training step reads them.
         validation: The samples that compare checkpoints: validation text and answers, in the proportions of
             the training, or held-out text without a teacher.
-        other: Unseen text, which has no influence on the training.
+        unseen: Unseen text, which has no influence on the training.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class RecoveryData:
             samples = [text_sample(ids) for ids in domain.heldout]
             self.measured[domain.name] = samples
             self.validation += samples
-        self.other = OtherText("")
+        self.unseen = UnseenText("")
 
         answers: Answers | None = None
         num_answers = 0
@@ -141,7 +141,7 @@ class RecoveryData:
     def entries(self) -> list[Entry]:
         """Return the entries of the manifest for all text, with the documents that were read so far."""
         entries = self.stream.text.entries(self.stream.num_texts)
-        entries += self.other.entries
+        entries += self.unseen.entries
         return entries
 
     def _add_validation(
@@ -167,11 +167,11 @@ class RecoveryData:
         self.measured[VALIDATION] = [text_sample(ids) for ids in samples]
         self.validation = self.measured[VALIDATION]
 
-        self.other = other_text(text, teacher.model, tokenizer, stream.heldout)
-        if self.other.rows:
-            for entry in self.other.entries:
+        self.unseen = unseen_text(text, teacher.model, tokenizer, stream.heldout)
+        if self.unseen.rows:
+            for entry in self.unseen.entries:
                 stream.skip(entry.heldout_documents)
-            self.measured[OTHER_TEXT] = [text_sample(ids) for ids in self.other.rows]
+            self.measured[UNSEEN_TEXT] = [text_sample(ids) for ids in self.unseen.rows]
 
     def _add_answers(
         self,

@@ -18,8 +18,8 @@ from ..config.pruning import LOSS, StructPruneConfig
 from ..domains.manifest import EARLIER, Entry, Manifest
 from ..errors import StructPruneError
 from ..margins import MIN_RELATIVE_MARGIN
+from ..pruning.cost import check_memory
 from ..pruning.request import PruningRequest, resolve_request
-from ..record.cost import check_memory
 from ..record.figures import Figure, TextResult, margin_of_mean, mean_ratio, ratios_of
 from ..record.report import LossSearch, PruneRecords, Report
 from ..system.stages import say
@@ -31,7 +31,7 @@ MOST_TRIALS = 6
 # The loss per difference of the cosine from 1. multilingual-e5-small misses 0 to 11 of 1,000 translations per 0.001.
 LOSS_OF_COSINE = 10
 YOUR_DOMAINS = "your domains"
-UNSEEN_TEXT = "unseen text"
+ON_UNSEEN_TEXT = "unseen text"
 WANTED_LANGUAGES = "the wanted languages"
 # The exponent of the loss as a function of the removed share, until two cuts have been measured.
 FIRST_POWER = 1.5
@@ -60,7 +60,7 @@ def losses_in(report: Report) -> dict[str, Loss]:
     if report.unseen is not None:
         perplexity = report.unseen.perplexity
         if perplexity is not None and perplexity.ratio is not None:
-            losses[UNSEEN_TEXT] = (perplexity.ratio - 1, perplexity.margin)
+            losses[ON_UNSEEN_TEXT] = (perplexity.ratio - 1, perplexity.margin)
     return losses
 
 

@@ -133,7 +133,10 @@ class HeldOutText:
         tokens = HELDOUT_TOKENS // len(state.data.domains)
         self.texts: dict[str, Text] = {}
         for domain in state.data.domains:
-            self.texts[domain.name] = Text.short(domain.probe_or_heldout, tokenizer, tokens)
+            text = Text.short(domain.probe_or_heldout, tokenizer, tokens)
+            if self.causal:
+                text = text.cut(positions_of(state.model))
+            self.texts[domain.name] = text
 
         self.dense_losses = torch.zeros(len(self.texts))
         self.dense_states: list[Tensor] = []

@@ -36,8 +36,7 @@ class TrimVocabulary(Step):
     Args:
         request: The tokens to choose from.
         divide: A function that chooses the number of tokens if other spaces share the budget.
-        on_tokenizer: A function that gets the new tokenizer and the model before any token is removed. It may raise
-            if the measurements cannot be made with this tokenizer.
+        on_tokenizer: A function that gets the new tokenizer and the model before any token is removed.
     """
 
     def __init__(

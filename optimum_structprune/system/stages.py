@@ -26,7 +26,7 @@ ANNOUNCEMENTS = {
     "experts": "Removing experts",
     "languages": "Measuring languages",
     "layers": "Removing layers",
-    "other text": "Reading unseen text",
+    "unseen text": "Reading unseen text",
     "perplexity": "Measuring the model",
     "recovery": "Recovering the model",
     "search": "Choosing widths",

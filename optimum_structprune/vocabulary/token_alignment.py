@@ -109,7 +109,7 @@ class TokenAlignment:
         in_order = keep == sorted(set(keep) - {-1})
         if not in_order or keep[-1] >= dense_size:
             raise StructPruneError(
-                f"The dense model has a vocabulary of {dense_size} tokens and the model one of {size}, and by the "
+                f"The original model has a vocabulary of {dense_size} tokens and the model one of {size}, and by the "
                 "same ids they mean other tokens, which cannot be compared. Pass the model that was pruned."
             )
 
@@ -149,7 +149,7 @@ class TokenAlignment:
         for token, counts in zip(ids, is_counted, strict=True):
             parts = self.spellings[token]
             if not parts:
-                raise StructPruneError(f"The token {token} of the dense model cannot be spelled without itself.")
+                raise StructPruneError(f"The token {token} of the original model cannot be spelled without itself.")
 
             row = -1
             if counts:

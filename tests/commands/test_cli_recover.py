@@ -191,7 +191,7 @@ def test_prune_reports_the_languages_of_the_recovered_model(tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out)
     recovered = AutoModelForCausalLM.from_pretrained(output)
     assert printed["recovery"]["kept_step"]
-    cost = cost_by_language(recovered, words, ["en"])["en"]
+    cost = cost_by_language(recovered, words, ["en"], ["en"])["en"]
     for report in (printed, read_json(output / "report.json")):
         assert report["languages"]["en"]["cost"]["pruned"] == pytest.approx(cost)
 

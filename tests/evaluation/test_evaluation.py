@@ -118,13 +118,15 @@ def test_calibration_text_causes_a_warning(tmp_path, folder):
     messages = [str(warning.message) for warning in recorded]
     assert [message for message in messages if "domain" in message] == evaluation.warnings
     assert [warning.split("'")[1] for warning in evaluation.warnings] == ["same", "copy"]
-    num_documents = len(pruner.manifest.domains[0].documents)
+    num_documents = len(pruner.result.manifest.domains[0].documents)
     assert 0 < num_documents < 40
     assert f"{num_documents} of 40 documents were calibrated on" in evaluation.warnings[0]
     assert evaluation.warnings[0] in str(evaluation)
 
     with pytest.warns(UserWarning, match="calibrated on"):
-        evaluate(pruned, tokenizer(), [same_documents, other_documents], seq_length=24, manifest=pruner.manifest)
+        evaluate(
+            pruned, tokenizer(), [same_documents, other_documents], seq_length=24, manifest=pruner.result.manifest
+        )
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -368,7 +370,7 @@ def test_invalid_arguments_are_refused(encoders):
         (llama, {"domains": [text, text]}, "Two domains are named 'a'"),
         (llama, {"seq_length": 65}, "seq_length=65 is longer than the model's 64 positions"),
         (llama, {"num_samples": 0}, "`num_samples` must be at least 1, got 0"),
-        (llama, {"dense": wide_llama}, "vocabulary of 96, and the dense model has one of 100. Pass the dense"),
+        (llama, {"dense": wide_llama}, "vocabulary of 96, and the original model has one of 100. Pass the original"),
         (narrow_llama, {}, "token id 95, vocabulary 9"),
     ):
         with pytest.raises(StructPruneError, match=message):
@@ -382,7 +384,7 @@ def test_invalid_comparisons_of_encoders_are_refused(encoders):
     defaults = {"domains": [DomainConfig("a", str(encoders / "a.jsonl"))], "seq_length": 48}
 
     for model, options, message in (
-        (bert, {}, "BertForMaskedLM does not predict the next token. .* and a dense model of the same kind"),
+        (bert, {}, "BertForMaskedLM does not predict the next token. .* and an original model of the same kind"),
         (bert, {"dense": llama}, "BertForMaskedLM does not predict"),
         (llama, {"dense": bert}, "BertForMaskedLM does not predict"),
         (bert, {"dense": bert, "answers": "builtin"}, "Only its vectors of text can be compared"),

@@ -103,7 +103,7 @@ def test_settings_of_the_caller_do_not_change_a_pruning(dtype, mode, expected_ru
         assert switches() == original
 
     assert torch.get_default_dtype() == dtype
-    assert pruner.plan == expected_pruner.plan
+    assert pruner.result.plan == expected_pruner.result.plan
     assert same_weights(small, expected)
 
     # The result can be trained.

@@ -18,8 +18,9 @@ from optimum_structprune.measure.predictions import tokens_at_once, tokens_per_p
 from optimum_structprune.measure.text import Text
 from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.method.devices import rows_at_once
+from optimum_structprune.pruning.cost import UNCOUNTED_BYTES, pruning_cost
 from optimum_structprune.pruning.request import PruningRequest
-from optimum_structprune.record.cost import REFUSED_SHARE, UNCOUNTED_BYTES, pruning_cost
+from optimum_structprune.record.cost import REFUSED_SHARE
 from optimum_structprune.vocabulary.token_alignment import TokenAlignment
 
 

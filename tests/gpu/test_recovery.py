@@ -125,7 +125,7 @@ def test_a_recovery_with_a_trimmed_vocabulary_trains_the_same(place):
     def work(models):
         student, teacher = models
         recovery = Recovery(recovery_config(**RECOVERY))
-        recovered = recovery.recover_model(student, pruner.tokenizer, teacher, teacher_tokenizer=reader)
+        recovered = recovery.recover_model(student, pruner.result.tokenizer, teacher, teacher_tokenizer=reader)
         return weights(recovered)
 
     assert_same_on_gpus(work, lambda: (deepcopy(pruned), deepcopy(dense)), 2, place, tolerance=1e-3)

@@ -100,10 +100,10 @@ def test_a_run_reports_the_loss_of_missing_text(tmp_path):
     pruner = StructPruner(config(domains=KINDS, seq_length=48, num_samples=16, widths={"vocab": 300}))
     small = pruner.prune_model(model, tokenizer_with_mask())
 
-    domains = pruner.report.domains
+    domains = pruner.result.report.domains
     assert domains.keys() == {"math", "prose"}
     assert all(domain.perplexity and domain.texts for domain in domains.values())
-    assert "missing text" in str(pruner.report)
+    assert "missing text" in str(pruner.result.report)
 
     pruner.save(small, tmp_path / "out")
     assert "| missing text |" in (tmp_path / "out" / "README.md").read_text()

@@ -46,19 +46,19 @@ def trimmed():
 
 def test_removed_tokens_are_reported_as_a_loss(trimmed, tmp_path):
     pruner, small, _, _ = trimmed
-    vectors = pruner.report.domains
+    vectors = pruner.result.report.domains
     assert vectors.keys() == {"math", "prose"}
     for result in vectors.values():
         assert 0 < result.cosine.pruned < 0.9999
         assert result.cosine_worst.pruned <= result.cosine_p5.pruned <= result.cosine.pruned
         assert 0 < result.neighbours.pruned < 1
 
-    cosines = [language.cosine.pruned for language in pruner.report.languages.values()]
+    cosines = [language.cosine.pruned for language in pruner.result.report.languages.values()]
     assert len(cosines) == 30
     assert 0 < min(cosines) < max(cosines) <= 1
 
-    assert "neighbours kept" in str(pruner.report)
-    assert "Verdict: " in str(pruner.report)
+    assert "neighbours kept" in str(pruner.result.report)
+    assert "Verdict: " in str(pruner.result.report)
 
     pruner.save(small, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
@@ -69,12 +69,12 @@ def test_removed_tokens_are_reported_as_a_loss(trimmed, tmp_path):
 
 def test_sentences_with_the_same_tokens_keep_their_vectors(trimmed):
     pruner, small, model, reader = trimmed
-    kept_tokens = pruner.plan.keep[-1, "vocab"]
+    kept_tokens = pruner.result.plan.keep[-1, "vocab"]
 
     cases = set()
     for sentence in ("Is it so?", "Über Öl ærgo", "12 + 5", "The sum of both is given."):
         ids = reader(sentence)["input_ids"]
-        small_ids = pruner.tokenizer(sentence)["input_ids"]
+        small_ids = pruner.result.tokenizer(sentence)["input_ids"]
         has_same_tokens = [kept_tokens[number] for number in small_ids] == ids
 
         vector = embed(model, [torch.tensor(ids)])
@@ -95,21 +95,21 @@ def test_figures_compare_the_original_and_the_pruned_model():
         by_domain, _ = embeddings.figures(model)
         assert by_domain["greetings"].cosine.pruned == pytest.approx(1)
 
-        embeddings.set_tokenizer(pruner.tokenizer, small)
+        embeddings.set_tokenizer(pruner.result.tokenizer, small)
         by_domain, by_language = embeddings.figures(small)
         assert 0 < by_domain["greetings"].cosine.pruned < 0.9999
         assert len(by_language) == num_languages
         for code, figures in by_language.items():
-            expected = pruner.report.languages[code].cosine.pruned
+            expected = pruner.result.report.languages[code].cosine.pruned
             assert figures.cosine.pruned == pytest.approx(expected)
 
-    assert pruner.report.languages["de"].wanted
-    assert "Wanted languages (tokens): German" in str(pruner.report)
+    assert pruner.result.report.languages["de"].wanted
+    assert "Wanted languages (tokens): German" in str(pruner.result.report)
 
 
 def test_a_wanted_language_is_measured_without_vocabulary_trimming():
     pruner, *_ = prune_encoder(widths={"mlp": 24}, languages=["de"])
-    assert pruner.report.languages["de"].cosine.pruned < 1
+    assert pruner.result.report.languages["de"].cosine.pruned < 1
 
 
 @given(st.lists(st.text("ab .!?\n。é", max_size=600), max_size=5))
@@ -313,8 +313,9 @@ def test_the_margin_of_a_run_covers_text_of_many_documents():
         texts_per_document = 128 // num_documents
         runs = [figures_of_random_vectors(num_documents, texts_per_document, generator) for _ in range(100)]
         for name in ("cosine", "neighbours"):
-            mean = sum(figures[name] for figures in reference) / len(reference)
-            covered = sum(abs(figures[name] - mean) <= figures[f"{name}_margin"] for figures in runs)
+            mean = sum(getattr(result, name).pruned for result in reference) / len(reference)
+            figures = [getattr(result, name) for result in runs]
+            covered = sum(abs(figure.pruned - mean) <= figure.margin for figure in figures)
             assert covered >= 85, (num_documents, name)
 
 

@@ -12,7 +12,7 @@ def test_a_run_measures_a_limited_number_of_tokens():
     pruner = StructPruner(config(num_samples=96))
     pruner.prune_model(build("llama-tied"), tokenizer())
 
-    tokens = [domain.tokens for domain in pruner.report.domains.values()]
+    tokens = [domain.tokens for domain in pruner.result.report.domains.values()]
     assert 0 < sum(tokens) <= max(96 * 24 / 8, MANY_DOCUMENTS * 23 * len(tokens))
 
 
@@ -22,4 +22,4 @@ def test_a_short_run_is_measured_on_several_documents_of_each_domain():
     pruner.prune_model(build("llama-tied"), tokenizer())
 
     # A single document has no margin of error.
-    assert all(isfinite(domain.perplexity.margin) for domain in pruner.report.domains.values())
+    assert all(isfinite(domain.perplexity.margin) for domain in pruner.result.report.domains.values())

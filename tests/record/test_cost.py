@@ -21,14 +21,9 @@ from optimum_structprune import (
 from optimum_structprune.arch.load import ModelInfo, describe
 from optimum_structprune.arch.meta import meta_model
 from optimum_structprune.method.devices import cpu_speed
+from optimum_structprune.pruning.cost import UNCOUNTED_BYTES, check_memory, pruning_cost
 from optimum_structprune.pruning.request import PruningRequest, resolve_request
-from optimum_structprune.record.cost import (
-    REFUSED_SHARE,
-    UNCOUNTED_BYTES,
-    check_memory,
-    pruning_cost,
-    recovery_cost,
-)
+from optimum_structprune.record.cost import REFUSED_SHARE, recovery_cost
 
 
 CPU = torch.device("cpu")
@@ -143,7 +138,7 @@ def test_error_feedback_precision_and_processes_change_the_memory(monkeypatch):
     assert 2 * default["hidden states"] == 3 * without_feedback["hidden states"]
     assert half_precision["weights"] * 2 == default["weights"]
 
-    monkeypatch.setattr("optimum_structprune.record.cost.process_count", lambda: 2)
+    monkeypatch.setattr("optimum_structprune.pruning.cost.process_count", lambda: 2)
     assert memory(half(), llama()).memory["hidden states"] * 2 == default["hidden states"]
 
 
@@ -174,7 +169,7 @@ def test_each_device_of_a_spread_model_needs_its_part_of_a_copy(monkeypatch):
     request = PruningRequest(config(), ModelInfo(describe(model), model, model.device))
     pruning = above(pruning_cost(request).memory)
     sizes = {torch.device("cuda", 0): 3 * 10**6, torch.device("cuda", 1): 7 * 10**6}
-    monkeypatch.setattr("optimum_structprune.record.cost.bytes_by_device", lambda model: sizes)
+    monkeypatch.setattr("optimum_structprune.pruning.cost.bytes_by_device", lambda model: sizes)
 
     def check(free_sizes, inplace=False):
         free = [int(REFUSED_SHARE * size) for size in free_sizes]
@@ -257,7 +252,10 @@ def test_a_dry_run_estimates_cpu_time_as_a_range_on_a_cpu_only():
     assert "CPU time on this machine" in str(on_cpu)
     assert "  perplexity" in str(on_cpu)
 
-    on_gpu = dry_run(model_config, settings, cost=True, device="cuda")
+    # A plan for a GPU needs no GPU.
+    recovering_settings = replace(settings, recovery=recovery_config(tokens=2_400))
+    on_gpu = dry_run(model_config, recovering_settings, cost=True, device="cuda")
+    assert not on_gpu.recovery.seconds
     assert on_gpu.cost.work == on_cpu.cost.work
     assert not on_gpu.cost.seconds
     assert "CPU time" not in str(on_gpu)

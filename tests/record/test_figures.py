@@ -46,13 +46,13 @@ def test_a_report_is_unchanged_after_a_conversion_to_json(report):
 
 
 @pytest.mark.parametrize(("values", "message"), [
-    ({"criterion": "obs"}, "lacks the field 'model_type'"),
-    ({"model_type": "llama", "criterion": "obs", "speed": 1}, "unknown field 'speed'"),
-    ({"model_type": 3, "criterion": "obs"}, "model_type must be of type str, got 3"),
-    ({"model_type": "llama", "criterion": "obs", "domains": []}, "domains must be an object, got list"),
-    ({"model_type": "llama", "criterion": "obs", "domains": {"a": {"tokens": "x"}}}, "a: tokens must be of type int"),
-    ({"model_type": "llama", "criterion": "obs", "widths": {"mlp": {"x": 3}}}, "widths: mlp: invalid literal"),
-    ([], "must be an object, got list"),
+    ({"criterion": "obs"}, "needs the field `model_type`"),
+    ({"model_type": "llama", "criterion": "obs", "speed": 1}, "has no field 'speed'"),
+    ({"model_type": 3, "criterion": "obs"}, "`model_type` must be a string, got 3"),
+    ({"model_type": "llama", "criterion": "obs", "domains": []}, "`domains` must be a mapping to TextResult"),
+    ({"model_type": "llama", "criterion": "obs", "domains": {"a": {"tokens": "x"}}}, "a: `tokens` must be a whole"),
+    ({"model_type": "llama", "criterion": "obs", "widths": {"mlp": {"x": 3}}}, "mlp must have layer indices as keys"),
+    ([], r"must be a mapping of fields, got \[\]"),
 ])  # fmt: skip
 def test_an_invalid_report_is_refused(values, message):
     with pytest.raises(StructPruneError, match=message):

@@ -5,7 +5,7 @@ import results
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimum_structprune.record.figures import Figure, LanguageResult, TrimResult
+from optimum_structprune.record.figures import Figure, LanguageResult, TextResult, TrimResult
 from optimum_structprune.record.report import Report
 from optimum_structprune.record.table import aligned
 from optimum_structprune.record.verdict import judge
@@ -65,7 +65,7 @@ def test_a_checkpoint_that_is_worse_on_some_text_is_not_called_better_there():
     report = results.report([1.4])
     report.recovery = results.recovery((1.4, 1.3), (1.2, 1.1), kept_step=4)
     for name, pruned, recovered in (("domain 0", 0.13, 0.1333), ("domain 1", 0.2, 0.2004), ("answers", 0.5, 0.4)):
-        report.recovery.domain(name).divergence = Figure(pruned=pruned, recovered=recovered)
+        report.recovery.domains.setdefault(name, TextResult()).divergence = Figure(pruned=pruned, recovered=recovered)
     report.recovery.unseen = results.unseen(1.5, 1.2)
     report.recovery.unseen.divergence = Figure(pruned=0.3, recovered=0.35)
 
@@ -186,13 +186,15 @@ def test_a_language_of_unknown_tokens_got_worse_although_it_has_fewer_tokens():
 
 
 @pytest.mark.parametrize(("ratio", "command"), [
-    (1.0, "structprune evaluate 'my out' --against m --domain NAME=SOURCE"),
-    (1.4, "structprune recover 'my out' 'my out-recovered' --teacher m"),
+    (1.0, "structprune evaluate 'my out' --against m --domain general=builtin:general --num-samples 64 --arch a"),
+    (1.4, "structprune recover 'my out' 'my out-recovered' --teacher m --arch a"),
 ])  # fmt: skip
 def test_the_next_command_follows_the_verdict(ratio, command):
     view = View(results.report([ratio], asked=results.answers()))
 
-    assert view.next_command("m", "my out") == command
+    assert view.next_command("m", "my out", can_recover=True, flags=["--arch", "a"]) == command
+    evaluation = view.next_command("", "out", can_recover=False)
+    assert evaluation == "structprune evaluate out --domain general=builtin:general --num-samples 64"
 
 
 def test_an_infinite_loss_is_stated_in_words():

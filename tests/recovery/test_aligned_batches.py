@@ -23,7 +23,7 @@ def trimmed():
     settings = config(widths={"vocab": 320}, seq_length=48, num_samples=8)
     pruner = StructPruner(settings)
     student = pruner.prune_model(dense, reader)
-    return dense, reader, student, pruner.tokenizer
+    return dense, reader, student, pruner.result.tokenizer
 
 
 def make_features(tokenizer, count=6, length=40):

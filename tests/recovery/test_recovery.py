@@ -49,7 +49,7 @@ def test_recovery_closes_most_of_the_gap_on_a_trained_model(tmp_path, monkeypatc
         divergence = report.domains[name].divergence
         assert divergence.recovered < share * divergence.pruned
     perplexity = report.domains["stories"].perplexity
-    assert perplexity.dense < perplexity.recovered
+    assert perplexity.original < perplexity.recovered
     assert report.kept_step
     assert report.tokens == pytest.approx(52_000, rel=0.02)
     assert report.seconds > 0
@@ -180,6 +180,20 @@ def test_a_training_shows_its_steps_tokens_and_divergence(pruned, terminal, caps
     assert len(evaluations) == 3
     assert any(line.startswith("Evaluating the checkpoint:") for line in lines)
     assert any("train_runtime" in logs for logs in recorder.logs), "callbacks get every log"
+
+
+def test_the_bar_of_an_interrupted_training_ends(pruned, capsys, monkeypatch):
+    """Otherwise the next message would stand behind the bar."""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr(Recorder, "on_log", failing(Recorder.on_log, 2, KeyboardInterrupt()))
+    recovery = Recovery(recovery_config(training={"logging_steps": 1, "disable_tqdm": None}), callbacks=[Recorder()])
+    with pytest.raises(KeyboardInterrupt) as caught:
+        recovery.recover_model(deepcopy(pruned), tokenizer(), build("llama-tied"))
+
+    assert caught.tb is not None
+    last_line = re.split(r"\r", capsys.readouterr().err)[-1]
+    assert last_line.startswith("Training:")
+    assert last_line.endswith("\n")
 
 
 def test_a_nan_loss_stops_the_training_and_restores_the_best_checkpoint(pruned):
@@ -316,9 +330,9 @@ def test_the_languages_of_a_recovered_model_are_measured_again(tmp_path):
 
     before = Report.load(tmp_path / "pruned" / REPORT_NAME).languages["en"].cost
     after = Report.load(tmp_path / "out" / REPORT_NAME).languages["en"].cost
-    assert after.dense == before.dense
+    assert after.original == before.original
     assert after.pruned != before.pruned
-    assert after.pruned == pytest.approx(cost_by_language(recovered, words, ["en"])["en"])
+    assert after.pruned == pytest.approx(cost_by_language(recovered, words, ["en"], ["en"])["en"])
 
 
 @pytest.mark.parametrize(("answer_share", "text_samples"), [(0.0, 20), (0.5, 10), (1.0, 0)])
@@ -364,7 +378,7 @@ def prune_recover_and_evaluate(make_source):
         recovered=recovered,
         second_model=second_model,
         evaluation=evaluation,
-        report=pruner.report,
+        report=pruner.result.report,
     )
 
 

@@ -23,11 +23,12 @@ from optimum_structprune import (
     evaluate,
     write_report,
 )
+from optimum_structprune.codec import to_plain
 from optimum_structprune.domains.manifest import Manifest
 from optimum_structprune.errors import StructPruneError
 from optimum_structprune.record import figures, report
 from optimum_structprune.record.report import Report
-from optimum_structprune.written import plain, to_json
+from optimum_structprune.written import to_json
 
 
 LOADERS = {
@@ -88,7 +89,7 @@ parse_strictly = partial(json.loads, parse_constant=pytest.fail)
 def test_every_value_becomes_strict_json_that_reloads_unchanged(value):
     document = to_json(value)
     reloaded = parse_strictly(document)
-    assert reloaded == plain(value)
+    assert reloaded == to_plain(value)
     assert to_json(reloaded) == document
 
 

@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
     fields = {"widths": None, "sparsity": 0.25, "allocation": "sensitivity", "round_to": 1, "rounds": 2}
     pruner = StructPruner(config(**fields))
     model = pruner.prune_model(build("llama-tied"), tokenizer())
-    report = pruner.report
+    report = pruner.result.report
     report.domains[HOSTILE] = report.domains.pop(next(iter(report.domains)))
     report.answers = AnswersResult([results.question({"original": True, "pruned": False}, prompt=HOSTILE)])
     pruner.save(model, folder, tokenizer())

@@ -169,7 +169,7 @@ def test_a_layer_that_contributes_little_loses_more_units():
     pruner = StructPruner(config(allocation="sensitivity", round_to=1))
     pruner.prune_model(model, tokenizer())
 
-    widths = pruner.report.widths
+    widths = pruner.result.report.widths
     assert widths["mlp"][1] < widths["mlp"][0]
     assert sum(widths["mlp"].values()) == 2 * 24
 

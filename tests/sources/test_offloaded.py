@@ -103,17 +103,17 @@ def test_an_offloaded_model_is_pruned_as_in_memory(case, place, tmp_path):
 
     assert is_offloaded(small)
     assert is_on_meta(layer_list(small, describe(small))[-1])
-    assert pruner.plan.to_dict() == expected_pruner.plan.to_dict()
+    assert pruner.result.plan.to_dict() == expected_pruner.result.plan.to_dict()
     for name, tensor in expected.state_dict().items():
         torch.testing.assert_close(weight_of(small, name), tensor, rtol=1e-5, atol=1e-5)
     for _ in range(2):  # the second pass reads the weights that the hooks offloaded after the first
         torch.testing.assert_close(logits(small), logits(expected), rtol=1e-4, atol=1e-5)
 
-    for name, domain in expected_pruner.report.domains.items():
-        perplexities = pruner.report.domains[name].perplexity.values
+    for name, domain in expected_pruner.result.report.domains.items():
+        perplexities = pruner.result.report.domains[name].perplexity.values
         assert perplexities == pytest.approx(domain.perplexity.values, rel=1e-4)
-    assert pruner.report.original == expected_pruner.report.original
-    assert pruner.report.pruned == expected_pruner.report.pruned
+    assert pruner.result.report.original == expected_pruner.result.report.original
+    assert pruner.result.report.pruned == expected_pruner.result.report.pruned
 
     pruner.save(small, tmp_path / "small", tokenizer())
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")

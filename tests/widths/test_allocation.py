@@ -165,7 +165,7 @@ def test_every_layer_may_have_its_own_width(widths, expected, rounds):
     small = pruner.prune_model(build("llama-tied"), tokenizer())
 
     ffn_widths = list(expected["mlp"].values())
-    assert pruner.report.widths == expected
+    assert pruner.result.report.widths == expected
     assert [layer.mlp.down_proj.in_features for layer in small.model.layers] == ffn_widths
     assert small.config.is_heterogeneous == (len(set(ffn_widths)) > 1)
     reloaded = StructPruneConfig.from_dict(json.loads(json.dumps(pruner.config.to_dict())))
@@ -178,7 +178,7 @@ def test_the_only_dense_layer_of_a_mixture_may_be_skipped(allocation):
 
     pruner.prune_model(build("deepseek_v2"), tokenizer())
 
-    assert {layer for layer, _ in pruner.plan.keep} == {1}
+    assert {layer for layer, _ in pruner.result.plan.keep} == {1}
 
 
 def test_the_steps_of_a_removal_follow_the_schedule():

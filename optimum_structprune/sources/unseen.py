@@ -1,4 +1,4 @@
-"""Load other text, which measures a pruned model on text that no choice of the run depends on."""
+"""Load unseen text, which measures a pruned model on text that no choice of the run depends on."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from ..domains.packing import Domain, document_hash, tokenize_with_prefix
 from ..domains.sources import documents, resolve
 from ..errors import StructPruneError
 from ..margins import MIN_DOCUMENTS
+from ..record.figures import BUILT_IN, FROM_HUB, MODEL_WRITTEN
 from ..system.fingerprint import TextCache
 from ..system.processes import broadcast_object, process_index
 
 
 # The maximum number of tokens, over all documents.
-MAX_TOKENS = 4096
-# The number of calibration tokens per token of other text. The measurement then takes less than a fifth of the run.
+MAX_UNSEEN_TOKENS = 4096
+# The number of calibration tokens per token of unseen text. The measurement then takes less than a fifth of the run.
 CALIBRATION_PER_TOKEN = 10
 # The number of tokens of a document. Each document is one row, because the margin of error is over documents.
 DOCUMENT_TOKENS = 57
@@ -41,14 +42,9 @@ HUB_SECONDS = 3.0
 # The number of tokens that the model writes after the row, in each document.
 WRITTEN_MARGIN = 8
 
-# The sources of other text.
-HUB = "from the Hub"
-WRITTEN = "model-written"
-BUILTIN = "built-in"
 
-
-class OtherText(NamedTuple):
-    """Other text.
+class UnseenText(NamedTuple):
+    """Unseen text.
 
     Attributes:
         source: The source of the text.
@@ -61,14 +57,14 @@ class OtherText(NamedTuple):
     entries: Sequence[Entry] = ()
 
 
-def other_text(
+def unseen_text(
     config: StructPruneConfig,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     domains: Sequence[Domain],
     earlier: Manifest | None = None,
-) -> OtherText:
-    """Return other text from the first source with enough documents: the Hub, the model itself, or built-in text.
+) -> UnseenText:
+    """Return unseen text from the first source with enough documents: the Hub, the model itself, or built-in text.
 
     The result has no rows if no source has enough documents.
 
@@ -76,13 +72,13 @@ def other_text(
         config: The config of the run.
         model: The dense model.
         tokenizer: The tokenizer of the dense model.
-        domains: The domains of the run. Their documents are not other text.
-        earlier: The text of earlier runs. Its documents are not other text either.
+        domains: The domains of the run. Their documents are not unseen text.
+        earlier: The text of earlier runs. Its documents are not unseen text either.
     """
     excluded = _excluded_documents(domains, earlier)
     calibration_tokens = sum(domain.samples.numel() for domain in domains)
     length = min(DOCUMENT_TOKENS, config.seq_length)
-    num_tokens = min(MAX_TOKENS, calibration_tokens // CALIBRATION_PER_TOKEN)
+    num_tokens = min(MAX_UNSEEN_TOKENS, calibration_tokens // CALIBRATION_PER_TOKEN)
     if config.removes_only_tokens:
         # Measuring would take most of the run.
         num_tokens //= 2
@@ -103,9 +99,9 @@ def other_text(
         if len(rows) >= min(count, MIN_DOCUMENTS):
             samples = torch.stack(list(rows.values()))
             domain = Domain(OTHER, 0.0, samples[:0], samples, heldout_documents=tuple(rows))
-            return OtherText(source, list(samples), [Entry.of(domain, JUDGED)])
+            return UnseenText(source, list(samples), [Entry.of(domain, JUDGED)])
 
-    return OtherText(BUILTIN)
+    return UnseenText(BUILT_IN)
 
 
 def _excluded_documents(domains: Sequence[Domain], earlier: Manifest | None) -> set[str]:
@@ -127,18 +123,18 @@ def _sources(
     length: int,
     count: int,
 ) -> dict[str, Callable[[], Iterator[str]]]:
-    """Return functions that read other text, by source, in the order of preference."""
+    """Return functions that read unseen text, by source, in the order of preference."""
     sources: dict[str, Callable[[], Iterator[str]]] = {}
     if calibration_tokens >= MIN_TOKENS_READ:
         if not config.languages and not constants.HF_HUB_OFFLINE:
-            sources[HUB] = partial(_from_hub, count)
+            sources[FROM_HUB] = partial(_from_hub, count)
         if can_write(model, tokenizer):
-            sources[WRITTEN] = partial(_written, config, model, tokenizer, count * (length + WRITTEN_MARGIN))
+            sources[MODEL_WRITTEN] = partial(_written, config, model, tokenizer, count * (length + WRITTEN_MARGIN))
 
     user_texts = [text for text in texts_of(config) if not is_general(text)]
     trims_languages = bool(config.removes_tokens) and not config.languages
     domain = DomainConfig(name=OTHER, source=builtin_source_except(user_texts, trims_languages))
-    sources[BUILTIN] = partial(documents, domain, config.seed + 1, tokenizer)
+    sources[BUILT_IN] = partial(documents, domain, config.seed + 1, tokenizer)
     return sources
 
 
