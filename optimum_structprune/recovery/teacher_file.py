@@ -26,8 +26,9 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 from ..arch.inference import evaluating
 from ..arch.load import describe
 from ..arch.meta import check_positions, meta_model, predicts_next
+from ..codec import from_plain
 from ..config.domains import CHAT, DomainConfig
-from ..config.fields import check_types, read_json
+from ..config.fields import read_json
 from ..domains.manifest import tokenizer_of
 from ..domains.sources import documents
 from ..errors import StructPruneError, one_line
@@ -170,9 +171,6 @@ class TeacherManifest(Record):
     seed: int = 0
     shards: list[int] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        check_types(self)
-
     @property
     def bytes_per_token(self) -> float:
         """Return the bytes of a stored token, with its own id."""
@@ -197,10 +195,7 @@ class TeacherManifest(Record):
             if any(folder.glob("shard-*.safetensors")):
                 reason = "holds a teacher file that is not complete. Run the same command again, which resumes"
             raise StructPruneError(f"{folder} {reason}.")
-        try:
-            return cls(**read_json(path))
-        except TypeError as error:
-            raise StructPruneError(f"{path} is no manifest of a teacher file: {one_line(error)}.") from error
+        return from_plain(cls, read_json(path), str(path))
 
 
 def is_teacher_file(folder: Any) -> bool:
