@@ -171,8 +171,8 @@ def test_a_training_from_a_file_equals_a_training_with_the_teacher(teacher, tmp_
         attach_teacher(trainer, source)
         losses.append(losses_of(trainer))
 
-    # Rounding to 16 bits changes a probability by up to 0.2%, and their sum by a few parts in 10,000. The cross-entropy
-    # of 4.5 nats turns this into less than 1e-3.
+    # Rounding to 16 bits changes a probability by up to 0.2%, and their sum by a few parts in 10,000. With a
+    # cross-entropy of 4.5 nats, this is less than 1e-3.
     assert losses[1] == pytest.approx(losses[0], abs=1e-3)
 
 
