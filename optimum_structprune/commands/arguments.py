@@ -45,7 +45,6 @@ GROUPS = {
     "method": "",
 }
 SOURCES = "A source is a file, glob, folder, builtin:…, preset:…, self:… or Hub dataset; {name: …, …} sets any field."
-MAX_COUNT_DIGITS = 12
 # The arguments of `add_argument` by the names of flags, or their help alone.
 Flags = Mapping[str, str | Mapping[str, Any]]
 
@@ -265,9 +264,8 @@ def token_setting(text: str) -> tuple[str, Any]:
 
 def positive_int(text: str) -> int:
     """Parse a whole number from 1 to 10**12."""
-    is_number = text.isascii() and text.isdecimal()
-    if not is_number or len(text) > MAX_COUNT_DIGITS or int(text) < 1:
-        raise ArgumentTypeError(f"expected a whole number from 1 to 10**{MAX_COUNT_DIGITS}, got {text[:40]!r}")
+    if not re.fullmatch("0*[1-9][0-9]{0,11}", text):
+        raise ArgumentTypeError(f"expected a whole number from 1 to 10**12, got {text[:40]!r}")
     return int(text)
 
 

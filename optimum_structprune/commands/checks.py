@@ -13,14 +13,13 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 
-from ..arch.family import read_families
 from ..config.domains import GENERAL, DomainConfig, as_domain
 from ..config.fields import read_mapping
 from ..config.pruning import RunOptions, StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.sources import check_source, resolve
 from ..errors import StructPruneError, reason_of
-from ..saving.gguf_types import GGUF_TYPES, check_gguf_type
+from ..saving.gguf_types import GGUF_TYPES
 from ..system.disk import GGUF, GGUFOutput, Output, check_regular_files
 from ..system.modules import transformer_folder
 from .arguments import pruning_config, recovery_config, run_options, tokens_config
@@ -37,7 +36,6 @@ def check_flags(args: Namespace) -> None:
     if flags.get("base_model") and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.base_model):
         raise StructPruneError(f"--base-model {args.base_model!r} is not an id on the Hub. Pass OWNER/NAME.")
     _check_models(args)
-    _check_arch_files(args, configs)
     _check_texts(args, configs)
 
     if isinstance(flags.get("json"), str):
@@ -65,15 +63,6 @@ def _check_models(args: Namespace) -> None:
             setattr(args, name, _checked_model(value))
         elif value:
             setattr(args, name, [_checked_model(model) for model in value])
-
-
-def _check_arch_files(args: Namespace, configs: Iterable[Any]) -> None:
-    """Raise `StructPruneError` if a description of architectures cannot be read."""
-    arch_files = [getattr(args, "arch_file", None)]
-    arch_files += [getattr(config, "arch_file", None) for config in configs]
-    for arch_file in arch_files:
-        if arch_file:
-            read_families(arch_file)
 
 
 def _check_texts(args: Namespace, configs: Iterable[Any]) -> None:
@@ -105,11 +94,8 @@ def _check_output(args: Namespace) -> None:
 def _check_form(args: Namespace) -> None:
     """Raise `StructPruneError` if the output of `export` does not fit `--dtype` or `--pad-uniform`."""
     is_file = args.output.endswith(GGUF)
-    if args.dtype in GGUF_TYPES:
-        if not is_file:
-            raise StructPruneError(f"--dtype {args.dtype} requires a file for llama.cpp. Pass an output OUT{GGUF}.")
-        check_gguf_type(args.dtype)
-
+    if args.dtype in GGUF_TYPES and not is_file:
+        raise StructPruneError(f"--dtype {args.dtype} requires a file for llama.cpp. Pass an output OUT{GGUF}.")
     if is_file == args.pad_uniform:
         raise StructPruneError(
             f"Name a file OUT{GGUF} for llama.cpp, or a folder with --pad-uniform for runtimes that take one width."
@@ -117,8 +103,7 @@ def _check_form(args: Namespace) -> None:
 
 
 def _check_gguf(args: Namespace) -> None:
-    """Raise `StructPruneError` if `--gguf` names no type, or does not fit `--offload`."""
-    check_gguf_type(args.gguf)
+    """Raise `StructPruneError` if `--gguf` does not fit `--offload`."""
     if args.offload is not None:
         raise StructPruneError(
             f"--gguf takes a whole model in memory, and --offload {args.offload} is for those that do not fit. Leave "

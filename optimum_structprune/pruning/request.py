@@ -387,10 +387,6 @@ def _check_samples(name: Any, samples: Any, model: Any) -> None:
         raise StructPruneError(f"The names of domains in `inputs` must be text, got {name!r}. Pass {str(name)!r}.")
     if not isinstance(samples, Tensor):
         raise StructPruneError(f"inputs[{name!r}] must be a tensor, got {type(samples).__name__}.")
-    if samples.is_meta:
-        raise StructPruneError(f"inputs[{name!r}] is on the meta device. Pass a tensor with values.")
-    if samples.layout != torch.strided:
-        raise StructPruneError(f"inputs[{name!r}] has the layout {samples.layout}. Pass a dense tensor.")
 
     if reads_images(model):
         _check_images(name, samples, model)

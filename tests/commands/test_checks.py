@@ -87,7 +87,6 @@ FLAG_ERRORS = [
     (f"{SHARE} --config huge.yaml", "huge.yaml cannot be read: it is nested too deeply"),
     (f"{SHARE} --general-text builtin:prose --general-share 0", "general_text='builtin:prose' has no effect"),
     (f"{SHARE} --recover --offload disk", "recovery trains it in memory. Leave out recovery"),
-    (f"{SHARE} --arch own.yaml", "own.yaml"),
     (f"{SHARE} --text empty.txt", "The domain 'empty' is empty: empty.txt does not contain any text"),
     (f"{SHARE} --domain a=full/*.csv", "The domain 'a': the pattern 'full/*.csv' contains no file"),
     (f"{SHARE} --domain a=preset:nothing", "The preset 'nothing' does not exist"),
@@ -123,6 +122,7 @@ FLAG_ERRORS = [
 ]
 # Command lines that contradict the config of the model, and a part of the error message.
 CONFIG_ERRORS = [
+    (f"{SHARE} --arch own.yaml", "own.yaml"),
     ("plan other-kind --width mlp=4", "'xglm' is not described"),
     (f"{PRUNE} --width mpl=24", "has no space 'mpl' to prune. Did you mean 'mlp'?"),
     (f"{PRUNE} --width vocab=2", "The tokenizer is of the kind WordLevel"),
