@@ -12,7 +12,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from ..codec import FieldError, field_types, members_of
-from ..config.fields import field_help
 from ..errors import StructPruneError
 
 
@@ -155,6 +154,8 @@ def declare_fields(group_of: Callable[[str], Any], config_class: type, without: 
         without: The fields that are not flags.
     """
     types = field_types(config_class)
+    from ..config.fields import field_help
+
     sentences = field_help(config_class)
 
     for field in fields(config_class):

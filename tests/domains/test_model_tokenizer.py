@@ -1,6 +1,7 @@
 """A model and a tokenizer with other tokens are refused wherever the two are combined."""
 
 from copy import deepcopy
+from math import inf
 
 import pytest
 import torch
@@ -249,14 +250,28 @@ def test_documents_in_another_tokenizer_are_separated_by_eos():
         assert small_tokenizer.decode(row[1:]) == TOKENIZER.decode(sample[1:])
 
 
-def test_text_is_refused_without_enough_positions_or_a_first_token():
+@pytest.mark.parametrize("reader", [None, TOKENIZER])
+def test_text_is_cut_to_the_positions_of_a_model(reader):
     original = Text.of(read_samples(TOKENIZER, TEXTS), TOKENIZER)
+    _, small_tokenizer = with_tokens(MODEL, TOKENIZER, list(range(300)))
+    reader = reader and small_tokenizer
 
-    short_config = deepcopy(MODEL.config)
-    short_config.max_position_embeddings = 30
-    with pytest.raises(StructPruneError, match="40 tokens of the model's own .* 30 positions. Use `seq_length=30`"):
-        original.for_tokenizer(TOKENIZER, type(MODEL)(short_config))
+    assert original.cut(inf, reader) is original
+    for positions in (150, 60, 30):
+        text = original.cut(positions, reader)
+        (length,) = {len(row) for row in text.rows}
+        assert 2 <= length <= 40
+        for row, original_row in zip(text.rows, original.rows, strict=True):
+            assert torch.equal(row, original_row[:length])
+        encoded = text.for_tokenizer(small_tokenizer, MODEL)
+        assert max(len(row) for row in encoded.rows) <= positions
 
+    with pytest.raises(StructPruneError, match="which are too few for text"):
+        original.cut(1, reader)
+
+
+def test_text_is_refused_without_a_first_token():
+    original = Text.of(read_samples(TOKENIZER, TEXTS), TOKENIZER)
     _, bare_tokenizer = with_tokens(MODEL, TOKENIZER, list(range(300)))
     bare_tokenizer.bos_token = None
     bare_tokenizer.eos_token = None

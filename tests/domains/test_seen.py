@@ -102,7 +102,7 @@ def test_held_out_documents_stay_unused_in_a_training_and_a_later_pruning(
         training = recovery_config(domains=[trained_domain], tokens=4 * seq_length, seq_length=seq_length)
         stream = TextStream(text_config(training, pruning_config, seq_length), TOKENIZER, MODEL, manifest)
         assert len(list(stream.samples(4))) == 4
-        trained = stream.entries()
+        trained = stream.entries(4)
         assert all(entry.use == TRAINED for entry in trained)
         manifest = manifest.with_entries(trained)
         later = load_domains(replace(pruning_config, domains=[later_domain]), TOKENIZER, earlier=manifest)
