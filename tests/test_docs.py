@@ -95,6 +95,8 @@ NOT_RUN = [
     ("extending.md", "[project.entry-points", "`test_extending.py` builds the package"),
     ("recovery_many_gpus.md", "# fsdp2.yaml", "needs 8 GPUs; a test below reads it with accelerate"),
     ("recovery_many_gpus.md", "# zero3.yaml", "needs 8 GPUs; a test below reads it with accelerate"),
+    ("recovery_many_gpus.md", "accelerate merge-weights", "needs a sharded checkpoint; `test_examples.py` runs it"),
+    ("recovery_many_gpus.md", "#!/bin/bash\n#SBATCH", "needs Slurm; `test_examples.py` runs it with a stand-in"),
     ("scaling.md", "torchrun ", "starts 8 processes; a test below parses the lines"),
     ("serving.md", "llama-cli ", "needs llama.cpp; `test_llama_cpp.py` runs its programs"),
     ("serving.md", "pip install .    # in a clone", "needs vLLM; `test_vllm.py` runs it"),
