@@ -177,7 +177,9 @@ def test_the_help_is_grouped_and_quotes_the_help_of_the_fields():
 
 def test_the_help_of_spaces_and_criteria_names_the_legal_values():
     words = set(re.findall(r"`(\w+)`", help_of("criterion")))
-    assert words == set(CRITERIA.names())
+    # Other tests may have registered criteria of their own.
+    own = {name for name in CRITERIA.names() if CRITERIA.get(name).__module__.startswith("optimum_structprune.")}
+    assert words == own
 
     kinds = {"mlp", "attention", *WHOLE_MODEL}
     assert set(re.findall(r"`(\w+)`", help_of("targets"))) == kinds | {"sparsity", "budget"}

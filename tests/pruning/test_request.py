@@ -125,7 +125,6 @@ def test_a_good_request_reads_the_text():
 
 @pytest.mark.parametrize(("fields", "message"), [
     ({"allocation": "sensitivity"}, "measures losses of the original model"),
-    ({"recovery": unread_recovery()}, "a Trainer trains already"),
     ({"widths": {"layer": 1}}, "'layer' belongs to the whole model"),
     ({"widths": {"hidden": 24}}, "'hidden' belongs to the whole model"),
     ({"widths": {"vocab": 64}}, "'vocab' belongs to the whole model"),

@@ -12,7 +12,13 @@ from optimum_structprune.arch.load import ModelInfo
 from optimum_structprune.config.pruning import LANGUAGES
 from optimum_structprune.domains.manifest import COUNTED
 from optimum_structprune.domains.packing import Domain, document_hash
-from optimum_structprune.measure.languages import cost_by_language
+from optimum_structprune.measure.languages import (
+    cost_by_language,
+    costs_before,
+    known_languages,
+    measured_texts,
+    with_costs_after,
+)
 from optimum_structprune.steps.resize import drop_tokens_
 from optimum_structprune.vocabulary import choose, count, languages
 from optimum_structprune.vocabulary.choose import VocabularyRequest, token_shares
@@ -174,12 +180,12 @@ def test_sample_sentences_replace_missing_lists_of_words_with_one_message(monkey
 
 
 def test_every_language_of_a_config_has_two_different_texts():
-    measured_texts = texts()
+    all_texts = texts()
     sample_texts = texts(CHOOSING)
 
-    assert list(measured_texts) == list(sample_texts) == list(LANGUAGES)
-    assert set(measured_texts.values()).isdisjoint(sample_texts.values())
-    assert len({script(text) for text in measured_texts.values()}) > 10
+    assert list(all_texts) == list(sample_texts) == list(LANGUAGES)
+    assert set(all_texts.values()).isdisjoint(sample_texts.values())
+    assert len({script(text) for text in all_texts.values()}) > 10
 
 
 def test_text_costs_fewer_tokens_and_bits_in_a_language_that_the_model_knows():
@@ -190,8 +196,8 @@ def test_text_costs_fewer_tokens_and_bits_in_a_language_that_the_model_knows():
     # The Tamil text is longer than the context of the model.
     bits = cost_by_language(MODEL, READER, ["en", "de", "ta"], ["en", "de", "ta"])
     assert list(bits) == ["en", "de"]
-    assert languages.known_languages(bits) >= {"en"}
-    assert languages.known_languages({"en": 1.0, "de": 3.0}) == {"en"}
+    assert known_languages(bits) >= {"en"}
+    assert known_languages({"en": 1.0, "de": 3.0}) == {"en"}
 
     bits_of_first_text = cost_by_language(MODEL, READER, ["en", "de"], ["en", "de"], tokens["en"] + 1)
     assert list(bits_of_first_text) == ["en"]
@@ -199,13 +205,13 @@ def test_text_costs_fewer_tokens_and_bits_in_a_language_that_the_model_knows():
     context = MODEL.config.max_position_embeddings
     readable = {code for code, number in tokens.items() if number <= context}
     assert sum(tokens[code] for code in readable) > 4096
-    assert languages.costs_before(MODEL, READER, readable).keys() == readable
+    assert costs_before(MODEL, READER, readable).keys() == readable
 
     assert cost_by_language(None, READER, ["en", "ta"], []) == {"en": tokens["en"], "ta": tokens["ta"]}
 
 
 def test_a_language_that_is_not_kept_is_measured_on_the_beginning_of_its_text():
-    measured = languages.measured_texts(["de"])
+    measured = measured_texts(["de"])
 
     assert measured["de"] == texts()["de"]
     assert texts()["fi"].startswith(measured["fi"])
@@ -217,10 +223,10 @@ def test_no_language_is_measured_if_the_model_has_few_positions():
     model = random_model(AutoModelForCausalLM, "llama", fields)
 
     with pytest.warns(UserWarning, match="sample text of en has more tokens than the model has positions .16."):
-        costs = languages.costs_before(model, READER, ["en"])
+        costs = costs_before(model, READER, ["en"])
 
     assert costs == {}
-    assert languages.with_costs_after(costs, model, READER) == {}
+    assert with_costs_after(costs, model, READER) == {}
 
 
 def test_the_script_of_a_token_is_the_script_of_its_first_letter():
