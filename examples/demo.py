@@ -65,7 +65,7 @@ assert "optimum_structprune" not in sys.modules
 """
 NEXT = """
 This was a first look with little text and few training tokens. On your own text, with more of both:
-  structprune prune MODEL OUT --budget parameters=0.9 --target mlp --domain notes=YOURS.jsonl --recovery-tokens 200000
+  structprune prune MODEL OUT --budget parameters=0.95 --target mlp --domain notes=YOURS.jsonl --recovery-tokens 200000
 """
 
 

@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
 
     pruned = pruner.prune_model(model, tokenizer)
     pruner.save(pruned, args.output, tokenizer=tokenizer)
-    print(pruner.report)
+    print(pruner.result.report)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
 
     if process.is_main_process:
         pruner.save(pruned, args.output, tokenizer=tokenizer)
-        print(pruner.report)
+        print(pruner.result.report)
 
 
 if __name__ == "__main__":

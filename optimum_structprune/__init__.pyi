@@ -15,11 +15,11 @@ from .evaluation.evaluate import Evaluation as Evaluation
 from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.speed import Speed as Speed
 from .evaluation.speed import measure_speed as measure_speed
-from .forward.metrics import perplexity as perplexity
-from .functional import prune as prune
-from .functional import prune_model as prune_model
+from .measure.losses import perplexity as perplexity
 from .pruner import PruneResult as PruneResult
 from .pruner import StructPruner as StructPruner
+from .pruner import prune as prune
+from .pruner import prune_model as prune_model
 from .record.plan import Plan as Plan
 from .recovery.attach import attach_teacher as attach_teacher
 from .recovery.recover import Recovery as Recovery

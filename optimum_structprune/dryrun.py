@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -15,17 +15,14 @@ from .arch.per_layer import is_non_uniform
 from .arch.spec import CHANNEL, EXPERT, GROUP, VOCAB, ArchSpec, Space, Widths
 from .config.pruning import RunOptions, StructPruneConfig
 from .forward.generation import cached_values
-from .pruning.duration import TimeEstimate, estimate_time
-from .pruning.memory import MemoryEstimate, estimate_memory
+from .method.devices import cpu_speed, default_device
+from .pruning.cost import pruning_cost
 from .pruning.request import DRY_RUN, PruningRequest, check_config_kind, resolve_request
-from .record.table import PERCENT, Row, aligned, cells
+from .record.cost import Cost, check_recovery_memory, recovery_cost
+from .record.table import aligned, change_row
 from .system.stages import saved_bytes
 from .vocabulary.amount import large_vocabulary
 from .written import Record
-
-
-if TYPE_CHECKING:
-    from .recovery.memory import RecoveryEstimate
 
 
 # The multiples that kernels need for the width of channels. Each entry has the number, whether tensor parallelism
@@ -80,9 +77,10 @@ class DryRun(Record):
         cache_per_token: The bytes of keys and values per token during generation, over all layers. A layer with a
             sliding window stores at most its window. It is 0 if the model does not generate, and None if the model
             cannot run without weights.
-        need: The peak memory of the pruning itself, or None without `cost`.
-        time: The time of the pruning itself, or None without `cost`.
+        cost: The memory and the time of the pruning itself, or None without `cost`.
         recovery: The memory and the time of the recovery, or None if the config has no recovery.
+        depends_on_text: Whether the sizes after pruning are approximate, because text decides how many tokens are
+            removed.
     """
 
     model_type: str
@@ -94,9 +92,9 @@ class DryRun(Record):
     reload: tuple[str, ...]
     notes: tuple[str, ...]
     cache_per_token: Change | None = None
-    need: MemoryEstimate | None = None
-    time: TimeEstimate | None = None
-    recovery: RecoveryEstimate | None = None
+    cost: Cost | None = None
+    recovery: Cost | None = None
+    depends_on_text: bool = False
 
     @property
     def widths(self) -> dict[str, int | Mapping[int, int]]:
@@ -120,31 +118,30 @@ class DryRun(Record):
 
     def __str__(self) -> str:
         """Return a table of widths, parameters, memory and cache."""
-        rows: list[Row] = []
+        after = "about" if self.depends_on_text else "after"
+        rows = [["", "before", after, ""]]
         for space in self.spaces:
             if isinstance(space.after, Mapping):
                 new_widths = list(space.after.values())
             else:
                 new_widths = [space.after]
-            rows.append(Row(f"width {space.name}", ([space.before], new_widths), change=PERCENT))
+            rows.append(change_row(f"width {space.name}", space.before, new_widths))
 
         for name, label in SIZES.items():
             size: Change | None = getattr(self, name)
             if size is None:
-                rows.append(Row(label.format(self.dtype), (None, None), change=PERCENT))
+                rows.append(change_row(label.format(self.dtype), None, None))
             elif size.before:  # a model that does not generate has no cache
-                rows.append(Row(label.format(self.dtype), (size.before, size.after), change=PERCENT))
+                rows.append(change_row(label.format(self.dtype), size.before, size.after))
 
-        lines = [aligned(cells(["before", "after"], rows))]
+        lines = [aligned(rows)]
         lines += self.notes
         lines += [f"loads with {way}" for way in self.reload]
 
-        if self.need is not None:
-            lines.append(f"the pruning takes at its peak\n{self.need}")
-        if self.time is not None:
-            lines.append(str(self.time))
+        if self.cost is not None:
+            lines.append(f"the pruning, estimated:\n{self.cost}")
         if self.recovery is not None:
-            lines.append(str(self.recovery))
+            lines.append(f"the recovery, estimated:\n{self.recovery}")
         return "\n".join(lines)
 
 
@@ -157,6 +154,7 @@ def dry_run(
     offload: str | None = None,
     options: RunOptions | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    device: str | None = None,
 ) -> DryRun:
     """Compute the widths and the numbers of parameters after a pruning, without any weights.
 
@@ -172,12 +170,15 @@ def dry_run(
         offload: The place of the layers between their calls: `cpu`, `disk`, or None for the device.
         options: The runtime options.
         tokenizer: The tokenizer of the model. With it, the number of tokens is checked too.
+        device: The device of the run, which need not exist here. The default is the GPU if there is one, and
+            otherwise the CPU. The time is estimated for this CPU only.
 
     Raises:
         StructPruneError: If a pruning with this config would raise. The message names the nearest legal choice.
     """
     check_config_kind(config, options)
-    info = ModelInfo.without_weights(model_config, config.arch_file, dtype, trust_remote_code)
+    run_device = torch.device(device or default_device())
+    info = ModelInfo.without_weights(model_config, config.arch_file, dtype, trust_remote_code, run_device)
     request = resolve_request(config, info, tokenizer, use=DRY_RUN, options=options)
     dense = info.plain_model
 
@@ -187,11 +188,12 @@ def dry_run(
 
     notes = list(_notes(request, model_config))
     notes += lost_kernels(config, info.arch, request.widths)
-    memory = None
-    time = None
+    speed = None
+    pruning = None
+    if cost and run_device.type == "cpu":
+        speed = cpu_speed(dense.dtype)
     if cost:
-        memory = estimate_memory(request, offload)
-        time = estimate_time(request)
+        pruning = pruning_cost(request, offload, speed)
 
     return DryRun(
         model_type=info.arch.model_type,
@@ -199,9 +201,9 @@ def dry_run(
         spaces=tuple(_space_choices(request)),
         reload=_reload(request.smaller, model_class(model_config, config.arch_file).__name__),
         notes=tuple(notes),
-        need=memory,
-        time=time,
+        cost=pruning,
         recovery=_recovery(request),
+        depends_on_text=_depends_on_text(config),
         **changes,
     )
 
@@ -221,20 +223,31 @@ def _space_choices(request: PruningRequest) -> list[SpaceChoice]:
     return choices
 
 
-def _recovery(request: PruningRequest) -> RecoveryEstimate | None:
+def _recovery(request: PruningRequest) -> Cost | None:
     """Check and estimate the recovery of the config, if it has one."""
     config = request.config
     if config.recovery is None:
         return None
 
     # Training libraries take seconds to import.
+    from .recovery.arguments import computes_in_bf16
     from .recovery.checks import check_recovery
-    from .recovery.memory import check_recovery_memory, estimate_recovery
+    from .recovery.text import sample_length
 
     dense = request.model_info.plain_model
     check_recovery(config.recovery, config, dense)
-    check_recovery_memory(config.recovery, dense, request.smaller, loaded=False)
-    return estimate_recovery(config.recovery, dense, request.smaller)
+    device = request.model_info.device
+    speed = None
+    if device.type == "cpu":
+        dtype = dense.dtype
+        if computes_in_bf16(device.type):
+            dtype = torch.bfloat16
+        speed = cpu_speed(dtype)
+
+    seq_length = sample_length(config.recovery, request.smaller)
+    cost = recovery_cost(config.recovery, dense, request.smaller, seq_length, speed)
+    check_recovery_memory(cost, device, loaded=False)
+    return cost
 
 
 def _sizes(request: PruningRequest, model: PreTrainedModel) -> dict[str, int]:
@@ -253,6 +266,11 @@ def _sizes(request: PruningRequest, model: PreTrainedModel) -> dict[str, int]:
     return sizes
 
 
+def _depends_on_text(config: StructPruneConfig) -> bool:
+    """Return whether text decides how a budget is divided between tokens and other spaces."""
+    return config.removes_tokens and len(config.targets_or_default) > 1 and config.budget is not None
+
+
 def _notes(request: PruningRequest, model_config: PretrainedConfig) -> Iterator[str]:
     """Yield remarks that the numbers do not show."""
     config = request.config
@@ -262,8 +280,11 @@ def _notes(request: PruningRequest, model_config: PretrainedConfig) -> Iterator[
         share = tokens.size * tokens.unit_params / parameters
         yield f"{tokens.size:,} tokens have {share:.0%} of the parameters; widths={{{VOCAB!r}: N}} keeps N of them"
 
-    if config.removes_tokens and len(config.targets_or_default) > 1 and config.budget is not None:
-        yield "the number of removed tokens depends on the text; the other widths assume that all tokens are kept"
+    if _depends_on_text(config):
+        yield (
+            "the number of removed tokens depends on the text, so all sizes after pruning are approximate; the other "
+            "widths assume that all tokens are kept"
+        )
     if config.allocation != "uniform":
         yield (
             "calibration chooses the widths of single layers; these widths remove the same number of parameters in all"

@@ -9,6 +9,7 @@ from traceback import walk_stack
 
 
 MAX_NAMES = 3  # in a message
+MAX_REASON = 300  # characters of the error of another library
 
 
 class StructPruneError(ValueError):
@@ -43,6 +44,21 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
 def one_line(message: object) -> str:
     """Return a message, such as the error of another library, in one line."""
     return " ".join(str(message).split())
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the first sentences of another library's error in one line, or its class if it has no message."""
+    line = one_line(error)
+    if "weights_only" in line:
+        # PyTorch advises to load the objects, which runs their code.
+        return "a file holds Python objects besides tensors, which could run code. Pass a safetensors file"
+    if len(line) > MAX_REASON:
+        line = line[:MAX_REASON]
+        end = max(line.rfind(". "), line.rfind("; "))
+        if end < 0:
+            return f"{line.rpartition(' ')[0]} …"
+        line = line[:end]
+    return line or type(error).__name__
 
 
 def capitalized(text: str) -> str:

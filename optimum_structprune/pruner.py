@@ -1,11 +1,12 @@
-"""Prune a model, and return a smaller model of the same class. This module is the main path of the package."""
+"""Prune a model, and return a smaller model of the same class. `StructPruner.prune` is the main path."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from time import perf_counter
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,14 +17,16 @@ from .config.pruning import LOSS, RunOptions, StructPruneConfig
 from .domains.manifest import Manifest, remember_text
 from .domains.packing import Domain
 from .errors import StructPruneError, warn
-from .forward.metrics import own_settings
-from .pruning.measure import Comparison
-from .pruning.memory import check_memory
-from .pruning.request import check_arguments, check_config_kind, resolve_request
+from .forward.settings import own_settings
+from .pruning.comparison import Comparison
+from .pruning.cost import check_memory
+from .pruning.request import PruningRequest, check_arguments, check_config_kind, resolve_request
 from .record.plan import Plan
 from .record.report import PruneRecords, Report
-from .record.summary import request_line
+from .record.view import View
 from .saving.save import save_pruned
+from .search.division import divide_budget
+from .search.loss_budget import CutSearch
 from .search.sensitivity import final_widths
 from .sources.data import CalibrationData
 from .steps.base import RunState, Step, refusing_half_pruned
@@ -159,6 +162,8 @@ class StructPruner:
     ) -> PruneResult:
         """Prune a model.
 
+        With `budget={"loss": …}`, trial prunings of copies first find the smallest model within this loss.
+
         Args:
             model: A causal language model, an encoder or an encoder-decoder, in any floating-point dtype. A quantized
                 model is unpacked first if transformers supports it, unless only tokens are removed.
@@ -172,24 +177,27 @@ class StructPruner:
             The pruned model with its tokenizer and its records.
 
         Raises:
-            StructPruneError: If the model, the config or a domain cannot be used, or if the device has too little free
-                memory. Nothing has changed then.
+            StructPruneError: If the model, the config or a domain cannot be used, if the device has too little free
+                memory, or if no cut is within the loss. Nothing has changed then.
             InPlaceError: If pruning in place failed after the model had begun to change.
         """
         check_arguments(model, tokenizer, inputs, inplace)
         info = ModelInfo.of(model, self.config.arch_file)
         request = resolve_request(self.config, info, tokenizer, inputs, options=self.options)
         if LOSS in (self.config.budget or {}):
-            raise StructPruneError(
-                f"`budget={{{LOSS!r}: …}}` needs trial prunings. Call `prune(model, config, tokenizer)`, or pass a "
-                "size, such as `budget={'parameters': 0.9}`."
-            )
+            self.result = self._within_loss(request, model, tokenizer, inplace)
+            return self.result
         check_memory(request, inplace)
 
         earlier = earlier or Manifest.seen_by(model)
-        report = Report(info.arch.model_type, request.config.scored_by)
+        report = Report(model_type=info.arch.model_type, criterion=request.config.scored_by)
         with report.timed("domains"):
             data = CalibrationData.read(request.config, model, tokenizer, inputs, self.options, earlier)
+        if data.config.recovery is not None:
+            from .recovery.text import check_training_text  # training libraries take seconds to import
+
+            manifest = Manifest.of(data.config, data.domains, tokenizer).after(earlier)
+            check_training_text(data.config.recovery, data.config, model, tokenizer, manifest)
         state = RunState.start(model, info.arch, data, tokenizer, inplace, report, earlier)
 
         with refusing_half_pruned(state):
@@ -199,7 +207,7 @@ class StructPruner:
             teacher = self._teacher(state)
 
             if request.tokens is not None:
-                TrimVocabulary(request.tokens, comparison.set_tokenizer).apply(state)
+                TrimVocabulary(request.tokens, divide_budget, comparison.set_tokenizer).apply(state)
             widths = final_widths(request, state)
             for step in self.steps(state.arch, state.model, widths):
                 self.apply_step_(state, step)
@@ -212,6 +220,33 @@ class StructPruner:
             self.result = self._finish(state)
         return self.result
 
+    def _within_loss(
+        self,
+        request: PruningRequest,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        inplace: bool,
+    ) -> PruneResult:
+        """Prune a model to the smallest size whose loss in trials is within the budget. Measure it on other text."""
+        start = perf_counter()
+
+        def prune_copy(model_copy: PreTrainedModel, config: StructPruneConfig) -> PruneRecords:
+            pruner = copy(self)
+            pruner.config = config
+            pruner.options = replace(self.options, checkpoint_dir=None)
+            pruner.measures_any_language = False
+            return pruner.prune(model_copy, tokenizer, inplace=True).records
+
+        search = CutSearch(request, model, tokenizer, self.config, prune_copy)
+        pruner = copy(self)
+        pruner.config = search.largest()
+        seconds = perf_counter() - start
+
+        result = pruner.prune(model, tokenizer, inplace, earlier=search.text_of_trials())
+        result.report.seconds["trials"] = seconds
+        result.report.loss_search = search.record(result.report)
+        return result
+
     def prune_model(
         self,
         model: PreTrainedModel,
@@ -221,34 +256,6 @@ class StructPruner:
     ) -> PreTrainedModel:
         """Prune a model and return the pruned model. `result` has its tokenizer and its records; see `prune`."""
         return self.prune(model, tokenizer, inplace, inputs).model
-
-    @property
-    def report(self) -> Report | None:
-        """Return the report of the last run, or None before the first run."""
-        if self.result is None:
-            return None
-        return self.result.report
-
-    @property
-    def plan(self) -> Plan | None:
-        """Return the plan of the last run, or None before the first run."""
-        if self.result is None:
-            return None
-        return self.result.plan
-
-    @property
-    def manifest(self) -> Manifest | None:
-        """Return the manifest of the last run, or None before the first run."""
-        if self.result is None:
-            return None
-        return self.result.manifest
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """Return the tokenizer of the last pruned model, or None before the first run."""
-        if self.result is None:
-            return None
-        return self.result.tokenizer
 
     def _teacher(self, state: RunState) -> PreTrainedModel | None:
         """Return the dense model if the pruned model will be trained, or else None."""
@@ -270,9 +277,9 @@ class StructPruner:
             remember_text(state.dense_model, state.dense_tokenizer)
         remember_text(state.model, state.tokenizer, manifest)
 
-        request = request_line(report)
-        if request.startswith("warning: "):
-            warn(request.removeprefix("warning: "))
+        for line in View(report).request:
+            if line.startswith("warning: "):
+                warn(line.removeprefix("warning: "))
 
         # The record names tokens as a target only if the user's config does.
         config = replace(state.config, targets=self.config.targets)
@@ -343,6 +350,33 @@ class StructPruner:
                 "save a copy of it by `result.save(folder, model=copy)`, with the `result` of `prune`."
             )
         self.result.save(save_directory, tokenizer, overwrite)
+
+
+def prune(
+    model: PreTrainedModel,
+    config: StructPruneConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    inplace: bool = False,
+    inputs: Mapping[str, Tensor] | None = None,
+    options: RunOptions | None = None,
+) -> PruneResult:
+    """Prune a model in one call, and return it with its tokenizer and its records; see `StructPruner.prune`."""
+    return StructPruner(config, options).prune(model, tokenizer, inplace, inputs)
+
+
+def prune_model(
+    model: PreTrainedModel,
+    config: StructPruneConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    inplace: bool = False,
+    inputs: Mapping[str, Tensor] | None = None,
+    options: RunOptions | None = None,
+) -> PreTrainedModel:
+    """Prune a model in one call, and return only the model. `prune` also returns its tokenizer and its records."""
+    result = prune(model, config, tokenizer, inplace, inputs, options)
+    if result.tokenizer is not tokenizer:
+        warn("The pruned model has a smaller vocabulary and needs a new tokenizer. Call `prune`, which returns both.")
+    return result.model
 
 
 def recover_(state: RunState, teacher: PreTrainedModel) -> None:

@@ -28,6 +28,7 @@ from .pruning.request import TRAINER, check_arguments, check_config_kind, check_
 from .record.plan import Plan
 from .steps.resize import cut_state_, resize_
 from .system.processes import across_processes, broadcast_, broadcast_object, gather_objects
+from .system.stages import say
 from .widths.schedule import legal_round_widths, removal_steps
 
 
@@ -132,8 +133,10 @@ class StructPruneCallback(TrainerCallback):
 
     Args:
         config: The widths to prune to, and the method. `rounds` is the number of removals, unless `every` is set.
+            `recovery` has no effect, because the Trainer trains the model.
         start: The step after which the first units are removed. A float from 0.0 to 1.0 is a share of all steps.
-        end: The step after which the last units are removed, or a share. None removes all units at `start`.
+        end: The step after which the last units are removed, or a share. None removes all units at `start`. If the
+            config has one round, four removals are made.
         every: The number of steps between two removals. No removal comes after `end`.
         calibration: "batches" scores units on the latest training text, "domains" on the domains of `config`.
         options: Runtime options. The default is `RunOptions()`.
@@ -222,12 +225,14 @@ class StructPruneCallback(TrainerCallback):
         """Prune if a removal is due and training has read enough text for one sample."""
         self.hooks.close()
 
+        steps = list(self.steps)
         for step in [step for step in self._due if step <= state.global_step]:
             # Another callback may have pruned since.
             self.plan = Plan.from_dict(state.stateful_callbacks[PLAN])
             with across_processes():
                 if not self._domains and not self._has_sample(is_first=step == state.global_step, step=step):
                     return
+                say(f"Removal {steps.index(step) + 1} of {len(steps)}, after step {state.global_step}")
                 pruned = self.prune_(model, getattr(optimizer, "optimizer", optimizer), self._due.pop(step))
             if pruned:
                 _adapt_(self._wrapped(model))
@@ -437,9 +442,12 @@ def _check_config(config: StructPruneConfig, options: RunOptions | None) -> None
     if options is not None and options.checkpoint_dir is not None:
         raise _unsupported("checkpoint_dir", "spans the layers of one pruning, and a Trainer prunes at several steps")
     if config.allocation != "uniform":
-        raise _unsupported(f"allocation={config.allocation!r}", "measures losses of the dense model")
+        raise _unsupported(f"allocation={config.allocation!r}", "measures losses of the original model")
     if config.recovery is not None:
-        raise _unsupported("recovery", "is training after a pruning, and a Trainer trains already")
+        warn(
+            "`recovery` has no effect here, because the Trainer trains the model. Call `attach_teacher` to train "
+            "towards the original model."
+        )
 
 
 def _unsupported(name: str, reason: str) -> StructPruneError:

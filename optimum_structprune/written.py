@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
-from math import isfinite
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar
 
+from .codec import plain_fields, to_plain
 from .errors import StructPruneError, one_line, warn
 
 
 LIST_NAME = "written_files.json"
 # The schema version of the files of settings, and of the files of measurements.
 FORMAT_VERSION = 1
-RECORD_VERSION = 2
+RECORD_VERSION = 3
 VERSION_KEY = "format_version"
 PRESET = "preset:"  # the prefix of a source that names a preset
 
@@ -101,25 +100,6 @@ def unversioned(values: Mapping[str, Any], latest: int = FORMAT_VERSION) -> dict
     return {name: value for name, value in values.items() if name != VERSION_KEY}
 
 
-def plain(value: Any) -> Any:
-    """Convert a value to the types of JSON. Sets become sorted lists, and NaN and infinity become null."""
-    if value is None or isinstance(value, (str, bool, int)):
-        return value
-    if isinstance(value, float):
-        if not isfinite(value):
-            return None
-        return float(value)
-
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, Set):
-        return sorted(map(str, value))
-
-    if isinstance(value, Sequence):
-        return [plain(item) for item in value]
-    return str(value)
-
-
 def replace_json(path: str | Path, value: Any) -> None:
     """Replace a file by the JSON document of a value in one step."""
     replace_text(Path(path), to_json(value) + "\n")
@@ -145,8 +125,8 @@ def without_folders(value: Any) -> Any:
 
 
 def to_json(value: Any) -> str:
-    """Return the JSON document of a value; see `plain`."""
-    return json.dumps(plain(value), indent=2, allow_nan=False)
+    """Return the JSON document of a value; see `to_plain`."""
+    return json.dumps(to_plain(value), indent=2, allow_nan=False)
 
 
 def whole_lines(path: Path) -> Iterator[Any]:
@@ -160,12 +140,18 @@ def whole_lines(path: Path) -> Iterator[Any]:
 
 
 class Record:
-    """Base class of dataclasses that are saved as JSON documents."""
+    """Base class of dataclasses that are saved as JSON documents.
+
+    Attributes:
+        version: The schema version of the documents.
+    """
+
+    version: ClassVar[int] = FORMAT_VERSION
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values."""
-        return asdict(cast("Any", self))
+        """Return the fields as plain values, without fields that are None."""
+        return plain_fields(self)
 
     def save(self, path: str | Path) -> None:
-        """Write the fields as JSON. NaN and infinity become null."""
-        replace_json(path, versioned(self.to_dict()))
+        """Write the record as JSON. NaN and infinity become null."""
+        replace_json(path, versioned(self.to_dict(), self.version))

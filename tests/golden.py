@@ -74,7 +74,7 @@ def run(name: str, folder: Path) -> dict[str, str]:
 
     pruner = StructPruner(config)
     pruned = pruner.prune_model(model, reader, inplace=kind == "offloaded")
-    return {"plan": hash_of_plan(pruner.plan), "weights": hash_of_weights(pruned)}
+    return {"plan": hash_of_plan(pruner.result.plan), "weights": hash_of_weights(pruned)}
 
 
 def text_fields(trained: bool) -> dict:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,17 +29,18 @@ from torch.utils._pytree import tree_leaves
 from transformers import Cache, PreTrainedTokenizerFast
 
 from optimum_structprune import DomainConfig, RecoveryConfig
+from optimum_structprune.arch.inference import outputs_of
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.meta import shrunk_skeleton, skeleton
 from optimum_structprune.arch.modules import adopt_config_
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.packing import Domain
-from optimum_structprune.forward.metrics import outputs_of
+from optimum_structprune.measure.kl import divergence
 from optimum_structprune.method.calibrate import Moments, mixed
 from optimum_structprune.method.layers import InMemory, NotSequentialError, run_model
 from optimum_structprune.method.shrink import read_consumer, shrink_layer_, units_to_columns, write_consumer_
 from optimum_structprune.pruner import StructPruner
-from optimum_structprune.pruning.measure import Comparison
+from optimum_structprune.pruning.comparison import Comparison
 from optimum_structprune.record.plan import Plan
 from optimum_structprune.sources.data import CalibrationData, batches_of
 from optimum_structprune.steps.base import RunState
@@ -358,6 +360,18 @@ def without_refit(model, plan, widths=None):
         shrink_layer_(small, arch, layer, plan.keep, smaller)
     adopt_config_(small, smaller)
     return small
+
+
+def aligned_divergence(alignment, logits, dense, rows, nodes) -> torch.Tensor:
+    """Return the divergence of each dense token by its parts in fewer tokens, in chunks of 64 positions.
+
+    `rows` and `nodes` are the fields of `AlignedToken` at each position of the logits.
+    """
+    all_rows, chunks = alignment.chunks(rows, nodes, 64, logits.device)
+    parts = []
+    for values, chunk in zip(logits.split(64), chunks, strict=True):
+        parts.append(divergence(values, dense[chunk.dense], align=partial(alignment.next_part, chunk=chunk)))
+    return logits.new_zeros(len(dense)).index_add(0, all_rows, torch.cat(parts))
 
 
 def first_units(model, ffn, groups=()):

@@ -4,32 +4,36 @@ from collections.abc import Mapping, Sequence
 from math import nan
 
 from optimum_structprune.record.figures import (
-    DENSE,
+    ORIGINAL,
     PRUNED,
     RECOVERED,
     Answer,
     AnsweredQuestion,
     AnswersResult,
-    DomainResult,
     Figure,
     SizeResult,
+    TextResult,
     UnseenResult,
-    VectorResult,
 )
 from optimum_structprune.record.report import RecoveryReport, Report
 
 
-DENSE_PERPLEXITY = 10.0
+ORIGINAL_PERPLEXITY = 10.0
 
 
 def figure(*ratios: float, margin: float | None = None) -> Figure:
     """Return a perplexity that grew from 10 by these factors, for the pruned and the recovered model."""
-    values = {DENSE: DENSE_PERPLEXITY}
+    values = {ORIGINAL: ORIGINAL_PERPLEXITY}
     for name, ratio in zip((PRUNED, RECOVERED), ratios, strict=False):
-        values[name] = DENSE_PERPLEXITY * ratio
+        values[name] = ORIGINAL_PERPLEXITY * ratio
     if margin is None:
         margin = nan
     return Figure.of(values, margin)
+
+
+def cost(ratio: float) -> Figure:
+    """Return a cost that grew from 1 by this factor."""
+    return Figure.of({ORIGINAL: 1.0, PRUNED: ratio})
 
 
 def unseen(*ratios: float, source: str = "model-written", margin: float | None = None) -> UnseenResult:
@@ -48,7 +52,7 @@ def answers(kept: int = 16, correct: int = 16, loops: int = 0, asked: int = 16) 
     questions = []
     for number in range(asked):
         repetitive = [PRUNED] if asked - number <= loops else []
-        questions.append(question({DENSE: number < correct, PRUNED: number < kept}, repetitive))
+        questions.append(question({ORIGINAL: number < correct, PRUNED: number < kept}, repetitive))
     return AnswersResult(questions)
 
 
@@ -64,9 +68,11 @@ def report(
     if not isinstance(ratios, Mapping):
         ratios = {f"domain {number}": ratio for number, ratio in enumerate(ratios)}
 
-    result = Report("llama", "obs", dense=SizeResult(100, 80, 200), pruned=SizeResult(90, 70, 180))
+    result = Report(
+        model_type="llama", criterion="obs", original=SizeResult(100, 80, 200), pruned=SizeResult(90, 70, 180)
+    )
     for name, ratio in ratios.items():
-        result.domains[name] = DomainResult(figure(ratio, margin=margin), tokens=9_000, documents=documents)
+        result.domains[name] = TextResult(figure(ratio, margin=margin), tokens=9_000, documents=documents)
     if unseen_ratio is not None:
         result.unseen = unseen(unseen_ratio, source=source, margin=margin)
     result.answers = asked
@@ -75,21 +81,23 @@ def report(
 
 def encoder(*shares: float | None, margin: float | None = None) -> Report:
     """Return the report of an encoder that keeps these shares of neighbours."""
-    result = Report("bert", "obs", dense=SizeResult(100, 80, 200), pruned=SizeResult(90, 70, 180))
+    result = Report(
+        model_type="bert", criterion="obs", original=SizeResult(100, 80, 200), pruned=SizeResult(90, 70, 180)
+    )
     for number, share in enumerate(shares):
         neighbours = None
         if share is not None:
-            neighbours = Figure(pruned=share, margin=margin)
-        result.domains[f"domain {number}"] = DomainResult(vectors=VectorResult(90, neighbours=neighbours))
+            neighbours = Figure.of({PRUNED: share}, margin)
+        result.domains[f"domain {number}"] = TextResult(texts=90, neighbours=neighbours)
     return result
 
 
-def recovery(*pairs: tuple[float, float], has_dense: bool = True, **fields) -> RecoveryReport:
+def recovery(*pairs: tuple[float, float], has_original: bool = True, **fields) -> RecoveryReport:
     """Return the report of a training, with the ratios of each domain before and after it."""
     result = RecoveryReport(tokens=400, steps=4, seconds=3.0, **fields)
     for number, pair in enumerate(pairs):
         perplexity = figure(*pair)
-        if not has_dense:
-            perplexity = Figure(pruned=perplexity.pruned, recovered=perplexity.recovered)
-        result.domains[f"domain {number}"] = DomainResult(perplexity, documents=90)
+        if not has_original:
+            perplexity = Figure.of({model: perplexity.values[model] for model in (PRUNED, RECOVERED)})
+        result.domains[f"domain {number}"] = TextResult(perplexity, documents=90)
     return result

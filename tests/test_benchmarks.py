@@ -171,7 +171,7 @@ SMALL = {
     ),
     "benchmark_stages": (
         f"{TINY} --runs uniform sensitivity --num-samples 4 --seq-length 32",
-        ["| uniform | ", "| sensitivity | ", "round 1 ", "search ", "perplexity "],
+        ["| uniform | pruning | ", "| sensitivity | search | ", "| uniform | perplexity | ", "| uniform | all | "],
     ),
     "benchmark_gpu": (
         f"{TINY} --device cpu --folder . --num-samples 8 --seq-length 32 --tokens 1024 --eval-samples 2 --prompt 8 "

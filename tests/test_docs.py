@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from argparse import ArgumentParser
 from contextlib import redirect_stdout
 from copy import deepcopy
 from dataclasses import fields
@@ -17,16 +18,29 @@ from shutil import copytree
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from helpers import save_with_tokenizer, with_long, write_texts
 from models import GROUPED, PLAIN, TOKENS, real_text_model
 from optimum.commands.optimum_cli import main as optimum_main
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from torch.distributed.run import get_args_parser
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+)
 
 import optimum_structprune
 from optimum_structprune import StructPruneConfig
 from optimum_structprune.arch.family import builtin_families
-from optimum_structprune.commands.cli import main
+from optimum_structprune.commands.cli import add_commands, main
+from optimum_structprune.commands.flags import COMMANDS
 from optimum_structprune.domains.sources import builtin_documents
+from optimum_structprune.evaluation.answers import read_questions
 
 
 ROOT = Path(__file__).parents[1]
@@ -59,16 +73,100 @@ def snippets(page: Path, languages: str) -> list[tuple[str, str]]:
 def snippets_with_output(page: Path) -> list[tuple[str, str, str]]:
     """Return the language, the code and the printed output of each Python and bash snippet of a page.
 
-    The output is the block without a language after the snippet, or empty.
+    The output is the block without a language after the snippet, or empty. Blocks in `NOT_RUN` are left out.
     """
     blocks = snippets(page, r"\w*")
     blocks.append(("", ""))
     result = []
     for (language, code), (next_language, next_block) in pairwise(blocks):
-        if language in ("python", "bash"):
+        if language in RUN and reason_not_to_run(page, language, code) is None:
             output = "" if next_language else next_block
             result.append((language, code, output))
     return result
+
+
+# The languages of the blocks that are run. A `py` block continues the block before it, and may use a `trainer`.
+RUN = ("python", "py", "bash")
+# The blocks in these and other languages that are not run here: the page, the beginning, and the reason.
+NOT_RUN = [
+    ("tour.md", "The capital of France", "the printed answers of a real model"),
+    ("evaluation.md", '{"prompt": ', "a file of questions, which a test below reads"),
+    ("evaluation.md", "import mteb", "MTEB is not installed, and the page says that this was not tested"),
+    ("extending.md", "[project.entry-points", "`test_extending.py` builds the package"),
+    ("recovery_many_gpus.md", "# fsdp2.yaml", "needs 8 GPUs; a test below reads it with accelerate"),
+    ("recovery_many_gpus.md", "# zero3.yaml", "needs 8 GPUs; a test below reads it with accelerate"),
+    ("scaling.md", "torchrun ", "starts 8 processes; a test below parses the lines"),
+    ("serving.md", "llama-cli ", "needs llama.cpp; `test_llama_cpp.py` runs its programs"),
+    ("serving.md", "pip install .    # in a clone", "needs vLLM; `test_vllm.py` runs it"),
+    ("serving.md", "vllm serve ", "needs vLLM; `test_vllm.py` runs it"),
+    ("serving.md", "import torch\nfrom torchao", "needs torchao; `test_deployment.py` runs it"),
+    (
+        "serving.md",
+        "from pathlib import Path\n\nfrom compressed_tensors",
+        "needs llm-compressor; `test_deployment.py` runs it",
+    ),
+]
+
+
+def reason_not_to_run(page: Path, language: str, code: str) -> str | None:
+    """Return the reason why a block is not run, or None if it is run or read."""
+    if language == "mermaid":
+        return "a picture"
+    for name, start, reason in NOT_RUN:
+        if page.name == name and code.startswith(start):
+            return reason
+    return None
+
+
+def test_every_block_is_run_or_has_a_reason():
+    """A YAML block is a config. A block without a language is the printed output of the block before it."""
+    reasons = set()
+    for page in PAGES:
+        text = page.read_text()
+        assert not re.search(r"^ +```|^~~~|^```\w*[^\w\n]", text, re.M), f"{page.name} has a block that no test finds"
+        for language, code in snippets(page, r"\w*"):
+            reason = reason_not_to_run(page, language, code)
+            reasons.add(reason)
+            assert reason or language in (*RUN, "yaml", ""), f"{page.name}: nothing runs\n{code}"
+
+    assert {reason for _, _, reason in NOT_RUN} <= reasons
+
+
+def test_lines_for_launchers_have_valid_flags():
+    """The lines start 8 processes, so they are only parsed."""
+    parser = ArgumentParser()
+    add_commands(parser)
+    ((_, code),) = [block for block in snippets(ROOT / "docs" / "scaling.md", "text") if "torchrun" in block[1]]
+    for line in code.splitlines():
+        words = shlex.split(line)
+        launcher = get_args_parser() if words[0] == "torchrun" else launch_command_parser()
+        arguments = launcher.parse_args(words[1:] if words[0] == "torchrun" else words[2:])
+        assert arguments.module
+        assert arguments.training_script == "optimum_structprune"
+        assert parser.parse_args(arguments.training_script_args).command.name == "prune"
+
+
+def test_configs_of_accelerate_are_read(tmp_path):
+    for _, text in snippets(ROOT / "docs" / "recovery_many_gpus.md", "yml"):
+        file = tmp_path / "config.yaml"
+        file.write_text(text)
+        assert load_config_from_file(str(file)).num_processes == 8
+
+
+def test_the_file_of_questions_is_read(tmp_path):
+    ((_, text),) = snippets(ROOT / "docs" / "evaluation.md", "json")
+    (tmp_path / "questions.jsonl").write_text(text)
+    assert len(read_questions(tmp_path / "questions.jsonl", [])) == len(text.splitlines())
+
+
+def test_commands_in_comments_have_valid_flags():
+    """They stand below a table, with names in capitals for models and data, and … for further domains."""
+    parser = ArgumentParser()
+    add_commands(parser)
+    for page in PAGES:
+        for _, code in snippets(page, "bash"):
+            for line in re.findall(r"^# structprune (.*)$", code, re.M):
+                parser.parse_args(shlex.split(line.removesuffix("…")))
 
 
 # Parts of an output that depend on the number of samples or on the speed, and their replacements.
@@ -235,7 +333,18 @@ def run_line(line: str, flags: dict[str, str]) -> str:
 
 
 # `make test` runs the README only.
-RUNNABLE_PAGES = with_long([page for page in PAGES if snippets(page, "python|bash")], [ROOT / "README.md"])
+RUNNABLE_PAGES = with_long([page for page in PAGES if snippets_with_output(page)], [ROOT / "README.md"])
+
+
+def small_trainer() -> Trainer:
+    """Return a Trainer of the model of the snippets on text of the package."""
+    name = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    ids = AutoTokenizer.from_pretrained(name)("".join(islice(builtin_documents("prose"), 4)))["input_ids"]
+    rows = [{"input_ids": ids[start : start + 512], "labels": ids[start : start + 512]} for start in (0, 512)]
+    arguments = TrainingArguments(
+        "trainer", max_steps=10, per_device_train_batch_size=2, save_strategy="no", report_to="none", use_cpu=True
+    )
+    return Trainer(AutoModelForCausalLM.from_pretrained(name), arguments, train_dataset=rows)
 
 
 @pytest.mark.parametrize("page", RUNNABLE_PAGES, ids=lambda page: page.name)
@@ -243,11 +352,17 @@ def test_all_snippets_of_a_page_run_in_order(page, inputs, tmp_path, monkeypatch
     """They run in one folder, because some snippets read a file that an earlier snippet wrote."""
     monkeypatch.chdir(copytree(inputs, tmp_path / "desk", symlinks=True))
     flags = FAST_FLAGS if page in TOURS else {}
+    namespace = {}
 
     for language, code, expected_output in snippets_with_output(page):
-        if language == "python":
+        if language != "bash":
+            if language == "python":
+                namespace = {"__name__": "__main__"}
+            elif "trainer = " not in code:
+                namespace["trainer"] = small_trainer()
+                code += "trainer.train()"
             with redirect_stdout(StringIO()) as stdout:
-                exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
+                exec(compile(code, str(page), "exec"), namespace)
             output = stdout.getvalue()
         else:
             output = "".join(run_line(line, flags) for line in code.splitlines())
@@ -255,6 +370,14 @@ def test_all_snippets_of_a_page_run_in_order(page, inputs, tmp_path, monkeypatch
         if expected_output and page in PRINTED:
             message = f"{page.name} shows another output of\n{code}"
             assert normalized_lines(output) == normalized_lines(expected_output), message
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_help_run_in_order(inputs, tmp_path, monkeypatch):
+    monkeypatch.chdir(copytree(inputs, tmp_path / "desk", symlinks=True))
+    for command in COMMANDS:
+        for example in command.examples:
+            run_line(example, FAST_FLAGS)
 
 
 @pytest.mark.slow

@@ -83,7 +83,7 @@ def test_a_model_of_70_billion_parameters_takes_seconds(tmp_path, capsys):
 
     assert values["memory"] == {when: 2 * count for when, count in values["parameters"].items()}
     assert values["cache_per_token"] == {"before": 2 * 80 * 2 * 8 * 128, "after": 2 * 80 * 2 * 8 * 128}
-    assert values["need"]["weights"] >= 2 * parameters
+    assert values["cost"]["memory"]["weights"] >= 2 * parameters
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("auto", 4), ("bfloat16", 2)])
@@ -104,7 +104,7 @@ def test_the_cost_of_offloading_is_on_the_device_and_in_cpu_memory(tmp_path, cap
     assert main(["plan", str(tmp_path), "--width", "attention=2", "--cost", "--offload", "disk"]) == 0
 
     output = capsys.readouterr().out
-    assert "on the device" in output
+    assert "memory on the device" in output
     assert "in CPU memory" in output
 
 
@@ -138,11 +138,11 @@ def test_gram_matrices_of_experts_need_less_memory_than_those_of_one_wide_ffn():
     experts_outcome = dry_run(experts, settings, cost=True)
     wide_outcome = dry_run(wide, settings, cost=True)
 
-    assert experts_outcome.need.working < wide_outcome.need.working / 20
-    assert wide_outcome.need.weights == wide_outcome.memory.before
+    assert experts_outcome.cost.memory["working memory"] < wide_outcome.cost.memory["working memory"] / 20
+    assert wide_outcome.cost.memory["weights"] == wide_outcome.memory.before
     assert wide_outcome.dtype == "bfloat16"
     wide.dtype = "float32"
-    assert dry_run(wide, settings, cost=True).need.weights == 2 * wide_outcome.need.weights
+    assert dry_run(wide, settings, cost=True).cost.memory["weights"] == 2 * wide_outcome.cost.memory["weights"]
 
 
 def shared_error(folder, flags, capsys):
@@ -189,6 +189,19 @@ def test_plan_and_prune_refuse_the_same_generation_configs(tmp_path, capsys, fie
 
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps(fields))
     assert expected in shared_error(tmp_path / "model", flags, capsys)
+
+
+def test_sizes_that_depend_on_the_text_are_approximate():
+    model, reader = real_text_model()
+    fields = {"widths": None, "budget": {"parameters": 0.8}, "seq_length": 48}
+    exact = dry_run(config_of(model), config(targets=("mlp",), **fields), tokenizer=reader)
+    approximate = dry_run(config_of(model), config(targets=("vocab", "mlp"), **fields), tokenizer=reader)
+
+    assert "after" in str(exact).splitlines()[0]
+    assert "about" in str(approximate).splitlines()[0]
+    assert "so all sizes after pruning are approximate" in str(approximate)
+    assert approximate.to_dict()["depends_on_text"]
+    assert not exact.to_dict()["depends_on_text"]
 
 
 def test_saved_buffers_count_as_bytes():

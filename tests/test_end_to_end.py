@@ -47,8 +47,8 @@ def test_every_family_end_to_end(case, rounds, tmp_path):
     # A dry run cannot compute the cache of Gemma 4, which cannot run without weights.
     assert_as_said(outcome, model, small, cache_known=not case.startswith("gemma4"))
 
-    report = pruner.report
-    assert small.num_parameters() == report.pruned.parameters < report.dense.parameters
+    report = pruner.result.report
+    assert small.num_parameters() == report.pruned.parameters < report.original.parameters
     assert set(report.domains) == {"a", "b"}
     assert ("Perplexity relative" if arch.causal else "cosine") in str(report)
 
@@ -75,7 +75,7 @@ def test_a_vision_model_is_pruned_on_pixels(dtype, tmp_path):
     small = pruner.prune_model(model, inputs={"pixels": torch.randn(8, 3, 8, 8)})
     assert small.config.intermediate_size == 12
     assert small.config.num_attention_heads == 2
-    assert 0.5 < pruner.report.domains["pixels"].vectors.cosine.pruned < 1
+    assert 0.5 < pruner.result.report.domains["pixels"].cosine.pruned < 1
 
     pruner.save(small, tmp_path / "out")
     auto, _, _ = described("vit")
@@ -126,7 +126,7 @@ def test_a_refit_brings_vectors_nearer_to_those_of_the_original_model():
     def total_cosine(refit):
         pruner = StructPruner(config(refit=refit))
         pruner.prune_model(build("bert").train(), tokenizer())
-        return sum(domain.vectors.cosine.pruned for domain in pruner.report.domains.values())
+        return sum(domain.cosine.pruned for domain in pruner.result.report.domains.values())
 
     assert total_cosine("none") < total_cosine("least_squares") < 2  # Two domains.
 

@@ -66,8 +66,8 @@ def test_the_pruner_of_the_page_stops_early_and_saves_an_ordinary_model(tmp_path
     pruned = pruner.prune_model(build("llama-tied"), inputs={"a": torch.randint(64, (8, 24))})
 
     # It stops after two of four geometric steps from 40 to 24.
-    assert pruned.config.intermediate_size == pruner.report.widths["mlp"][0] == 31
-    assert pruner.report.domains["a"].perplexity.pruned > 0
+    assert pruned.config.intermediate_size == pruner.result.report.widths["mlp"][0] == 31
+    assert pruner.result.report.domains["a"].perplexity.pruned > 0
 
     pruner.save(pruned, tmp_path / "out")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.intermediate_size == 31

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ TREES = {path: ast.parse(path.read_text()) for path in FILES}
 # The folders from the lowest layer to the highest. A folder imports only lower folders. A file at the root that
 # imports a folder is just below `commands`; other files at the root are the lowest.
 ORDER = (
-    "system config arch method forward widths domains vocabulary criteria record sources steps saving recovery "
-    "pruning search evaluation commands"
+    "system config arch method forward widths domains vocabulary criteria record sources measure steps saving "
+    "recovery pruning search evaluation commands"
 ).split()
 
 
@@ -137,6 +138,28 @@ def test_there_are_no_circular_imports():
 
     for module in graph:
         visit(module)
+
+
+# Packages by the modules that have another name.
+PACKAGE_NAMES = {"yaml": "pyyaml"}
+# Optional packages: `make deepspeed` and the extra `languages`.
+OPTIONAL = {"deepspeed", "wordfreq"}
+
+
+def test_every_imported_package_is_declared():
+    imported = set()
+    for tree in TREES.values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                imported.update(alias.name.partition(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.partition(".")[0])
+    imported -= {"optimum_structprune", *sys.stdlib_module_names}
+    packages = {PACKAGE_NAMES.get(module, module) for module in imported}
+
+    project = (PACKAGE.parent / "pyproject.toml").read_text()
+    requirements = re.search(r"^dependencies = \[\n(.*?)^\]", project, re.M | re.S)[1]
+    assert packages - OPTIONAL == set(re.findall(r"^    \"([\w-]+)", requirements, re.M))
 
 
 def test_every_folder_has_a_docstring():

@@ -14,8 +14,9 @@ from optimum_structprune import DomainConfig, StructPruner, prune_model
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.manifest import CALIBRATED
 from optimum_structprune.errors import InPlaceError, StructPruneError
-from optimum_structprune.forward.metrics import PARTS_DIFFER, UNSEEN, margin_of_error, sample_losses
-from optimum_structprune.pruning.measure import short_rows
+from optimum_structprune.margins import MIN_RELATIVE_MARGIN, PARTS_DIFFER, margin_of_error
+from optimum_structprune.measure.losses import means, measure
+from optimum_structprune.measure.text import Text
 
 
 LAST = {"llama-tied": "model.layers.1.mlp", "bert": "bert.encoder.layer.1.output"}
@@ -29,7 +30,7 @@ def test_the_default_criterion_depends_on_the_refit(refit, criterion):
     expected = prune_model(model, config(criterion=criterion, refit=refit), tokenizer())
 
     assert same_weights(small, expected)
-    assert default.report.criterion == criterion
+    assert default.result.report.criterion == criterion
 
 
 @pytest.mark.parametrize(("case", "fields", "inplace"), [
@@ -120,12 +121,14 @@ def test_hidden_states_are_returned_before_and_after_pruning():
 def test_the_report_adds_up():
     pruner = StructPruner(config(widths={"mlp": 20, "attention": 2}))
     pruner.prune_model(build("llama-untied"), tokenizer())
-    report = pruner.report
+    report = pruner.result.report
 
     assert report.sparsity == pytest.approx(0.5, abs=0.02)
-    calibration_tokens = {entry.name: entry.calibration_tokens for entry in pruner.manifest.with_use(CALIBRATED)}
+    calibration_tokens = {
+        entry.name: entry.calibration_tokens for entry in pruner.result.manifest.with_use(CALIBRATED)
+    }
     assert calibration_tokens == {"a": 4 * 24, "b": 4 * 24}
-    assert {"domains", "perplexity", "round 1"} <= set(report.seconds)
+    assert {"domains", "perplexity", "pruning"} <= set(report.seconds)
 
     table = str(report)
     assert "FFN channels: 40 → 20 (-50.0%)" in table
@@ -138,32 +141,32 @@ def test_perplexities_have_margins_of_error():
     settings = config(widths={"mlp": 20}, num_samples=96)
     reader = tokenizer()
     heldout = load_domains(settings, reader)[0].heldout
-    rows, numbers = short_rows(heldout, reader.eos_token_id, 96 // 2 // 8 * 24)
-    samples = torch.stack(rows)
+    text = Text.short(heldout, reader, 96 // 2 // 8 * 24)
+    numbers = text.documents
     model = build("llama-untied")
     pruner = StructPruner(settings)
     small = pruner.prune_model(model, reader)
 
-    dense_losses = sample_losses(model, samples)
-    pruned_losses = sample_losses(small, samples)
+    dense_losses = means(measure(model, text).loss)
+    pruned_losses = means(measure(small, text).loss)
     increases = pruned_losses - dense_losses
     num_documents = len(numbers.unique())
     ratio = float(increases.mean().exp())
-    margin = ratio * max(margin_of_error(increases, numbers), UNSEEN / num_documents)
+    margin = ratio * max(margin_of_error(increases, numbers), MIN_RELATIVE_MARGIN / num_documents)
     margin = hypot(margin, PARTS_DIFFER * (ratio - 1))
 
-    result = pruner.report.domains["a"]
+    result = pruner.result.report.domains["a"]
     assert result.perplexity.margin == pytest.approx(margin)
     assert result.perplexity.pruned == pytest.approx(float(pruned_losses.mean().exp()))
     assert result.documents == num_documents >= 5
-    assert result.tokens == samples[:, 1:].numel()
+    assert result.tokens == text.tokens.sum()
 
 
 def test_the_report_states_requested_and_removed_parameters():
     pruner = StructPruner(config(sparsity=0.2))
     pruner.prune_model(build("llama-untied"), tokenizer())
 
-    report = pruner.report
+    report = pruner.result.report
     assert report.sparsity == pytest.approx(0.2, abs=0.01)
     assert "warning: requested" not in str(report)
     assert f"Requested 20.0% of the layer parameters, removed {report.sparsity:.1%}" in str(report)
@@ -177,8 +180,8 @@ def test_a_coarse_rounding_that_misses_the_requested_sparsity_warns():
 
     # The warning names the line that called the package.
     assert {warning.filename for warning in warned} == {__file__}
-    assert "warning: requested 10.0%" in str(pruner.report)
-    assert pruner.report.to_dict()["target"] == 0.1
+    assert "warning: requested 10.0%" in str(pruner.result.report)
+    assert pruner.result.report.to_dict()["target"] == 0.1
 
 
 @pytest.mark.parametrize(("case", "weight", "message"), [

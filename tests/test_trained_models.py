@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib import import_module
 from math import log
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_structprune import DomainConfig, StructPruneConfig, perplexity, prune_model
 from optimum_structprune.evaluation.heldout import read_heldout
+from optimum_structprune.measure import probe
+from optimum_structprune.record.cost import TIME_RANGE
 from optimum_structprune.record.report import Report
-from optimum_structprune.search import sensitivity, trials
+from optimum_structprune.search import sensitivity
 
 
 pytestmark = pytest.mark.nightly
@@ -75,8 +78,8 @@ def test_widths_by_measured_loss_beat_one_width(smollm2, monkeypatch):
     text = SHARED / "data" / "heldout"
     if not text.exists():
         pytest.skip(f"the text {text} is not here")
-    monkeypatch.setattr(trials, "PROBE_TOKENS", 1024)
-    monkeypatch.setattr(sensitivity, "TRIAL_TOKENS", 2048)
+    monkeypatch.setattr(probe, "PROBE_TOKENS", 1024)
+    monkeypatch.setattr(sensitivity, "SHAPE_TOKENS", 2048)
     model = AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
     tokenizer = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
     domains = [DomainConfig(name=name, source=str(text / f"{name}.jsonl")) for name in ("wiki", "code")]
@@ -91,6 +94,22 @@ def test_widths_by_measured_loss_beat_one_width(smollm2, monkeypatch):
     assert losses["sensitivity"] < 0.95 * losses["uniform"], losses
 
 
+def test_a_pruning_takes_the_estimated_cpu_time(smollm2):
+    """The figures of a run on the real model are in docs/scaling.md."""
+    domains = [DomainConfig(name, str(SHARED / "data" / "calibration" / f"{name}.jsonl")) for name in ("wiki", "code")]
+    if not Path(domains[0].source).exists():
+        pytest.skip(f"the text {domains[0].source} is not here")
+    model = AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
+
+    for fields in ({"widths": {"mlp": 1280}}, {"widths": {"vocab": 32768}, "languages": ("en",)}):
+        settings = StructPruneConfig(domains=domains, num_samples=20, seq_length=256, **fields)
+        by_stage = import_module("benchmark_stages").compared(settings, model, tokenizer)
+        measured, estimated = (sum(seconds) for seconds in zip(*by_stage.values(), strict=True))
+        low, high = TIME_RANGE
+        assert low * estimated < measured < high * estimated, by_stage
+
+
 def test_the_demo_prunes_and_recovers_a_real_model(smollm2, tmp_path):
     assert smollm2.exists()
     output = ran([sys.executable, ROOT / "examples" / "demo.py", "--output", tmp_path], timeout=1500)
@@ -99,5 +118,5 @@ def test_the_demo_prunes_and_recovers_a_real_model(smollm2, tmp_path):
     assert "report.html" in output
 
     report = Report.load(tmp_path / "smollm2-recovered" / "report.json")
-    assert report.pruned.parameters <= 0.95 * report.dense.parameters
+    assert report.pruned.parameters <= 0.95 * report.original.parameters
     assert report.unseen.perplexity.ratio < 2

@@ -1,6 +1,7 @@
 """Pruning inside a Trainer: widths, optimizer state, checkpoints, resuming, and refusals."""
 
 import json
+import re
 from copy import deepcopy
 
 import pytest
@@ -12,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import integration_utils
 
-from optimum_structprune import StructPruneCallback, StructPruneError, attach_pruner
+from optimum_structprune import RecoveryConfig, StructPruneCallback, StructPruneError, attach_pruner
 from optimum_structprune.arch.load import describe
 from optimum_structprune.system.fingerprint import fingerprint
 from optimum_structprune.trainer import RecentText
@@ -133,6 +134,27 @@ def test_schedules(tmp_path, fields, steps):
     trainer.save_model(tmp_path / "out")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(logits(reloaded), logits(trainer.model.eval()))
+
+
+def test_each_removal_is_announced_once_by_its_number(tmp_path, capsys):
+    trainer = build_trainer(tmp_path)
+    attach_pruner(trainer, config(refit="none", criterion="wanda"), 2, end=8)
+    trainer.train()
+
+    printed = capsys.readouterr().err
+    assert re.findall(r"Removal (\d of 4, after step \d)", printed) == [
+        f"{number} of 4, after step {2 * number}" for number in (1, 2, 3, 4)
+    ]
+    assert "ound 1" not in printed
+
+
+def test_the_recovery_of_a_config_is_ignored_with_a_warning(tmp_path):
+    trainer = build_trainer(tmp_path)
+    with pytest.warns(UserWarning, match="`recovery` has no effect here.*Call `attach_teacher`"):
+        attach_pruner(trainer, config(recovery=RecoveryConfig(tokens=96)), 2)
+    trainer.train()
+
+    assert trainer.model.config.intermediate_size == 24
 
 
 @pytest.mark.parametrize("fields", [

@@ -15,8 +15,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruner
+from optimum_structprune.arch.inference import outputs_for
 from optimum_structprune.domains.sources import builtin_documents
-from optimum_structprune.forward.metrics import outputs_for
 from optimum_structprune.saving.save import make_portable
 
 
@@ -118,8 +118,8 @@ def prune_vocabulary(folder):
     settings = {"widths": {"vocab": 320}, "general_share": 0.0, "num_samples": 8, "seq_length": 64}
     pruner = StructPruner(StructPruneConfig(domains=[DomainConfig("prose", documents[:40])], **settings))
     small = pruner.prune_model(dense, AutoTokenizer.from_pretrained(golden.TINY))
-    pruner.save(small, folder / "small", pruner.tokenizer)
-    return small, pruner.tokenizer, " ".join(documents[40:])[:700]
+    pruner.save(small, folder / "small", pruner.result.tokenizer)
+    return small, pruner.result.tokenizer, " ".join(documents[40:])[:700]
 
 
 def test_onnx_of_a_trimmed_model(tmp_path):

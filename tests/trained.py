@@ -37,7 +37,7 @@ def loss_ratio(stories, **fields) -> float:
     if key not in RATIOS:
         pruner = StructPruner(config)
         pruner.prune_model(*stories)
-        RATIOS[key] = pruner.report.domains["stories"].perplexity.ratio
+        RATIOS[key] = pruner.result.report.domains["stories"].perplexity.ratio
     return RATIOS[key]
 
 

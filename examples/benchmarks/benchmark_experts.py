@@ -36,7 +36,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from optimum_structprune import RecoveryConfig, RunOptions, StructPruneConfig, StructPruner
 from optimum_structprune.domains.load import load_domains
-from optimum_structprune.forward.metrics import compare
+from optimum_structprune.measure.losses import measure as measure_text
+from optimum_structprune.measure.losses import totals
+from optimum_structprune.measure.text import Text
 from optimum_structprune.recovery.recover import Recovery
 
 
@@ -123,8 +125,8 @@ def measure(args: Namespace, cell: Cell, model, tokenizer, texts: Mapping[str, T
 
     divergences = {}
     for name, samples in texts.items():
-        _, (divergence, _) = compare(pruned, model, samples, args.batch_size)
-        divergences[name] = divergence
+        measured = measure_text(pruned, Text(list(samples)), model, tokens=args.batch_size * args.seq_length)
+        divergences[name] = float(totals(measured.kl).sum() / samples[:, 1:].numel())
     return divergences
 
 

@@ -119,9 +119,12 @@ def measure_model(args: Namespace, name: str, folder: Path, stages: Stages, resu
     pruner = StructPruner(config)
     with stages.stage("prune"):
         pruned = pruner.prune_model(model, tokenizer, inplace=True)
-    result["parameters"] = {"dense": pruner.report.dense.parameters, "pruned": pruner.report.pruned.parameters}
-    result["pruning_seconds"] = pruner.report.seconds
-    result["domains"] = pruner.report.to_dict()["domains"]
+    result["parameters"] = {
+        "dense": pruner.result.report.original.parameters,
+        "pruned": pruner.result.report.pruned.parameters,
+    }
+    result["pruning_seconds"] = pruner.result.report.seconds
+    result["domains"] = pruner.result.report.to_dict()["domains"]
     # Free the memory for the original model.
     del model
 
@@ -195,7 +198,7 @@ def prune_small(model, ids: torch.Tensor):
     config = StructPruneConfig(widths={"mlp": 480}, num_samples=len(ids), seq_length=ids.shape[1])
     pruner = StructPruner(config)
     pruner.prune_model(model, inputs={"random": ids}, inplace=True)
-    return pruner.plan.keep
+    return pruner.result.plan.keep
 
 
 def versions() -> dict[str, str | None]:

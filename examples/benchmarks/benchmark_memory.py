@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from optimum_structprune import StructPruneConfig, StructPruner
 from optimum_structprune.arch.load import ModelInfo
-from optimum_structprune.pruning.memory import estimate_memory
+from optimum_structprune.pruning.cost import pruning_cost
 from optimum_structprune.pruning.request import PruningRequest
 
 
@@ -44,15 +44,16 @@ def run(args: Namespace) -> None:
     for number in range(args.domains):
         inputs[f"domain {number}"] = torch.randint(VOCABULARY, (count, SEQ_LENGTH))
 
-    estimate = estimate_memory(PruningRequest(config, ModelInfo.of(model), inputs=inputs))
+    memory = pruning_cost(PruningRequest(config, ModelInfo.of(model), inputs=inputs)).memory
+    estimate = memory["hidden states"] + memory["working memory"]
 
     resident_before = resident("VmRSS")
     reset_high_water_mark()
     StructPruner(config).prune_model(model, inputs=inputs, inplace=True)
     peak = resident("VmHWM") - resident_before
 
-    print(f"FFN {args.ffn}, {args.domains} domains: estimated {estimate.above / 1e6:,.0f} MB at its peak")
-    print(f"measured {peak / 1e6:,.0f} MB, so the estimate is {estimate.above / peak - 1:+.1%} off")
+    print(f"FFN {args.ffn}, {args.domains} domains: estimated {estimate / 1e6:,.0f} MB at its peak")
+    print(f"measured {peak / 1e6:,.0f} MB, so the estimate is {estimate / peak - 1:+.1%} off")
 
 
 def main(argv: list[str] | None = None) -> None:

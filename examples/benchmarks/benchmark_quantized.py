@@ -28,9 +28,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from optimum_structprune import DomainConfig, export_gguf
-from optimum_structprune.domains.packing import Passages
 from optimum_structprune.evaluation.heldout import read_heldout
-from optimum_structprune.forward.metrics import margin_of_error, row_losses
+from optimum_structprune.margins import margin_of_error
+from optimum_structprune.measure.losses import measure, totals
+from optimum_structprune.measure.text import Text
 
 
 # The model in 16 bits.
@@ -45,7 +46,7 @@ def read_gguf(file: Path) -> PreTrainedModel:
 def sample_losses(file: Path, rows: list[Tensor], in_torch: bool) -> Tensor:
     """Return the loss of each sample in nats."""
     if in_torch:
-        return row_losses(read_gguf(file), rows)
+        return totals(measure(read_gguf(file), Text(rows)).loss)
 
     answer = llama_cpp.ask(file, ids=[row.tolist() for row in rows])
     losses = []
@@ -114,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
         for path in paths:
             domain = DomainConfig(name="text", source=path)
             samples = read_heldout(domain, original_tokenizer, args.seq_length, args.num_samples).samples
-            texts.append(Passages(list(samples), original_tokenizer))
+            texts.append(Text.of(samples, original_tokenizer))
             size += len(samples)
 
         sizes.append(size)
@@ -127,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
 
         rows = []
         for text in texts:
-            rows += text.rows(tokenizer, model)
+            rows += text.for_tokenizer(tokenizer, model).rows
 
         model_kinds = list(args.kinds)
         if original_losses is None:

@@ -160,7 +160,7 @@ def measure(args: Namespace) -> dict[str, float]:
         # The files of the offloaded weights are in the folder, so the model ends before it.
         del model
 
-    stages = pruner.report.seconds
+    stages = pruner.result.report.seconds
     pruning = sum(stage_seconds for stage, stage_seconds in stages.items() if stage.startswith("round"))
     return {
         "peak": peak,

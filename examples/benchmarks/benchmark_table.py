@@ -48,7 +48,9 @@ from transformers.utils.logging import disable_progress_bar
 from optimum_structprune import StructPruneConfig, StructPruneError
 from optimum_structprune.arch.load import describe
 from optimum_structprune.evaluation.answers import ask, read_questions
-from optimum_structprune.forward.metrics import row_losses
+from optimum_structprune.measure.losses import means
+from optimum_structprune.measure.losses import measure as measure_text
+from optimum_structprune.measure.text import Text
 
 
 DENSE = "dense"
@@ -163,7 +165,7 @@ def measure(args: Namespace, cells: Sequence[Cell]) -> Iterator[tuple[Cell, dict
         converted, size = convert(model, tokenizer, cell.form)
         losses = {}
         for name, samples in texts.items():
-            losses[name] = (row_losses(converted, samples) / (SEQ_LENGTH - 1)).tolist()
+            losses[name] = means(measure_text(converted, Text(list(samples))).loss).tolist()
 
         correct = []
         if args.answers and tokenizer.chat_template:

@@ -25,13 +25,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruner, measure_speed
-from optimum_structprune.domains.packing import Passages
 from optimum_structprune.evaluation.heldout import read_heldout
-from optimum_structprune.forward.metrics import row_losses
+from optimum_structprune.measure.losses import measure as measure_text
+from optimum_structprune.measure.losses import totals
+from optimum_structprune.measure.text import Text
 
 
 # The values of each text, by folder and name.
-Texts = Mapping[str, Mapping[str, Passages]]
+Texts = Mapping[str, Mapping[str, Text]]
 Losses = Mapping[str, Mapping[str, float]]
 
 
@@ -56,12 +57,12 @@ def read_texts(args: Namespace, tokenizer) -> Texts:
         "unseen": domains_of(args, "unseen"),
     }
 
-    texts: dict[str, dict[str, Passages]] = {}
+    texts: dict[str, dict[str, Text]] = {}
     for folder, folder_domains in domains.items():
         texts[folder] = {}
         for domain in folder_domains:
             samples = read_heldout(domain, tokenizer, args.seq_length, args.samples).samples
-            texts[folder][domain.name] = Passages(list(samples), tokenizer)
+            texts[folder][domain.name] = Text.of(samples, tokenizer)
 
     return texts
 
@@ -69,10 +70,10 @@ def read_texts(args: Namespace, tokenizer) -> Texts:
 def mean_losses(model, tokenizer, texts: Texts) -> Losses:
     """Return the mean loss of a sample in nats for each text."""
     losses: dict[str, dict[str, float]] = {}
-    for folder, passages in texts.items():
+    for folder, folder_texts in texts.items():
         losses[folder] = {}
-        for name, text in passages.items():
-            losses[folder][name] = float(row_losses(model, text.rows(tokenizer, model)).mean())
+        for name, text in folder_texts.items():
+            losses[folder][name] = float(totals(measure_text(model, text.for_tokenizer(tokenizer, model)).loss).mean())
     return losses
 
 
@@ -100,12 +101,12 @@ def trim(args: Namespace, model, tokenizer, size: int, texts: Texts, original_lo
     trimmed = pruner.prune_model(model, tokenizer)
     figures = {
         "seconds": perf_counter() - start,
-        "widths": pruner.report.widths,
+        "widths": pruner.result.report.widths,
         "tokens": trimmed.config.vocab_size,
         "parameters": trimmed.num_parameters() / model.num_parameters() - 1,
     }
 
-    losses = mean_losses(trimmed, pruner.tokenizer, texts)
+    losses = mean_losses(trimmed, pruner.result.tokenizer, texts)
     figures.update(relative_perplexities(args, losses, original_losses))
     if args.speed:
         figures["speed"] = decoding_speed(model, trimmed)

@@ -182,7 +182,7 @@ def answer_figures(model, tokenizer, dense, dense_tokenizer) -> dict[str, int]:
     questions = evaluation.answers.questions
     return {
         "right": sum(question.answers["pruned"].right for question in questions),
-        "right_of_dense": sum(question.answers["dense"].right for question in questions),
+        "right_of_dense": sum(question.answers["original"].right for question in questions),
     }
 
 

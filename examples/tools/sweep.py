@@ -28,7 +28,6 @@ from optimum_structprune.pruner import StructPruner
 from optimum_structprune.pruning.request import check_arguments, resolve_request
 from optimum_structprune.record.report import Report
 from optimum_structprune.record.table import aligned, number
-from optimum_structprune.record.verdict import judged_domains
 from optimum_structprune.sources.data import CalibrationData
 from optimum_structprune.steps.checkpoint import run_key
 from optimum_structprune.system.disk import Output
@@ -88,16 +87,16 @@ def _curve(reports: Mapping[str, Report]) -> dict[str, Any]:
     """Return the parameters, the widths and the perplexities of the original model and of each size."""
     record: dict[str, Any] = {"parameters": {}, "widths": {}, "perplexity": {}}
     for size, report in reports.items():
-        record["parameters"]["dense"] = report.dense.parameters
+        record["parameters"]["dense"] = report.original.parameters
         record["parameters"][size] = report.pruned.parameters
 
         for kind, width_by_layer in report.widths.items():
-            widths = record["widths"].setdefault(kind, {"dense": [report.dense_widths[kind]]})
+            widths = record["widths"].setdefault(kind, {"dense": [report.original_widths[kind]]})
             widths[size] = list(width_by_layer.values())
 
-        for name, domain in judged_domains(report).items():
+        for name, domain in report.latest().domains.items():
             if domain.perplexity is not None and domain.perplexity.ratio is not None:
-                perplexities = record["perplexity"].setdefault(name, {"dense": domain.perplexity.dense})
+                perplexities = record["perplexity"].setdefault(name, {"dense": domain.perplexity.original})
                 perplexities[size] = domain.perplexity.last
     return record
 
@@ -181,8 +180,8 @@ def _pruned(args: Namespace, config: StructPruneConfig, folder: Path | None) -> 
     if folder is not None:
         # A sweep that was killed may have left a model in the folder.
         pruner.save(pruned, folder, tokenizer, overwrite=True)
-    assert pruner.report is not None
-    return pruner.report
+    assert pruner.result.report is not None
+    return pruner.result.report
 
 
 def _notes_on_equal_widths(sizes: Sequence[str], record: Mapping[str, Any]) -> Iterator[str]:

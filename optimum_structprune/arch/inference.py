@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..system.offloading import check_reachable
 from .hooks import in_fast_dtype
 from .meta import beside_text, positions_of, random_image, reads_images
 from .modules import blocks
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel  # its import takes as long as the import of torch
 
 
 def input_device(model: Any) -> torch.device:
@@ -30,7 +37,8 @@ def run_model(model: Any, ids: Tensor, **options: Any) -> Any:
     Args:
         model: The model.
         ids: Token ids, shape `(batch, seq_length)`, or pixels, shape `(batch, channels, height, width)`.
-        options: Further arguments of the model.
+        options: Further arguments of the model. With `labels`, an encoder-decoder model makes the input of its decoder
+            from them.
     """
     config = model.config
     is_text = not ids.is_floating_point()
@@ -39,7 +47,8 @@ def run_model(model: Any, ids: Tensor, **options: Any) -> Any:
         ids = ids.to(model.dtype)
 
     if config.is_encoder_decoder:
-        options["decoder_input_ids"] = ids
+        if "labels" not in options:
+            options["decoder_input_ids"] = ids
         options["use_cache"] = False
     elif hasattr(config.get_text_config(), "use_cache"):
         options["use_cache"] = False
@@ -115,3 +124,50 @@ def random_inputs(model: PreTrainedModel, length: int = 16) -> Tensor:
     if type(model).__name__.endswith("ForMultipleChoice"):
         return ids[None]
     return ids
+
+
+@contextmanager
+def evaluating(*models: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Put models in eval mode inside `with`, and restore the mode of every module afterwards.
+
+    A module that was replaced inside `with` gets the mode of the module before it. A module with a new name gets the
+    mode of the model.
+
+    Raises:
+        StructPruneError: If a model has no weights.
+    """
+    modes_by_model = []
+    for model in models:
+        modes_by_model.append({name: module.training for name, module in model.named_modules()})
+
+    try:
+        for model in models:
+            if any(parameter.is_meta for parameter in model.parameters()):
+                check_reachable(model)
+            model.eval()
+
+        yield
+    finally:
+        for model, modes in zip(models, modes_by_model, strict=True):
+            for name, module in model.named_modules():
+                module.training = modes.get(name, modes[""])
+
+
+def outputs_of(output: Any) -> Tensor:
+    """Return the main tensor of a model's output: the logits, or else the last hidden states."""
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        return output[0]
+    return logits
+
+
+@torch.no_grad()
+def outputs_for(model: PreTrainedModel, inputs: Tensor | None = None) -> Tensor:
+    """Return the outputs of a model for inputs, by default `random_inputs`.
+
+    The shape is `(1, tokens, vocab)` for logits, and `(1, tokens, channels)` for hidden states.
+    """
+    if inputs is None:
+        inputs = random_inputs(model)
+    with evaluating(model):
+        return outputs_of(run_model(model, inputs))

@@ -248,6 +248,9 @@ def check_no_adapter(model: PreTrainedModel) -> None:
     """Raise if a model is compiled, is a PEFT model, or has an adapter injected into it."""
     if hasattr(model, "_orig_mod"):
         raise StructPruneError("`model` is compiled. Pass `model._orig_mod`, and compile the result.")
+    # Each layer would be compiled again for each new width.
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        raise StructPruneError("`model` is compiled. Pass `copy.deepcopy(model)`, and compile the result.")
 
     # An adapter needs PEFT, which most runs do not import.
     peft = sys.modules.get("peft")

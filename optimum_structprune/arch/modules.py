@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import suppress
+from copy import copy, deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -236,3 +237,8 @@ def module_files(config: PretrainedConfig) -> dict[str, str]:
         return texts
 
     return {}
+
+
+def copy_with_shared_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy of a model whose parameters share memory with the parameters of the model."""
+    return deepcopy(model, {id(parameter): copy(parameter) for parameter in model.parameters()})

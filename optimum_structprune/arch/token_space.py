@@ -31,6 +31,7 @@ TOKEN_IDS = re.compile(
     r"|(begin_)?suppress_tokens"
     r"|sequence_bias"
     r"|(\w+_)?(token|map|mapping)"
+    r"|id_to_text"
 )
 # The names that `TOKEN_IDS` matches although the numbers are something else:
 OTHER_NUMBERS = re.compile(
@@ -39,7 +40,7 @@ OTHER_NUMBERS = re.compile(
     r"|\w*ignore_index|\w*label\w*"  # labels,
     r"|\w*per_token|(auto|device|attribute)_map"  # numbers per token, classes and devices,
     r"|lang_id|default_prompt_id|max_initial_timestamp_index"  # languages, prompts and steps of time,
-    r"|(codec|codebook|audio_stream|t2u|vocoder|subs|tag)_\w*"  # and entries of another vocabulary.
+    r"|(codec|codebook|audio_stream|t2u|vocoder|subs|tag|char)_\w*"  # and entries of another vocabulary.
 )
 # Mappings whose keys are names of a user's own.
 NAMES_OF_USERS = ("label2id", "id2label")
@@ -59,7 +60,7 @@ def holds_token_ids(name: str) -> bool:
 def renumber_(config: Config, keep: Sequence[int], size: int, only_shapes: bool = False) -> None:
     """Renumber the token ids in a config after a trim.
 
-    Entries of a `vocabulary_map` whose tokens are removed are removed too.
+    Entries of a `vocabulary_map` or an `id_to_text` whose tokens are removed are removed too.
 
     Args:
         config: The config of a model, or a generation config.
@@ -89,6 +90,8 @@ def renumber_(config: Config, keep: Sequence[int], size: int, only_shapes: bool 
         value = fields[name]
         if name == "vocabulary_map" and not only_shapes:
             value = {token: number for token, number in value.items() if number in new_ids or number >= size}
+        if name == "id_to_text":
+            value = {str(new_ids[int(number)]): text for number, text in value.items() if int(number) in new_ids}
         fields[name] = _with_new_ids(name, value, new_id)
 
 

@@ -9,9 +9,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from importlib import import_module
-from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
+from ..codec import FieldError, field_types, members_of
+from ..config.fields import field_help
 from ..errors import StructPruneError
 
 
@@ -30,16 +31,18 @@ ALIASES = {
 }
 # The fields that hold other configs, by the class names of these configs.
 PARTS = {"DomainConfig": "domains", "RecoveryConfig": "recovery"}
-# The groups of flags and fields in the help of the commands that prune. All others belong to the last group.
+# The groups of flags and fields in the help of `prune` and `plan`. All others belong to the last group.
 GROUPS = {
-    "most used": "--config sparsity widths targets domains num_samples --recover --dtype --device --overwrite",
-    "how much to remove": "budget rounds round_to --cost",
+    "most used": "--config budget sparsity widths targets domains num_samples --recover --dtype --device --overwrite",
+    "dry run": "--cost --tokens",
+    "how much to remove": "rounds round_to tensor_parallel",
     "what to remove": "allocation criterion skip_layers keep_tokens languages arch_file",
     "text": "seq_length general_share general_text seed",
     "recovery": "--recovery-tokens recovery",
     "output": "--gguf --resume --base-model --license --push-to-hub --private --no-save --json --quiet",
+    "loading the model": "--trust-remote-code --attn-implementation",
     "large models": "--offload batch_size checkpoint_dir",
-    "for experts": "",
+    "method": "",
 }
 SOURCES = "A source is a file, glob, folder, builtin:…, preset:…, self:… or Hub dataset; {name: …, …} sets any field."
 MAX_COUNT_DIGITS = 12
@@ -56,22 +59,22 @@ class Command:
         function: The module and the function that run it, such as `prune.prune`.
         help: One sentence for the help.
         flags: Its arguments without the fields of its config.
+        examples: Command lines for the help.
         config: The config. Each of its fields is a flag too.
         without: The fields that are not flags.
         models: The arguments that name models.
         reads_text: Whether it may import `datasets`.
-        json_file: Whether `--json` may name a file.
     """
 
     name: str
     function: str
     help: str
     flags: Flags
+    examples: Sequence[str] = ()
     config: Literal["StructPruneConfig", "RecoveryConfig"] | None = None
     without: Collection[str] = ()
     models: Collection[str] = ("model",)
     reads_text: bool = True
-    json_file: bool = False
 
     def run(self, args: Namespace) -> Result:
         """Import the module of the function, and call the function."""
@@ -109,16 +112,15 @@ class Command:
             declare_fields(group_of, config_class, self.without)
 
     def _declare_json(self, group_of: Callable[[str], Any]) -> None:
-        """Add `--json`. If it may name a file, add `--overwrite` too."""
-        text = "Print the result as one JSON document instead of text."
-        group = group_of("--json")
-        if not self.json_file:
-            group.add_argument("--json", action="store_true", help=text)
-            return
-
-        text += " With a FILE, write the document to it and print the text."
-        group.add_argument("--json", nargs="?", const=True, metavar="FILE", help=text)
-        group_of("--overwrite").add_argument("--overwrite", action="store_true", help="Replace a FILE that exists.")
+        """Add `--json`, and `--overwrite` unless the command has it."""
+        text = (
+            "Print the result as one JSON document instead of text. With a FILE, write the document to it and print "
+            "the text."
+        )
+        group_of("--json").add_argument("--json", nargs="?", const=True, metavar="FILE", help=text)
+        if "--overwrite" not in self.flags:
+            text = "Replace a FILE that exists."
+            group_of("--overwrite").add_argument("--overwrite", action="store_true", help=text)
 
 
 def _arguments_of_flag(name: str, flag: str | Mapping[str, Any]) -> dict[str, Any]:
@@ -153,14 +155,15 @@ def declare_fields(group_of: Callable[[str], Any], config_class: type, without: 
         config_class: The config class.
         without: The fields that are not flags.
     """
-    types = get_type_hints(config_class)
+    types = field_types(config_class)
+    sentences = field_help(config_class)
 
     for field in fields(config_class):
         if field.name in without:
             continue
 
         arguments = _arguments_of(field.name, types[field.name])
-        arguments["help"] = _help_of(field, arguments.get("help", ""))
+        arguments["help"] = _help_of(field, sentences[field.name], arguments.get("help", ""))
         group = group_of(field.name)
         if field.name in ALIASES:
             group.add_argument(ALIASES[field.name], dest=field.name, default=SUPPRESS, **arguments)
@@ -177,9 +180,9 @@ def _flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _help_of(field: Field[Any], note: str) -> str:
-    """Return the help of a field: its own, a note on the form of its values, and its default."""
-    sentences = [field.metadata["help"]]
+def _help_of(field: Field[Any], sentence: str, note: str) -> str:
+    """Return the help of a field: its first sentence, a note on the form of its values, and its default."""
+    sentences = [sentence]
     if note:
         sentences.append(note)
     if field.default not in (MISSING, None, ()):
@@ -191,10 +194,7 @@ def _help_of(field: Field[Any], note: str) -> str:
 
 def _arguments_of(name: str, annotation: Any) -> dict[str, Any]:
     """Return the arguments of `add_argument` for the values of a field."""
-    members = [annotation]
-    if get_origin(annotation) in (Union, UnionType):
-        members = [member for member in get_args(annotation) if member is not NoneType]
-
+    members = members_of(annotation)
     kind = members[0]
     origin = get_origin(kind)
     if origin is dict:
@@ -315,11 +315,10 @@ def text_files() -> dict[str, Any]:
 
 def pruning_config(args: Namespace) -> StructPruneConfig:
     """Return the `StructPruneConfig` of the config file, if there is one, and of the flags."""
-    from ..config.fields import field_names
     from ..config.pruning import AMOUNTS, RunOptions, StructPruneConfig
 
     values = _values_of_file(args)
-    ignored = list(field_names(RunOptions))
+    ignored = list(field_types(RunOptions))
     if any(hasattr(args, name) for name in AMOUNTS):
         ignored += AMOUNTS
     for name in ignored:
@@ -333,10 +332,9 @@ def pruning_config(args: Namespace) -> StructPruneConfig:
 
 def run_options(args: Namespace) -> RunOptions:
     """Return the `RunOptions` of the config file, if there is one, and of the flags."""
-    from ..config.fields import field_names
     from ..config.pruning import RunOptions
 
-    names = field_names(RunOptions)
+    names = field_types(RunOptions)
     values = {name: value for name, value in _values_of_file(args).items() if name in names}
     return RunOptions.from_dict(_with_flags(values, args, RunOptions))
 
@@ -359,8 +357,6 @@ def recovery_config(args: Namespace) -> RecoveryConfig:
 
 def by_flag(error: StructPruneError, args: Namespace) -> str:
     """Return the text of an error, with the flag or the config file in place of the name of a field."""
-    from ..config.fields import FieldError
-
     if not isinstance(error, FieldError):
         return str(error).removeprefix(f"{args.command.config}: ")
 

@@ -19,7 +19,7 @@ from ..config.fields import read_mapping
 from ..config.pruning import RunOptions, StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.sources import check_source, resolve
-from ..errors import StructPruneError, one_line
+from ..errors import StructPruneError, reason_of
 from ..saving.gguf_types import GGUF_TYPES, check_gguf_type
 from ..system.disk import GGUF, GGUFOutput, Output, check_regular_files
 from ..system.modules import transformer_folder
@@ -46,9 +46,11 @@ def check_flags(args: Namespace) -> None:
         _check_form(args)
     if flags.get("gguf"):
         _check_gguf(args)
-    if "output" in flags and "overwrite" in flags:
-        _check_output(args)
+    if args.command.name == "plan":
+        return  # it writes no output
 
+    if "output" in flags:
+        _check_output(args)
     if flags.get("push_to_hub") is not None:
         from ..saving.push import check_push  # imported last, because it imports torch
 
@@ -89,7 +91,10 @@ def _check_texts(args: Namespace, configs: Iterable[Any]) -> None:
 
 
 def _check_output(args: Namespace) -> None:
-    """Raise `StructPruneError` if the output cannot be written."""
+    """Raise `StructPruneError` if the output and the file of `--gguf` cannot be written."""
+    if getattr(args, "gguf", None):
+        GGUFOutput(gguf_file(args.output, args.gguf), args.overwrite).check()
+
     is_file = hasattr(args, "pad_uniform") and args.output.endswith(GGUF)
     if is_file:
         GGUFOutput(args.output, args.overwrite).check()
@@ -112,15 +117,13 @@ def _check_form(args: Namespace) -> None:
 
 
 def _check_gguf(args: Namespace) -> None:
-    """Raise `StructPruneError` if the file of `--gguf` cannot be written."""
+    """Raise `StructPruneError` if `--gguf` names no type, or does not fit `--offload`."""
     check_gguf_type(args.gguf)
     if args.offload is not None:
         raise StructPruneError(
             f"--gguf takes a whole model in memory, and --offload {args.offload} is for those that do not fit. Leave "
             f"out either, or run `structprune export {args.output} OUT{GGUF}` where there is room."
         )
-
-    GGUFOutput(gguf_file(args.output, args.gguf), args.overwrite).check()
 
 
 def gguf_file(output: str, kind: str) -> str:
@@ -167,7 +170,7 @@ def progress_folder(output: str) -> Path:
 # The functions that read the configs of each command.
 CONFIGS: dict[str, Callable[[Namespace], Iterable[Any]]] = {
     "prune": prune_configs,
-    "plan": lambda args: [tokens_config(args, 1) if args.tokens else pruning_config(args), run_options(args)],
+    "plan": lambda args: [tokens_config(args, 1)] if args.tokens else prune_configs(args),
     "recover": lambda args: [recovery_config(args)],
 }
 
@@ -194,7 +197,7 @@ def _checked_model(name: str) -> str:
     except Exception as error:  # the network, the Hub and the check of the name raise errors of many classes
         raise StructPruneError(
             f"{name!r} cannot be loaded: there is no such folder, and the Hub has no config of such a model: "
-            f"{one_line(error)[:300]}"
+            f"{reason_of(error)}"
         ) from error
     return name
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, HelpFormatter, Namespace
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from signal import SIGTERM, default_int_handler, signal
@@ -23,6 +23,15 @@ from .output import Result, show, visible, working
 DESCRIPTION = "Structured pruning of Hugging Face models."
 # If this environment variable is 1, errors show their tracebacks.
 DEBUG_VARIABLE = "STRUCTPRUNE_DEBUG"
+
+
+class CommandFormatter(HelpFormatter):
+    """The formatter of the help of a command. It keeps the lines of the examples."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text:
+            return text
+        return super()._fill_text(text, width, indent)
 
 
 class CommandParser(ArgumentParser):
@@ -63,7 +72,12 @@ def add_commands(parser: ArgumentParser) -> None:
 
     for command in COMMANDS:
         subparser = subparsers.add_parser(
-            command.name, help=command.help, description=command.help, allow_abbrev=False
+            command.name,
+            help=command.help,
+            description=command.help,
+            epilog="\n  ".join(["examples:", *command.examples]),
+            formatter_class=CommandFormatter,
+            allow_abbrev=False,
         )
         subparser.declare = command.declare
         subparser.set_defaults(run=command.run)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import asdict, replace
 
+from ..errors import StructPruneError
 from ..saving.export import export_uniform
 from ..saving.gguf_file import GGUFFile, check_gguf, export_gguf
-from ..saving.gguf_types import GGUF_TYPES
+from ..saving.gguf_types import GGUF_TYPES, gguf_bytes
 from ..system.disk import GGUF, GGUFOutput, Output
 from .checks import gguf_file
 from .loading import Loading, weights_bytes
@@ -46,7 +47,10 @@ def to_gguf(loading: Loading, name: str, output: str, gguf_type: str | None, ove
         overwrite: Whether to replace an existing file.
     """
     check_gguf(loading.config(name), gguf_type)
-    GGUFOutput(output, overwrite).check(weights_bytes(name))
+    need_bytes = weights_bytes(name)
+    if gguf_type is not None:
+        need_bytes = gguf_bytes(loading.without_weights(name).num_parameters(), gguf_type)
+    GGUFOutput(output, overwrite).check(need_bytes)
 
     model, tokenizer = loading.model_and_tokenizer(name)
     return export_gguf(model, output, tokenizer, overwrite, gguf_type)
@@ -66,7 +70,10 @@ def add_gguf(args: Namespace, result: Result, loading: Loading, parameters: int)
 
     note(args, f"{args.output} is saved; now it is written for llama.cpp")
     path = gguf_file(args.output, args.gguf)
-    file = to_gguf(replace(loading, dtype="auto"), args.output, path, args.gguf, args.overwrite)
+    try:
+        file = to_gguf(replace(loading, dtype="auto"), args.output, path, args.gguf, args.overwrite)
+    except StructPruneError as error:
+        raise StructPruneError(f"{error} The model is saved in {args.output}.") from error
 
     values = asdict(file)
     values["output"] = path

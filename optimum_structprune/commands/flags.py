@@ -85,7 +85,7 @@ QUALITY: Flags = {
         **{"action": "append", "default": []},
     ),
     "--max-new-tokens": number("Maximum number of tokens per answer (120).", default=120),
-    "--seq-length": number("Tokens per sample (512).", default=512),
+    "--seq-length": number("Tokens per sample; by default 512, or the positions of the models if these are fewer."),
     "--num-samples": number("Maximum number of samples per domain; by default each domain is read to its end."),
     "--limit": number("Maximum number of questions; by default all of them."),
     "--batch-size": number("Sequences per forward pass; by default 1 on a CPU, and up to 16 on a GPU."),
@@ -102,66 +102,70 @@ SPEED: Flags = {
     ),
 }
 
+# The flags of `prune`, all of which `plan` takes too.
+PRUNE: Flags = {
+    "--recover": switch("Train the pruned model afterwards, with the original model as the teacher; see --recovery."),
+    "--recovery-tokens": option(
+        "N",
+        "Like --recover, with this number of training tokens: short for --recovery tokens=N.",
+        type=token_setting,
+        **{"dest": "recovery", "action": "append", "default": SUPPRESS},
+    ),
+    "--gguf": option(
+        "TYPE",
+        "Also write the result for llama.cpp, to OUT-TYPE.gguf: q8_0, q4_0, f16 …, or q4_k_m if llama.cpp is "
+        "installed.",
+        type=str.lower,
+    ),
+    "--base-model": option("OWNER/NAME", "The original model's id on the Hub, for the model card."),
+    "--license": option(
+        "ID", "The original model's licence, for the model card; by default the licence in the original model's card."
+    ),
+    "--resume": switch(
+        "Save every finished layer in a folder next to the output, and resume from there if a run with the same "
+        "settings was killed."
+    ),
+    **RESULT,
+    **LOADING,
+    **ATTENTION,
+    **OFFLOAD,
+}
+SMOLLM = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
 COMMANDS = (
     Command(
         "prune",
         "prune.prune",
         "Prune a model and save one that plain from_pretrained loads.",
-        {
-            "model": "Model id or folder.",
-            "output": "Folder for the pruned model.",
-            "--recover": switch(
-                "Train the pruned model afterwards, with the dense model as the teacher; see --recovery."
-            ),
-            "--recovery-tokens": option(
-                "N",
-                "Like --recover, with this number of training tokens: short for --recovery tokens=N.",
-                type=token_setting,
-                **{"dest": "recovery", "action": "append", "default": SUPPRESS},
-            ),
-            "--gguf": option(
-                "TYPE",
-                "Also write the result for llama.cpp, to OUT-TYPE.gguf: q8_0, q4_0, f16 …, or q4_k_m if llama.cpp is "
-                "installed.",
-                type=str.lower,
-            ),
-            "--base-model": option("OWNER/NAME", "The dense model's id on the Hub, for the model card."),
-            "--license": option(
-                "ID",
-                "The dense model's licence, for the model card; by default the licence in the dense model's card.",
-            ),
-            "--resume": switch(
-                "Save every finished layer in a folder next to the output, and resume from there if a run with the "
-                "same settings was killed."
-            ),
-            **RESULT,
-            **LOADING,
-            **ATTENTION,
-            **OFFLOAD,
-        },
+        {"model": "Model id or folder.", "output": "Folder for the pruned model.", **PRUNE},
+        examples=(
+            f"structprune prune {SMOLLM} small --budget parameters=0.9 --target mlp --text notes.jsonl",
+            "structprune prune intfloat/multilingual-e5-small mine --budget parameters=0.4 --target vocab "
+            "--languages de,en",
+        ),
         config="StructPruneConfig",
     ),
     Command(
         "plan",
         "shapes.plan",
         "A dry run: show the widths, parameters and memory of the model that `prune` would save with the same "
-        "settings. It needs no weights and writes no model.",
+        "arguments. It needs no weights and writes no model.",
         {
             "model": "Model id or folder; config.json is enough.",
-            "--dtype": choice(
-                "The dtype for the estimate of memory; auto uses the dtype of the model.", DTYPES, default="auto"
-            ),
+            "output": {"help": "The output of `prune`, which `plan` does not write.", "nargs": "?", "default": "OUT"},
             "--cost": switch("Also show the memory and the time that the pruning needs."),
-            "--offload": choice("With --cost: estimate a run with this --offload.", OFFLOADS),
             "--tokens": switch(
                 "Show the share of the text (--text) and of --languages that keeps its tokens in vocabularies of "
                 "eight sizes. It also needs the tokenizer."
             ),
-            **TRUST,
+            **PRUNE,
         },
+        examples=(
+            f"structprune plan {SMOLLM} --budget parameters=0.9 --target mlp --cost",
+            "structprune plan google/gemma-3-270m --tokens --languages de,en --text notes.jsonl",
+        ),
         config="StructPruneConfig",
         reads_text=False,
-        json_file=True,
     ),
     Command(
         "recover",
@@ -170,24 +174,25 @@ COMMANDS = (
         {
             "model": "Folder or id of the pruned model.",
             "output": "Folder for the recovered model.",
-            "--teacher": option("MODEL", "The model to learn from, usually the dense model."),
+            "--teacher": option("MODEL", "The model to learn from, usually the original model."),
             "--resume": switch("Resume from the last checkpoint of the same command."),
             **RESULT,
             **ARCH,
             **LOADING,
             **ATTENTION,
         },
+        examples=(f"structprune recover small small-recovered --teacher {SMOLLM} --tokens 200000",),
         config="RecoveryConfig",
         models=("model", "teacher"),
     ),
     Command(
         "evaluate",
         "measure.evaluate",
-        "Measure the perplexity, the answers and the speed of models, alone or against the dense model. Without such "
-        "flags, show their sizes.",
+        "Measure the perplexity, the answers and the speed of models, alone or against the original model. Without "
+        "such flags, show their sizes.",
         {
             "models": option("model", "Model ids or folders.", nargs="+"),
-            "--against": option("DENSE", "The dense model to compare with."),
+            "--against": option("ORIGINAL", "The original model to compare with."),
             **QUALITY,
             **SPEED,
             "--html": switch("Save the numbers in the folder of the pruned model, and update its report.html."),
@@ -195,7 +200,7 @@ COMMANDS = (
             **LOADING,
             **ATTENTION,
         },
-        json_file=True,
+        examples=(f"structprune evaluate small --against {SMOLLM} --text notes.jsonl --answers",),
         models=("models", "against"),
     ),
     Command(
@@ -203,6 +208,7 @@ COMMANDS = (
         "shapes.inspect",
         "Show a model's family, spaces, units, legal widths and parameter shares.",
         {"model": "Model id or folder.", **ARCH, **TRUST},
+        examples=(f"structprune inspect {SMOLLM}",),
         reads_text=False,
     ),
     Command(
@@ -222,6 +228,7 @@ COMMANDS = (
                 default="auto",
             ),
         },
+        examples=("structprune export small small.gguf --dtype q8_0",),
         reads_text=False,
     ),
 )

@@ -21,13 +21,14 @@ from ..arch.meta import meta_model, model_class
 from ..arch.per_layer import enable_heterogeneous
 from ..config.pruning import RunOptions, StructPruneConfig
 from ..domains.manifest import has_files
-from ..errors import StructPruneError, one_line, some_of
-from ..pruning.memory import check_memory
+from ..errors import StructPruneError, reason_of, some_of
+from ..pruning.cost import check_memory
 from ..pruning.request import PruningRequest, check_reads_text, resolve_request
 from ..sources.offloaded import layer_device_map
 from ..system.disk import check_regular_files
 from ..system.offloading import check_reachable
 from ..system.placement import check_float64
+from ..system.stages import say
 
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ class Loading:
         Raises:
             StructPruneError: If the model cannot be loaded, or its files do not have all weights.
         """
+        say(f"Loading {name} …")
         config = self.config(name)
         device_map: str | dict[str, str] | None = self.device
         if self.offload is not None:
@@ -115,7 +117,7 @@ class Loading:
                 ignore_mismatched_sizes=True,  # `_check_weights` raises an error that names both shapes
             )
         except torch.OutOfMemoryError as error:
-            raise StructPruneError(f"The model cannot be put on --device {self.device}: {_line(error)}") from error
+            raise StructPruneError(f"The model cannot be put on --device {self.device}: {reason_of(error)}") from error
         except Exception as error:  # a damaged file or an unusual config raises errors of many classes
             raise _cannot_load(name, error) from error
 
@@ -144,7 +146,9 @@ class Loading:
         except Exception as error:  # the library tokenizers raises a bare Exception
             # If the config is wrong, an error about the config is more exact.
             check_reads_text(self.without_weights(name))
-            raise StructPruneError(f"The tokenizer of {name!r} cannot be loaded: {_line(error)}") from error
+            if "trust_remote_code" in str(error):
+                raise _cannot_load(name, error) from error
+            raise StructPruneError(f"The tokenizer of {name!r} cannot be loaded: {reason_of(error)}") from error
 
     def config(self, name: str) -> PretrainedConfig:
         """Return a model's config.
@@ -168,7 +172,7 @@ class Loading:
             model.set_attn_implementation(self.attn_implementation)
         except (ImportError, ValueError) as error:
             raise StructPruneError(
-                f"{name!r} cannot use --attn-implementation {self.attn_implementation}: {_line(error)}"
+                f"{name!r} cannot use --attn-implementation {self.attn_implementation}: {reason_of(error)}"
             ) from error
 
     def without_weights(self, name: str) -> PreTrainedModel:
@@ -182,6 +186,7 @@ class Loading:
         Raises:
             StructPruneError: If the pruning would refuse it.
         """
+        say("Checking the request …")
         self.check_attention(name)
         model_config = self.config(name)
         device = None
@@ -205,6 +210,11 @@ class Loading:
         if request.widths and device is not None and has_dtype:
             check_memory(request, inplace=True)
         return request
+
+
+def loading_without_weights(args: Namespace, arch_file: str | None) -> Loading:
+    """Return a `Loading` that reads configs and tokenizers, whatever device and attention the flags name."""
+    return Loading.of(args, arch_file=arch_file, device="cpu", offload=None, attn_implementation=None)
 
 
 def usable_device(name: str | None) -> str:
@@ -309,13 +319,13 @@ def _cannot_load(name: str, error: Exception) -> StructPruneError:
     """Return the error for a model that cannot be loaded, which names a damaged file if there is one."""
     damaged_file = next(_damaged_files(name), None)
     if damaged_file is not None:
-        return StructPruneError(f"{damaged_file} is damaged or cut, so {name!r} cannot be loaded: {_line(error)}")
+        return StructPruneError(f"{damaged_file} is damaged or cut, so {name!r} cannot be loaded: {reason_of(error)}")
     if name.endswith(".gguf"):
         return StructPruneError(f"{name} is a GGUF file, which is not pruned. Pass the model that it was made from.")
     if "trust_remote_code" in str(error):
         return StructPruneError(f"{name!r} runs code of its own. Read it, and pass --trust-remote-code.")
 
-    reason = _line(error)
+    reason = reason_of(error)
     if not isinstance(error, (OSError, ValueError, ImportError)):
         reason = f"{type(error).__name__}: {reason}"
     return StructPruneError(f"{name!r} cannot be loaded: {reason}")
@@ -342,8 +352,3 @@ def _damaged_files(name: str) -> Iterator[Path]:
                 pass
         except (OSError, SafetensorError):
             yield path
-
-
-def _line(error: Exception) -> str:
-    """Return the message of an error in one line of at most 300 characters, or the error's class without a message."""
-    return one_line(error)[:300] or type(error).__name__

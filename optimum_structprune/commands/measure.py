@@ -16,13 +16,12 @@ from ..arch.load import describe
 from ..arch.meta import predicts_next
 from ..errors import StructPruneError
 from ..evaluation import evaluate as quality
-from ..evaluation.evaluate import check_evaluation
+from ..evaluation.evaluate import check_evaluation, default_seq_length
 from ..evaluation.heldout import distinct_names
 from ..evaluation.speed import cache_per_token, check_speed, measure_speed
 from ..forward.generation import cache_name
-from ..record.evaluation import ORIGINAL, MeasuredModel, Measurement
-from ..record.figures import PRUNED, SizeResult
-from ..record.measured import measurement_lines
+from ..record.figures import ORIGINAL, PRUNED, SizeResult
+from ..record.report import MeasuredModel, Measurement
 from ..saving.names import EVALUATION_NAME, SPEED_NAME
 from ..saving.page import check_result, write_report
 from ..system.disk import check_folder
@@ -63,9 +62,9 @@ def evaluate(args: Namespace) -> Result:
         measurement.speed = measure_speed(models, **speed_settings)
 
     # The vectors of encoders do not depend on the tokenizer.
-    if not _has_perplexity(measurement):
+    if not any(evaluation.has_perplexity for evaluation in measurement.evaluations):
         notes = []
-    lines = measurement_lines(measurement)
+    lines = [str(measurement)]
     lines += notes
     values = measurement.to_dict()
     values["notes"] = notes
@@ -76,17 +75,9 @@ def evaluate(args: Namespace) -> Result:
     return _with_page(args, lines, values)
 
 
-def _has_perplexity(measurement: Measurement) -> bool:
-    """Return whether the perplexity of any model was measured."""
-    for evaluation in measurement.evaluations.values():
-        if any(domain.perplexity is not None for domain in evaluation.domains.values()):
-            return True
-    return False
-
-
 def _save_records(measurement: Measurement, folder: Path) -> None:
     """Save the evaluation and the speed in the folder of the result."""
-    for evaluation in measurement.evaluations.values():
+    for evaluation in measurement.evaluations:
         evaluation.save(folder / EVALUATION_NAME)
     if measurement.speed is not None:
         measurement.speed.save(folder / SPEED_NAME)
@@ -119,15 +110,13 @@ def _check_page(args: Namespace) -> None:
     check_folder(folder)
 
 
-def _with_page(args: Namespace, lines: list[str], values: Mapping[str, object]) -> Result:
+def _with_page(args: Namespace, lines: list[str], values: dict[str, Any]) -> Result:
     """Write the page, and return the result with its path."""
-    page = write_report(args.models[0], dense=args.against or "")
+    page = write_report(args.models[0], original=args.against or "")
 
-    all_lines = list(lines)
-    all_lines.append(f"Report: {page}")
-    all_values = dict(values)
-    all_values["report"] = str(page)
-    return Result("\n".join(all_lines), all_values)
+    lines.append(f"Report: {page}")
+    values["report"] = str(page)
+    return Result("\n".join(lines), values)
 
 
 def _check_quality(args: Namespace, loading: Loading, paths: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
@@ -144,14 +133,14 @@ def _check_quality(args: Namespace, loading: Loading, paths: Mapping[str, str]) 
     if len(paths) > 1:
         dense_tokenizer, notes = _first_tokenizer(args, loading, next(iter(paths.values())))
 
-    for model in args.models:
-        models = [loading.without_weights(model)]
-        if args.against:
-            models.insert(0, loading.without_weights(args.against))
-        check_evaluation(models, args.domain, args.answers, args.seq_length, dense_tokenizer, args.pairs)
+    dense = [loading.without_weights(args.against)] if args.against else []
+    models = [loading.without_weights(model) for model in args.models]
+    for model in models:
+        check_evaluation([*dense, model], args.domain, args.answers, args.seq_length, dense_tokenizer, args.pairs)
 
-    names = ("seq_length", "num_samples", "batch_size", "limit", "answers", "max_new_tokens", "pairs")
+    names = ("num_samples", "batch_size", "limit", "answers", "max_new_tokens", "pairs")
     settings = {name: getattr(args, name) for name in names}
+    settings["seq_length"] = args.seq_length or default_seq_length(dense + models)
     settings["dense_tokenizer"] = dense_tokenizer
     return settings, notes
 

@@ -115,6 +115,8 @@ def working(args: Namespace, silent: bool = False) -> Iterator[None]:
         silent: Whether to act as with `--quiet`.
     """
     args.quiet = args.quiet or silent
+    if "torch" not in sys.modules:
+        note(args, "Loading libraries …")
     with ExitStack() as stack:
         stream = sys.stderr
         if args.quiet:
@@ -124,8 +126,6 @@ def working(args: Namespace, silent: bool = False) -> Iterator[None]:
         _set_levels(MUTED_LOGGERS, stack)
         if args.quiet or not sys.stderr.isatty():
             _hide_bars(args.command.reads_text, stack)
-            # The progress bar of transformers' Trainer depends on the level of this logger.
-            _set_levels({"transformers.training_args": logging.ERROR}, stack)
             if not args.quiet:
                 _print_stages(stack)
 

@@ -6,16 +6,19 @@ from argparse import Namespace
 from contextlib import suppress
 from dataclasses import replace
 
+from ..arch.meta import predicts_next
 from ..config.pruning import RunOptions, StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.load import calibration_domains
+from ..domains.manifest import Manifest
 from ..evaluation.answers import ShortCheck
-from ..functional import prune as prune_in_one_call
 from ..pruner import PruneResult
-from ..record.summary import next_command, report_lines
-from ..record.verdict import judge
+from ..pruner import prune as prune_in_one_call
+from ..record.view import View
 from ..recovery.recover import check_recovery
+from ..recovery.text import check_training_text
 from ..saving.gguf_file import check_gguf
+from ..saving.gguf_types import gguf_bytes
 from ..saving.page import write_page_or_warn
 from ..system.disk import OFFLOAD, Output, check_apart, used_paths
 from ..system.processes import across_processes, process_index, unshared
@@ -24,7 +27,7 @@ from .export import add_gguf
 from .loading import Loading
 from .output import Result, note
 from .recover import push_result, recover_and_save, recovery_for
-from .saved import result_lines
+from .saved import loading_flags, result_lines
 
 
 def prune(args: Namespace) -> Result:
@@ -47,7 +50,7 @@ def prune(args: Namespace) -> Result:
 
         # Writing a GGUF file loads the model from the folder, which may have been trained.
         del pruned
-        result = add_gguf(args, result, loading, report.dense.parameters)
+        result = add_gguf(args, result, loading, report.original.parameters)
         return push_result(args, result)
 
 
@@ -63,7 +66,10 @@ def _check_folders(
     request = loading.ask(args.model, config, options)
     model = request.model_info.plain_model
     smaller = request.smaller
-    output.check(smaller.num_parameters() * model.dtype.itemsize)
+    need_bytes = smaller.num_parameters() * model.dtype.itemsize
+    if args.gguf is not None:
+        need_bytes += gguf_bytes(smaller.num_parameters(), args.gguf)
+    output.check(need_bytes)
 
     tokenizer = loading.tokenizer(args.model)
     if args.gguf is not None:
@@ -72,8 +78,10 @@ def _check_folders(
     if recovery is not None:
         check_recovery(recovery, config, model)
 
-    # The last check, because it reads the text.
-    calibration_domains(config, model, tokenizer, writes=False)
+    # The last checks, because they read the text.
+    text_config, domains = calibration_domains(config, model, tokenizer, writes=False)
+    if recovery is not None:
+        check_training_text(recovery, text_config, model, tokenizer, Manifest.of(text_config, domains, tokenizer))
 
 
 def _prune_and_save(
@@ -85,7 +93,7 @@ def _prune_and_save(
         # Offloaded models answer no questions, because a forward pass takes too long.
         num_tokens = 0 if args.offload else config.num_samples * config.seq_length
         check = ShortCheck(tokenizer, num_tokens)
-        check.ask("dense", model)
+        check.ask("original", model)
 
         result = prune_in_one_call(model, config, tokenizer, inplace=True, options=options)
         assert result.tokenizer is not None
@@ -109,12 +117,14 @@ def _prune_and_save(
 def _result(args: Namespace, pruned: PruneResult) -> Result:
     """Return the result of a pruning without a training."""
     report = pruned.report
-    lines = report_lines(report)
+    view = View(report)
+    lines = view.lines()
     lines += result_lines(args.output, pruned.model.config, pruned.config.arch_file)
 
     values = report.to_dict()
     values["output"] = args.output
-    suggestion = next_command(judge(report), args.model, args.output)
+    flags = loading_flags(pruned.config.arch_file, args.trust_remote_code)
+    suggestion = view.next_command(args.model, args.output, predicts_next(pruned.model), flags)
     return Result("\n".join(lines), values, suggestion)
 
 
@@ -134,7 +144,8 @@ def _recovered_result(args: Namespace, pruned: PruneResult, recovery: RecoveryCo
         training = recovery_for(recovery, training_args, pruned.config)
         result = recover_and_save(training_args, training, pruned.model, pruned.tokenizer)
 
-    values = pruned.report.to_dict()
+    report = training.pruning_report or pruned.report
+    values = report.to_dict()
     values["recovery"] = result.values
     values["output"] = args.output
     return replace(result, values=values)

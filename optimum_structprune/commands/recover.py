@@ -13,11 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config.pruning import CONFIG_NAME, StructPruneConfig
 from ..config.recovery import RecoveryConfig
-from ..errors import StructPruneError
 from ..evaluation.answers import ShortCheck
-from ..record.report import REPORT_NAME, Report
-from ..record.summary import next_command, recovery_lines, report_lines
-from ..record.verdict import judge
+from ..record.view import View
 from ..recovery.recover import NothingGainedWarning, Recovery, check_recovery
 from ..recovery.teacher import tokens_of_teacher
 from ..saving.page import write_page_or_warn
@@ -27,7 +24,7 @@ from ..system.processes import is_first_rank
 from .arguments import recovery_config
 from .loading import Loading, weights_bytes
 from .output import Result
-from .saved import result_lines
+from .saved import loading_flags, result_lines
 
 
 def recover(args: Namespace) -> Result:
@@ -90,7 +87,7 @@ def recover_and_save(
 
     report = recovery.report
     assert report is not None
-    pruning_report = _pruning_report(args.model)
+    pruning_report = recovery.pruning_report
     check = ShortCheck(tokenizer, report.tokens)
     check.ask("recovered", recovered)
     report.answers = check.result(None if pruning_report is None else pruning_report.answers)
@@ -101,17 +98,17 @@ def recover_and_save(
         remove_checkpoints(checkpoints)
 
     if pruning_report is None:
-        lines = recovery_lines(report)
+        lines = [str(report)]
         suggestion = ""
     else:
         pruning_report.recovery = report
-        lines = report_lines(pruning_report)
+        view = View(pruning_report)
+        lines = view.lines()
         name = pruning_report.model.name or ""
         # A report has the id of a model on the Hub, but not the path of a local folder.
-        original = args.teacher or "ORIGINAL"
-        if args.teacher is None and "/" in name:
-            original = name
-        suggestion = next_command(judge(pruning_report), original, args.output, is_recovered=True)
+        flags = loading_flags(recovery.pruning.arch_file, args.trust_remote_code)
+        original = args.teacher or (name if "/" in name else "")
+        suggestion = view.next_command(original, args.output, False, flags)
 
     lines += result_lines(args.output, recovered.config, recovery.pruning.arch_file)
     values = report.to_dict()
@@ -119,23 +116,12 @@ def recover_and_save(
     return Result("\n".join(lines), values, suggestion)
 
 
-def _pruning_report(folder: str) -> Report | None:
-    """Return the report of the pruning of a model, or None if the folder has no report or it cannot be read."""
-    try:
-        return Report.load(Path(folder, REPORT_NAME))
-    except StructPruneError:
-        return None
-
-
 def _say_how_to_resume(args: Namespace, checkpoints: Path) -> None:
     """Print the command that resumes an interrupted training."""
     command = ["structprune", "recover", args.model, args.output]
     if args.teacher:
         command += ["--teacher", args.teacher]
-    if args.arch_file:
-        command += ["--arch", args.arch_file]
-    if args.trust_remote_code:
-        command.append("--trust-remote-code")
+    command += loading_flags(args.arch_file, args.trust_remote_code)
     if args.overwrite:
         command.append("--overwrite")
     if any(checkpoints.glob("checkpoint-*")):

@@ -1,4 +1,4 @@
-"""Print where a command has saved a result, and how to load it."""
+"""Print where a command has saved a result, and how to load it again."""
 
 from __future__ import annotations
 
@@ -29,3 +29,13 @@ def result_lines(output: str, config: PretrainedConfig, arch_file: str | None) -
     if page.is_file():
         lines.append(f"Report: {page}")
     return lines
+
+
+def loading_flags(arch_file: str | None, trust_remote_code: bool) -> list[str]:
+    """Return the flags that a next command needs to load the same models."""
+    flags = []
+    if arch_file is not None:
+        flags += ["--arch", arch_file]
+    if trust_remote_code:
+        flags.append("--trust-remote-code")
+    return flags

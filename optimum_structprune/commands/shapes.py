@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -15,9 +16,10 @@ from ..arch.spec import VOCAB, ArchSpec
 from ..config.pruning import StructPruneConfig
 from ..dryrun import dry_run
 from ..errors import StructPruneError
-from ..record.summary import target_line
-from .arguments import pruning_config, run_options
-from .loading import Loading
+from ..record.view import target_line
+from ..saving.gguf_file import check_gguf
+from .checks import prune_configs
+from .loading import SPREAD_DEVICES, Loading, loading_without_weights
 from .output import Result
 
 
@@ -109,12 +111,15 @@ def plan(args: Namespace) -> Result:
 
         return plan_tokens(args)
 
-    config = pruning_config(args)
-    if args.offload is not None and not args.cost:
-        raise StructPruneError("`--offload` changes the memory that `--cost` counts. Add `--cost`.")
+    config, recovery, options = prune_configs(args)
+    config = replace(config, recovery=recovery)
+    loading = loading_without_weights(args, config.arch_file)
+    if args.gguf is not None:
+        check_gguf(loading.config(args.model), args.gguf)
 
-    # No weights are loaded, so no layer is offloaded.
-    loading = Loading.of(args, arch_file=config.arch_file, offload=None)
+    device = args.device
+    if device in SPREAD_DEVICES:
+        device = None
     outcome = dry_run(
         loading.config(args.model),
         config,
@@ -122,8 +127,9 @@ def plan(args: Namespace) -> Result:
         args.trust_remote_code,
         args.cost,
         args.offload,
-        run_options(args),
+        options,
         _tokenizer(loading, args.model, config),
+        device,
     )
 
     if config.sparsity is None:

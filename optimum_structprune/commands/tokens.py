@@ -21,7 +21,7 @@ from ..record.table import aligned
 from ..vocabulary.choose import VocabularyRequest, token_shares
 from ..vocabulary.count import language_shares, shares_of
 from .arguments import tokens_config
-from .loading import Loading
+from .loading import loading_without_weights
 from .output import Result
 
 
@@ -33,7 +33,7 @@ MULTIPLE = 64
 
 def plan_tokens(args: Namespace) -> Result:
     """Count text as a run would, without weights, and show the share of text that keeps its tokens in each size."""
-    loading = Loading.of(args, arch_file=getattr(args, "arch_file", None), offload=None)
+    loading = loading_without_weights(args, getattr(args, "arch_file", None))
     tokenizer = loading.tokenizer(args.model)
     model_info = ModelInfo.without_weights(
         loading.config(args.model), loading.arch_file, loading.torch_dtype, loading.trust_remote_code

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from itertools import tee
 from pathlib import Path
 from string import Formatter
@@ -79,16 +79,14 @@ class DomainConfig(Config):
             field and the value.
     """
 
-    name: str = field(metadata={"help": "The name of the domain in the report."})
-    source: Any = field(metadata={"help": "A file, a glob, a folder, a preset, a dataset, or an iterable of strings."})
-    weight: float = field(default=1.0, metadata={"help": "The domain's share of the calibration tokens."})
-    text_column: str = field(default="text", metadata={"help": "The column with the text."})
-    dataset_config: str | None = field(
-        default=None, metadata={"help": "The name of the configuration of a Hub dataset."}
-    )
-    split: str = field(default="train", metadata={"help": "The split of a Hub dataset."})
-    revision: str | None = field(default=None, metadata={"help": "The commit, tag or branch of a Hub dataset."})
-    template: str | None = field(default=None, metadata={"help": "How a row becomes text."})
+    name: str
+    source: Any
+    weight: float = 1.0
+    text_column: str = "text"
+    dataset_config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    template: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.source, Path):
@@ -129,10 +127,10 @@ class DomainConfig(Config):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values for JSON. A source in memory becomes the name of its class."""
-        values = super().to_dict()
-        if not isinstance(self.source, str):
-            values["source"] = f"{IN_MEMORY}{type(self.source).__name__}"
-        return values
+        source = self.source
+        if not isinstance(source, str):
+            source = f"{IN_MEMORY}{type(source).__name__}"
+        return Config.to_dict(replace(self, source=source))
 
 
 def written_by_model(domain: DomainConfig) -> bool:
@@ -144,14 +142,7 @@ def as_domain(item: Any) -> DomainConfig:
     """Convert a mapping of fields to a domain. A domain is returned unchanged."""
     if isinstance(item, DomainConfig):
         return item
-    if not isinstance(item, Mapping):
-        raise StructPruneError(f"`domains` must be a list of mappings with a name and a source, got {item!r:.80}.")
     return DomainConfig.from_dict(item)
-
-
-def read_domains(items: Any) -> list[DomainConfig]:
-    """Return the domains of a list of mappings."""
-    return [as_domain(item) for item in items]
 
 
 def check_domains(config: Any) -> None:

@@ -3,58 +3,36 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import MISSING, fields
+from inspect import getdoc
 from pathlib import Path
 from reprlib import repr as short_repr
-from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 import yaml
 
+from ..codec import FieldError, check_names, check_types, field_types, from_plain, to_plain
 from ..errors import StructPruneError, one_line
-from ..registry import did_you_mean
 from ..written import unversioned
 
 
-Item = TypeVar("Item")
 Self = TypeVar("Self", bound="Config")
 
 MAX_COUNT = 10**12  # of samples, tokens or units; products of larger numbers do not fit into 64 bits
 MAX_SEED = 2**32 - 1
-
-
-class FieldError(StructPruneError):
-    """A value that a field does not accept.
-
-    Args:
-        owner: The name of the config class.
-        field: The name of the field.
-        reason: The rest of the sentence, such as "must be at least 1, got 0".
-    """
-
-    def __init__(self, owner: str, field: str, reason: str):
-        super().__init__(f"{owner}: `{field}` {reason}.")
-        self.owner = owner
-        self.field = field
-        self.reason = reason
+# An argument in a docstring: `name: text`, with its continuation lines.
+ARGUMENT = re.compile(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
 
 
 class Config:
     """Base class of the configs: dataclasses with checked fields that convert to plain values and back.
 
     Subclasses extend `validate`, which runs after `__init__`.
-
-    Attributes:
-        nested: Functions by the names of the fields that hold other configs. Each converts plain values to configs.
     """
 
-    nested: ClassVar[Mapping[str, Callable[[Any], Any]]] = {}
-
     def __new__(cls: type[Self], *args: Any, **values: Any) -> Self:
-        check_names(cls, values)
+        check_names(cls, values, cls.__name__)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -62,11 +40,15 @@ class Config:
 
     def validate(self) -> None:
         """Raise `StructPruneError` if a field has a value of another type or out of its range."""
-        check_types(self)
+        check_types(self, type(self).__name__)
+        for name, value in vars(self).items():
+            if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+                # Such a text comes from a file name that is not UTF-8, and the card could not name the file.
+                self.refuse(name, f"must be text in UTF-8, got {value!r}. Rename the file")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values for JSON."""
-        return {name: _plain(getattr(self, name)) for name in field_names(type(self))}
+        return {name: to_plain(getattr(self, name)) for name in field_types(type(self))}
 
     @classmethod
     def from_dict(cls: type[Self], data: Mapping[str, Any]) -> Self:
@@ -75,20 +57,9 @@ class Config:
         Raises:
             StructPruneError: If a field is unknown or missing, or its value is not legal.
         """
-        if not isinstance(data, Mapping):
-            raise StructPruneError(f"{cls.__name__} must be a mapping of fields, got {short_repr(data)}.")
-
-        values = {str(name): value for name, value in unversioned(data).items()}
-        check_names(cls, values)
-        for field in fields(cls):  # type: ignore[arg-type]  # every subclass is a dataclass
-            is_required = field.default is MISSING and field.default_factory is MISSING
-            if is_required and field.name not in values:
-                raise StructPruneError(f"{cls.__name__} needs the field `{field.name}`. Add it.")
-
-        for name, convert in cls.nested.items():
-            if isinstance(values.get(name), (list, Mapping)):
-                values[name] = convert(values[name])
-        return cls(**values)
+        if isinstance(data, Mapping):
+            data = unversioned(data)
+        return from_plain(cls, data)
 
     def refuse(self, name: str, reason: str) -> None:
         """Raise `FieldError` for a field."""
@@ -138,113 +109,18 @@ class Config:
                 self.refuse(name, f"must not be empty, got {value!r}")
 
 
-def _plain(value: Any) -> Any:
-    """Convert a value of a field to plain values for JSON."""
-    if isinstance(value, Config):
-        return value.to_dict()
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
-
-
-def field_names(cls: Any) -> list[str]:
-    """Return the names of the fields of a dataclass."""
-    return [field.name for field in fields(cls)]
-
-
-def check_names(cls: Any, values: Mapping[str, Any]) -> None:
-    """Raise if a dataclass has no field of a name."""
-    names = field_names(cls)
-    for name in values:
-        if name not in names:
-            raise StructPruneError(f"{cls.__name__} has no field {name!r}.{did_you_mean(name, names)}")
-
-
-def check_types(config: Any) -> None:
-    """Raise `FieldError` if a field of a dataclass has a value of another type than its annotation."""
-    owner = type(config).__name__
-    hints = get_type_hints(type(config))
-
-    for name in field_names(type(config)):
-        value = getattr(config, name)
-
-        if not _is_instance(value, hints[name]):
-            raise FieldError(owner, name, f"must be {_type_name(hints[name])}, got {short_repr(value)}")
-        if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
-            # Such a text comes from a file name that is not UTF-8, and no JSON file could hold it.
-            raise FieldError(owner, name, f"must be text in UTF-8, got {value!r}. Rename the file")
-
-
-def _is_instance(value: Any, annotation: Any) -> bool:
-    """Return whether a value has the type of an annotation.
-
-    As in PEP 484, an int is a float. A bool is not an int, and a float must be finite.
-    """
-    if annotation is Any:
-        return True
-
-    origin = get_origin(annotation)
-    arguments = get_args(annotation)
-
-    if origin in (Union, UnionType):
-        return any(_is_instance(value, member) for member in arguments)
-    if origin is Literal:
-        return isinstance(value, str) and value in arguments
-    if origin in (list, tuple):
-        return isinstance(value, origin) and all(_is_instance(item, arguments[0]) for item in value)
-    if origin is dict:
-        has_keys = isinstance(value, dict) and all(_is_instance(key, arguments[0]) for key in value)
-        return has_keys and all(_is_instance(item, arguments[1]) for item in value.values())
-
-    if annotation in (int, float) and isinstance(value, bool):
-        return False
-    if annotation is float:
-        is_large = isinstance(value, int) and value.bit_length() > 1000
-        return isinstance(value, (int, float)) and not is_large and math.isfinite(value)
-    return isinstance(value, annotation)
-
-
-def _type_name(annotation: Any) -> str:
-    """Return an annotation in words, such as "a list of str"."""
-    origin = get_origin(annotation)
-    arguments = get_args(annotation)
-
-    if origin in (Union, UnionType):
-        # Tuples and None are left out: a tuple is a list in Python code, and None is an unset field.
-        members = [member for member in arguments if member is not NoneType and get_origin(member) is not tuple]
-        return " or ".join(map(_type_name, members))
-
-    if origin is Literal:
-        return " or ".join(map(repr, arguments))
-    if origin in (list, tuple):
-        return f"a list of {_type_name(arguments[0])}"
-    if origin is dict:
-        return f"a mapping to {_type_name(arguments[1])}"
-
-    words = {int: "a whole number", float: "a number", str: "a string"}
-    return words.get(annotation) or annotation.__name__
-
-
-def by_layer(values: Mapping[Any, Item], name: str) -> dict[int, Item]:
-    """Return a mapping with layer indices as its keys. JSON turns such keys into strings.
-
-    Raises:
-        StructPruneError: If a key is not an index, or two keys are the same index.
-    """
-    items: dict[int, Item] = {}
-    for key, value in values.items():
-        is_index = re.fullmatch("-?[0-9]{1,9}", str(key)) is not None
-        if not is_index or int(key) in items:
-            keys = short_repr(list(values))
-            raise StructPruneError(f"{name} must have layer indices as keys, each once, got {keys}.")
-
-        items[int(key)] = value
-    return items
+def field_help(cls: type) -> dict[str, str]:
+    """Return the first sentence of each field in the `Args:` of a config class, which the command line shows."""
+    sentences = {}
+    for name, text in ARGUMENT.findall(getdoc(cls) or ""):
+        sentence = re.split(r"(?<=\.) (?=[A-Z`])", " ".join(text.split()))[0]
+        sentences[name] = sentence
+    return sentences
 
 
 def build(cls: type, values: Mapping[str, Any]) -> Any:
     """Return a dataclass of another library from the values of its fields."""
-    check_names(cls, values)
+    check_names(cls, values, cls.__name__)
 
     try:
         return cls(**values)

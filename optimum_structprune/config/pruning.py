@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short_repr
 from typing import Any, ClassVar, Literal
 
+from ..codec import by_layer, field_types
 from ..errors import StructPruneError, warn
 from ..registry import Registry, did_you_mean
 from ..written import replace_json, versioned
-from .domains import GENERAL, DomainConfig, check_domains, is_general, read_domains
-from .fields import MAX_COUNT, Config, by_layer, field_names, read_json
+from .domains import GENERAL, DomainConfig, check_domains, is_general
+from .fields import MAX_COUNT, Config, read_json
 from .recovery import RecoveryConfig
 
 
@@ -31,6 +33,7 @@ LANGUAGES = {
 }  # fmt: skip
 CACHE = "cache_bytes_per_token"
 LOSS = "loss"
+MAX_BUDGET = 1e18
 BUDGETS = ("parameters", "bytes", CACHE, LOSS)
 AUTO: Literal["auto"] = "auto"
 
@@ -48,11 +51,8 @@ class RunOptions(Config):
         StructPruneError: If a field is unknown, or a value has another type or is out of range.
     """
 
-    batch_size: int = field(default=4, metadata={"help": "The number of samples in a forward pass."})
-    checkpoint_dir: str | None = field(
-        default=None,
-        metadata={"help": "A folder for checkpoints of the run. A run that was killed resumes from it."},
-    )
+    batch_size: int = 4
+    checkpoint_dir: str | None = None
 
     def validate(self) -> None:
         """Raise `StructPruneError` if a value has another type or is out of range."""
@@ -68,17 +68,19 @@ class StructPruneConfig(Config):
         sparsity: The fraction of the layers' parameters to remove, between 0 and 1. Embeddings do not count, so the
             fraction of the whole model is smaller. Only some spaces shrink, so their own fraction is larger:
             `sparsity=0.2` removes 27 % of the FFN channels of SmolLM2-135M and 16 % of all its parameters.
-        widths: The number of units that each named space keeps. `{"mlp": 1152, "attention": 2}` has one number for
-            all layers. A list has one number for each layer, and a mapping one for each layer that it names:
-            `{"mlp": {0: 1536, 1: 1024}}`. Unless `allocation` is `uniform`, each number is the mean over the layers.
+        widths: The number of units that each named space keeps, such as `mlp=1152`. `{"mlp": 1152, "attention": 2}`
+            has one number for all layers. A list has one number for each layer, and a mapping one for each layer that
+            it names: `{"mlp": {0: 1536, 1: 1024}}`. Unless `allocation` is `uniform`, each number is the mean over the
+            layers.
         budget: The upper limit of the whole model in `parameters`, `bytes` or `cache_bytes_per_token`, or the `loss`
             that pruning may cost. `bytes` is the size of the parameters in the model's dtype. The cache is the cache
             of keys and values. A number below 1 is a fraction of the dense model. `{"loss": 0.02}` searches for the
             smallest model by a few trial prunings. Its perplexity on the domains and on other text is at most 1.02
             times the perplexity of the dense model, including the margin of error. For an encoder, the mean cosine of
             its vectors to the vectors of the dense model is at least 0.998.
-        targets: The spaces that may shrink where `sparsity` or `budget` determines the widths. The default is `mlp`,
-            and all channels inside the layers for a model without `mlp`. Under a budget of parameters or bytes,
+        targets: The spaces that may shrink where `sparsity` or `budget` determines the widths: `mlp`, `attention`,
+            `expert`, `hidden`, `layer`, `vocab`. `structprune inspect` shows the spaces of a model. The default is
+            `mlp`, and all channels inside the layers for a model without `mlp`. Under a budget of parameters or bytes,
             `vocab` is a target too if tokens are a large part of the model. If the allocation measures losses, the
             default is `mlp` and `attention`, as far as the model has them and their layers may differ. Under a budget
             of the cache it is `attention`.
@@ -88,9 +90,10 @@ class StructPruneConfig(Config):
             counted in addition to the text, with the frequencies of the package `wordfreq`. Without languages, only
             the text counts, and scripts that it does not use are pruned. Calibration also reads built-in text in each
             language, with a tenth of the weight.
-        criterion: The registered criterion that scores the units. The default is `obs_drive` with a least-squares
-            refit, and `wanda` otherwise. Whole experts and whole layers have criteria of their own. The default for
-            experts is `reap`.
+        criterion: The criterion that scores the units: `obs_drive`, `obs`, `wanda`, `flap`, `magnitude`, `random`, or
+            a registered one; `reap` and `reap_sum` score experts, and `block_influence` scores layers. The default is
+            `obs_drive` with a least-squares refit, and `wanda` otherwise. Whole experts and whole layers have criteria
+            of their own. The default for experts is `reap`.
         refit: The method that updates the kept weights: `none`, `least_squares`, or a registered refit.
         rounds: The number of rounds of calibration, scoring and removal. Each round removes the same fraction.
         allocation: The distribution of the removal over the layers. `uniform` uses the same width for all layers.
@@ -132,96 +135,29 @@ class StructPruneConfig(Config):
     # have less than 4,000 tokens, more are held out as far as there is text, at most half of the calibration samples.
     # An allocation that measures losses reserves the same fraction a second time as its probe.
     holdout: ClassVar[float] = 0.125
-    nested: ClassVar[Mapping[str, Callable[[Any], Any]]] = {
-        "domains": read_domains,
-        "recovery": RecoveryConfig.from_dict,
-    }
 
-    sparsity: float | None = field(
-        default=None,
-        metadata={
-            "help": "The fraction of the layers' parameters to remove, between 0 and 1. Embeddings do not count, so "
-            "the fraction of the whole model is smaller."
-        },
-    )
-    widths: dict[str, int | list[int] | dict[Any, int]] | None = field(
-        default=None, metadata={"help": "The number of units that each named space keeps."}
-    )
-    budget: dict[str, float] | None = field(
-        default=None,
-        metadata={
-            "help": "The upper limit of the whole model in `parameters`, `bytes` or `cache_bytes_per_token`, or the "
-            "`loss` that pruning may cost."
-        },
-    )
-    targets: tuple[str, ...] | list[str] | None = field(
-        default=None,
-        metadata={"help": "The spaces that may shrink where `sparsity` or `budget` determines the widths."},
-    )
-    keep_tokens: str | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens that a pruned vocabulary (`vocab`) keeps: a file with a token or a text in each line, or "
-            "a regular expression that matches the text of tokens."
-        },
-    )
-    languages: tuple[str, ...] | list[str] | None = field(
-        default=None,
-        metadata={"help": "Codes of languages to keep where a vocabulary is pruned (`vocab`), such as `de,en`."},
-    )
-    criterion: str | None = field(default=None, metadata={"help": "The registered criterion that scores the units."})
-    refit: str = field(
-        default="least_squares",
-        metadata={"help": "The method that updates the kept weights: `none`, `least_squares`, or a registered refit."},
-    )
-    rounds: int = field(default=1, metadata={"help": "The number of rounds of calibration, scoring and removal."})
-    allocation: Literal["uniform", "sensitivity"] = field(
-        default="uniform", metadata={"help": "The distribution of the removal over the layers."}
-    )
-    round_to: int | Literal["auto"] = field(
-        default=AUTO,
-        metadata={"help": "Channel widths that `sparsity` or `budget` determines are multiples of this number."},
-    )
-    tensor_parallel: int = field(
-        default=1,
-        metadata={
-            "help": "The number of devices that will share each matrix of the pruned model, as with vLLM's option of "
-            "this name."
-        },
-    )
-    domains: list[DomainConfig] | None = field(default=None, metadata={"help": "The calibration text."})
-    general_share: float | None = field(
-        default=None,
-        metadata={"help": "The fraction of the calibration tokens that is general text."},
-    )
-    general_text: str | None = field(
-        default=None,
-        metadata={
-            "help": "The source of the general text, such as `self:any`, `builtin:general` or `preset:general`."
-        },
-    )
-    num_samples: int = field(
-        default=128,
-        metadata={"help": "The total number of calibration samples, which the domains share by weight."},
-    )
-    seq_length: int = field(default=512, metadata={"help": "The number of tokens in a sample."})
-    error_feedback: float = field(
-        default=0.5,
-        metadata={
-            "help": "The fraction of the accumulated error of the residual stream that a refit corrects, at the cost "
-            "of one more forward pass."
-        },
-    )
-    skip_layers: tuple[int, ...] | list[int] = field(
-        default=(), metadata={"help": "Indices of layers that are not pruned."}
-    )
-    recovery: RecoveryConfig | None = field(
-        default=None, metadata={"help": "Settings of a training after the pruning."}
-    )
-    seed: int = field(default=0, metadata={"help": "The random seed."})
-    arch_file: str | None = field(
-        default=None, metadata={"help": "A YAML file with descriptions of your own architectures."}
-    )
+    sparsity: float | None = None
+    widths: dict[str, int | list[int] | dict[Any, int]] | None = None
+    budget: dict[str, float] | None = None
+    targets: tuple[str, ...] | list[str] | None = None
+    keep_tokens: str | None = None
+    languages: tuple[str, ...] | list[str] | None = None
+    criterion: str | None = None
+    refit: str = "least_squares"
+    rounds: int = 1
+    allocation: Literal["uniform", "sensitivity"] = "uniform"
+    round_to: int | Literal["auto"] = AUTO
+    tensor_parallel: int = 1
+    domains: list[DomainConfig] | None = None
+    general_share: float | None = None
+    general_text: str | None = None
+    num_samples: int = 128
+    seq_length: int = 512
+    error_feedback: float = 0.5
+    skip_layers: tuple[int, ...] | list[int] = ()
+    recovery: RecoveryConfig | None = None
+    seed: int = 0
+    arch_file: str | None = None
 
     def validate(self) -> None:
         """Convert lists to tuples, and raise `StructPruneError` if a value or a combination of values is not legal."""
@@ -286,8 +222,11 @@ class StructPruneConfig(Config):
         ((name, limit),) = budget.items()
         if name not in BUDGETS:
             self.refuse("budget", f"has no {name!r}.{did_you_mean(name, BUDGETS).rstrip('.')}")
-        if limit <= 0:
-            self.refuse("budget", f"must be greater than 0 for {name!r}, got {limit}")
+        if not 0 < limit < MAX_BUDGET:
+            self.refuse(
+                "budget",
+                f"must be greater than 0 and less than {MAX_BUDGET:.0e} for {name!r}, got {short_repr(limit)}",
+            )
         if name in ("parameters", "bytes") and 1 <= limit <= 100:
             self.refuse("budget", f"is a share below 1, such as 0.9, or a number of {name}, got {limit}")
         if name == LOSS and limit >= 1:
@@ -354,6 +293,11 @@ class StructPruneConfig(Config):
         return "vocab" in (self.widths or self.targets_or_default)
 
     @property
+    def removes_only_tokens(self) -> bool:
+        """Return whether the vocabulary is the only space to prune, so that no text runs through the layers."""
+        return set(self.widths or self.targets_or_default) == {"vocab"}
+
+    @property
     def may_remove_tokens(self) -> bool:
         """Return whether tokens become a target of the budget if the vocabulary of the model is large."""
         return self.targets is None and self.budget is not None and CACHE not in self.budget
@@ -396,7 +340,7 @@ class StructPruneConfig(Config):
 
 def _known_fields(cls: type, values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Return the values of the fields that a config class has, and warn of other fields."""
-    names = field_names(cls)
+    names = field_types(cls)
     unknown = [name for name in values if name not in names]
     if unknown:
         warn(f"{path} has fields that this version does not know: {', '.join(unknown)}. They are ignored.")

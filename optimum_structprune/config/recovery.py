@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from ..errors import StructPruneError
-from .domains import DomainConfig, check_domains, read_domains
+from .domains import DomainConfig, check_domains
 from .fields import Config
 
 
@@ -54,43 +53,16 @@ class RecoveryConfig(Config):
             value. The message names the field and the value.
     """
 
-    nested: ClassVar[Mapping[str, Callable[[Any], Any]]] = {"domains": read_domains}
-
-    tokens: int = field(default=200_000, metadata={"help": "The total number of training tokens."})
-    seq_length: int | None = field(default=None, metadata={"help": "The number of tokens in a training sample."})
-    domains: list[DomainConfig] | None = field(
-        default=None, metadata={"help": "The training text, without the documents that perplexity is measured on."}
-    )
-    train: Literal["lora", "full"] = field(
-        default="lora",
-        metadata={"help": "The weights to train: `lora` trains a low-rank adapter, `full` all weights."},
-    )
-    lora: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "Fields of `peft.LoraConfig`, which override `LORA`."}
-    )
-    training: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={
-            "help": "Fields of `transformers.TrainingArguments`, which override `TRAINING` and `LEARNING_RATES`."
-        },
-    )
-    answer_share: float = field(
-        default=0.5,
-        metadata={"help": "The fraction of the tokens that is answers to prompts; the others are text."},
-    )
-    prompts: str | None = field(
-        default=None,
-        metadata={
-            "help": "A file of prompts: JSON lines with `messages` or a `prompt`, else a question in each line."
-        },
-    )
-    validation: str | None = field(
-        default=None,
-        metadata={"help": "The source of the validation text that compares checkpoints."},
-    )
-    seed: int | None = field(
-        default=None, metadata={"help": "The seed of the adapter's values and of the order of the samples."}
-    )
+    tokens: int = 200_000
+    seq_length: int | None = None
+    domains: list[DomainConfig] | None = None
+    train: Literal["lora", "full"] = "lora"
+    lora: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    answer_share: float = 0.5
+    prompts: str | None = None
+    validation: str | None = None
+    seed: int | None = None
 
     def validate(self) -> None:
         """Raise `StructPruneError` if a value or a combination of values is not legal."""

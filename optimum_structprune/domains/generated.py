@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.inference import evaluating
 from ..arch.meta import check_positions, positions_of, predicts_next
 from ..config.domains import ANY, OTHER, SELF
 from ..config.fields import read_yaml
 from ..errors import StructPruneError
 from ..forward.generation import continuations, end_tokens
-from ..forward.metrics import evaluating
 from ..registry import did_you_mean
 from ..system.fingerprint import TextCache, fingerprint
 from ..system.processes import broadcast_object, gather_objects, process_index, unshared
-from ..system.stages import progress, stage
+from ..system.stages import stage
 from .packing import tokenize_with_prefix
 from .templates import chat_text
 
@@ -267,14 +267,12 @@ class _TextGenerator:
         prompt_length = max(len(row) for row in rows)
         check_positions(self.model, 1, "Generated text", prompt_length)
         max_new_tokens = int(min(MAX_TOKENS, positions_of(self.model) - prompt_length))
-        bar = progress(range(max_new_tokens), desc=f"Generating {len(rows)} documents", unit="token")
         # The losses of each step in nats, shape `(rows, 1)`.
         losses: list[Tensor] = []
 
         def sample(_: Tensor, scores: Tensor) -> Tensor:
             token = sample_min_p(scores, self.min_p)
             losses.append(scores.logsumexp(1, keepdim=True) - scores.gather(1, token))
-            next(bar, None)
             # Greedy search then selects the sampled token.
             return torch.full_like(scores, -inf).scatter(1, token, 0.0)
 
@@ -284,7 +282,8 @@ class _TextGenerator:
         with torch.random.fork_rng(devices):
             torch.manual_seed(self.seed * 1_000_003 + first_number)
             settings = {"max_new_tokens": max_new_tokens, "use_cache": True}
-            texts = continuations(self.model, self.tokenizer, rows, settings, [sample])
+            label = f"Generating {len(rows)} documents"
+            texts = continuations(self.model, self.tokenizer, rows, settings, label, [sample])
 
         losses_by_row = torch.cat(losses, 1)
         return [(text, float(losses_by_row[row, : len(text)].mean())) for row, text in enumerate(texts)]

@@ -16,14 +16,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..arch.meta import is_offloaded, is_quantized, predicts_next
 from ..config.domains import ANY, BUILTIN, GENERAL, SELF, DomainConfig, Reiterable, is_general, written_by_model
 from ..config.pruning import StructPruneConfig
-from ..errors import StructPruneError
-from ..forward.metrics import MANY_DOCUMENTS, MEASURED_TOKENS
+from ..errors import StructPruneError, capitalized, warn
+from ..margins import MANY_DOCUMENTS
 from .manifest import Manifest
 from .packing import HELDOUT, PROBE, USED, DocumentPool, Domain, SampleFormat, Tokens, check_vocabulary, tokenised
 from .sources import documents, resolve
 
 
 WRITTEN = SELF + ANY
+# The number of tokens that measure the perplexity of a run, over all domains.
+MEASURED_TOKENS = 4000
 # Documents that are held out in addition to the required tokens are cut to this number of tokens.
 BEGINNING = 64
 logger = logging.getLogger(__name__)
@@ -87,7 +89,7 @@ def load_domains(
         writes: Whether the model writes. If not, domains of its own text are left out.
 
     Raises:
-        StructPruneError: If the tokenizer is None, or if a domain cannot be read or has too little text.
+        StructPruneError: If the tokenizer is None, or if a domain cannot be read or has too little text for a sample.
     """
     if tokenizer is None:
         raise StructPruneError("The domains are text, and reading them takes a tokenizer. Pass the model's own.")
@@ -97,7 +99,9 @@ def load_domains(
     vocab_size = None
     if model is not None:
         vocab_size = model.config.get_text_config().vocab_size
-    packer = _Packer(config, domains, sample_format, heldout_samples, _earlier_uses(config, earlier), vocab_size)
+    counts = split_samples(config.num_samples, [domain.weight for domain in domains])
+    uses = _earlier_uses(config, earlier)
+    packer = _Packer(config, domains, counts, sample_format, heldout_samples, uses, vocab_size)
 
     write = None
     if model is not None and writes and any(map(written_by_model, domains)):
@@ -181,6 +185,7 @@ class _Packer:
     Attributes:
         config: The config.
         domains: The configs of the domains.
+        counts: The numbers of calibration samples of the domains.
         sample_format: The format of the samples.
         num_heldout: The number of held-out samples of each domain. None uses the share in the config.
         uses: The uses of documents by their hashes. New uses are added.
@@ -189,26 +194,36 @@ class _Packer:
 
     config: StructPruneConfig
     domains: Sequence[DomainConfig]
+    counts: list[int]
     sample_format: SampleFormat
     num_heldout: int | None
     uses: dict[str, str]
     vocab_size: int | None
 
     def load(self, pools: Mapping[int, DocumentPool]) -> dict[int, Domain]:
-        """Return the domains of the pools. No domain uses held-out text of another domain."""
+        """Return the domains of the pools. No domain uses held-out text of another domain.
+
+        A domain with too little text has fewer samples, with a warning. Its weight does not change.
+        """
         earlier_uses = dict(self.uses)
-        texts = self._divided(pools, self.config.num_samples, self.uses)
+        texts = self._divided(pools, self.counts, self.uses)
         for index in pools:
-            if not self._suffices(texts[index], self.config.num_samples, index):
-                raise StructPruneError(self._too_little(index, pools, earlier_uses))
+            if self._suffices(texts[index], self.counts[index], index):
+                continue
+
+            self.counts[index] = self._possible_count(index, pools, earlier_uses)
+            self.uses.clear()
+            self.uses.update(earlier_uses)
+            pools = _again(pools)
+            texts = self._divided(pools, self.counts, self.uses)
 
         return {index: self._packed(index, texts[index]) for index in pools}
 
     def _divided(
-        self, pools: Mapping[int, DocumentPool], num_samples: int, uses: dict[str, str]
+        self, pools: Mapping[int, DocumentPool], counts: Sequence[int], uses: dict[str, str]
     ) -> dict[int, list[list[Tokens]]]:
         """Return the texts of each domain for each use, in the order of `_needs`."""
-        needs = {index: self._needs(num_samples, index) for index in pools}
+        needs = {index: self._needs(counts[index], index) for index in pools}
         texts: dict[int, list[list[Tokens]]] = {index: [] for index in pools}
 
         # The margin of error shrinks with the number of documents, so the beginnings of more documents are held out.
@@ -222,7 +237,7 @@ class _Packer:
     def _packed(self, index: int, texts: Sequence[Sequence[Tokens]]) -> Domain:
         """Pack the texts of a domain, one list for each use, into samples."""
         domain = self.domains[index]
-        needs = self._needs(self.config.num_samples, index)
+        needs = self._needs(self.counts[index], index)
         samples = []
         hashes = []
         for text, need in zip(texts, needs, strict=True):
@@ -249,14 +264,13 @@ class _Packer:
 
     def tokens(self, index: int) -> int:
         """Return the number of tokens that a run requires of a domain."""
-        return sum(self._needs(self.config.num_samples, index)[:3])
+        return sum(self._needs(self.counts[index], index)[:3])
 
-    def _needs(self, num_samples: int, index: int) -> tuple[int, ...]:
+    def _needs(self, count: int, index: int) -> tuple[int, ...]:
         """Return the numbers of tokens of a domain: for holdout, calibration and probe, and for additional holdout.
 
         The text is divided in this order, so that it is the same in all runs. The additional text is optional.
         """
-        count = split_samples(num_samples, [domain.weight for domain in self.domains])[index]
         heldout = self.num_heldout or num_heldout(count, self.config.holdout)
         probe = 0
         if self.config.allocation != "uniform":
@@ -270,51 +284,63 @@ class _Packer:
 
         return tuple(self.sample_format.body * number for number in (heldout, count, probe, beginnings))
 
-    def _suffices(self, texts: Sequence[Sequence[Tokens]], num_samples: int, index: int) -> bool:
-        """Return whether the texts of a domain have the required lengths."""
-        needs = list(self._needs(num_samples, index)[:3])
+    def _suffices(self, texts: Sequence[Sequence[Tokens]], count: int, index: int) -> bool:
+        """Return whether the texts of a domain have the required lengths for a number of samples."""
+        needs = list(self._needs(count, index)[:3])
         # An earlier run may have used the remaining held-out text.
         if self.num_heldout is not None:
             needs[0] = self.sample_format.body
 
         return all(self.sample_format.length(text) >= need for text, need in zip(texts, needs, strict=False))
 
-    def _too_little(self, index: int, pools: Mapping[int, DocumentPool], earlier_uses: Mapping[str, str]) -> str:
-        """Return the error message for a domain with too little text."""
+    def _possible_count(self, index: int, pools: Mapping[int, DocumentPool], earlier_uses: Mapping[str, str]) -> int:
+        """Return the largest number of samples of a domain with too little text, and warn.
+
+        Raises:
+            StructPruneError: If there is too little text for one sample, or the model itself writes the text.
+        """
         domain = self.domains[index]
         texts = pools[index].documents
         if not texts:
             cause = ""
             if isinstance(domain.source, Reiterable):
                 cause = "; a generator yields its text only once"
-            return (
+            raise StructPruneError(
                 f"The domain {domain.name!r} is empty{cause}. Pass documents that have tokens. If the source holds "
                 "text, check that the tokenizer belongs to the model."
             )
 
-        def fails(num_samples: int) -> bool:
-            new_pools = {number: DocumentPool(pool.documents) for number, pool in pools.items()}
-            divided = self._divided(new_pools, num_samples, dict(earlier_uses))
-            return not self._suffices(divided[index], num_samples, index)
+        def fails(count: int) -> bool:
+            counts = list(self.counts)
+            counts[index] = count
+            divided = self._divided(_again(pools), counts, dict(earlier_uses))
+            return not self._suffices(divided[index], count, index)
 
-        # Find the largest possible number of samples.
-        numbers = range(len(self.domains), self.config.num_samples)
-        num_possible = bisect_left(numbers, True, key=fails)
-        advice = "Add documents, or choose a smaller `seq_length`."
-        if num_possible:
-            largest = numbers[num_possible - 1]
-            advice = f"Set `num_samples={largest}`, or in a recovery `tokens={largest * self.config.seq_length}`."
-
-        num_tokens = sum(len(text.ids) for text in texts)
+        possible = bisect_left(range(1, self.counts[index]), True, key=fails)
         num_different = len({text.hash for text in texts})
         duplicates = ""
         if num_different < len(texts):
             duplicates = f" ({num_different} without duplicates)"
-        return (
-            f"The domain {domain.name!r} has {num_tokens} tokens in {len(texts)} documents{duplicates}, but "
-            f"calibration and held-out samples take {self.tokens(index)}, and a document serves only one of the two. "
-            f"{advice}"
+        num_tokens = sum(len(text.ids) for text in texts)
+        amount = f"the domain {domain.name!r} has {num_tokens} tokens in {len(texts)} documents{duplicates}"
+
+        if not possible or written_by_model(domain):
+            needed = sum(self._needs(1, index)[:3])
+            self.config.refuse(
+                "seq_length",
+                f"is {self.config.seq_length}, and {amount}. Calibration and held-out samples take at least {needed} "
+                "tokens, and a document serves only one of the two. Add documents, or choose shorter samples",
+            )
+        warn(
+            f"{capitalized(amount)}, which are {possible} calibration samples instead of {self.counts[index]}. The "
+            "domain keeps its weight. Add documents for a better result."
         )
+        return possible
+
+
+def _again(pools: Mapping[int, DocumentPool]) -> dict[int, DocumentPool]:
+    """Return new pools of the documents that were read."""
+    return {index: DocumentPool(pool.documents) for index, pool in pools.items()}
 
 
 def can_write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> bool:

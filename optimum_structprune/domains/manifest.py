@@ -17,10 +17,11 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import has_file
 
 from .. import __version__
+from ..codec import from_plain
 from ..config.domains import DomainConfig
-from ..config.fields import check_types, read_json
+from ..config.fields import read_json
 from ..config.pruning import StructPruneConfig
-from ..errors import StructPruneError, one_line, some_of
+from ..errors import StructPruneError, some_of
 from ..system.fingerprint import tensor_hash
 from ..written import Record, without_folders
 from .packing import HELDOUT, PROBE, USED, Domain
@@ -65,9 +66,6 @@ class Entry:
     probe_documents: list[str] = field(default_factory=list)
     place_sha256: str = ""
     use: str = CALIBRATED
-
-    def __post_init__(self) -> None:
-        check_types(self)
 
     @classmethod
     def of(cls, domain: Domain, use: str = CALIBRATED) -> Entry:
@@ -165,9 +163,6 @@ class Manifest(Record):
     versions: dict[str, str]
     domains: list[Entry]
 
-    def __post_init__(self) -> None:
-        check_types(self)
-
     @classmethod
     def of(
         cls, config: StructPruneConfig, domains: Sequence[Domain], tokenizer: PreTrainedTokenizerBase | None
@@ -240,13 +235,7 @@ class Manifest(Record):
         if path.is_dir():
             path = path / MANIFEST_NAME
 
-        data = read_json(path)
-        try:
-            values = dict(data)
-            values["domains"] = [Entry(**entry) for entry in data["domains"]]
-            return cls(**values)
-        except (KeyError, TypeError, StructPruneError) as error:
-            raise StructPruneError(f"{path} is not a calibration manifest: {one_line(error)}") from error
+        return from_plain(cls, read_json(path), str(path))
 
     def overlaps(self, domain_name_or_source: str | DomainConfig, document_hashes: Collection[str] = ()) -> list[str]:
         """Return a sentence for each domain that shares its documents, name or source with a text.
@@ -394,7 +383,7 @@ def check_tokens(model: Any, tokenizer: Any) -> None:
     advice = "The model has no rows for these tokens. `model.resize_token_embeddings(len(tokenizer))` adds them."
     if different_ids:
         advice = (
-            "Pass the model's own tokenizer (after a pruning, `pruner.tokenizer`). If the model was trained with this "
+            "Pass the model's own tokenizer (after a pruning, `result.tokenizer`). If the model was trained with this "
             "tokenizer, save both to one folder and load them."
         )
     tokens = some_of(tokenizer.convert_ids_to_tokens(different_ids + rowless_ids))

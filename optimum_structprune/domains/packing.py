@@ -6,14 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain, islice
-from math import log, nan
 
 import torch
 from tokenizers.models import Unigram
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from ..arch.meta import positions_of
 from ..config.domains import DomainConfig
 from ..errors import StructPruneError, one_line
 from .templates import chat_text
@@ -305,91 +303,3 @@ def check_vocabulary(max_id: int, vocab_size: int | None) -> None:
             f"The tokenizer does not belong to this model: token id {max_id}, vocabulary {vocab_size}. If the model "
             "lacks rows for new tokens, model.resize_token_embeddings(len(tokenizer)) adds them."
         )
-
-
-class Passages:
-    """The text of token samples, which other tokenizers can encode.
-
-    The first token of a sample is only context, so it is left out. A character that the edge of a sample divides is
-    also left out.
-
-    Args:
-        samples: Token ids, each of shape `(seq_length,)`.
-        tokenizer: The tokenizer of the ids.
-
-    Attributes:
-        seq_length: The number of tokens in a sample.
-        texts: The texts of the documents in each sample.
-        bytes: The number of bytes of all texts.
-    """
-
-    def __init__(self, samples: Sequence[Tensor], tokenizer: PreTrainedTokenizerBase):
-        self.seq_length = len(samples[0])
-        self.texts = [_document_texts(ids[1:].tolist(), tokenizer) for ids in samples]
-        self.bytes = sum(len("".join(texts).encode()) for texts in self.texts)
-
-    def bits_per_byte(self, losses: Tensor) -> float:
-        """Return the bits per byte, from the total loss of each sample in nats, shape `(samples,)`."""
-        if not self.bytes:
-            return nan
-        return float(losses.mean()) * len(self.texts) / log(2) / self.bytes
-
-    def rows(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[Tensor]:
-        """Return the samples as ids of another tokenizer, each of shape `(tokens,)`.
-
-        Raises:
-            StructPruneError: If the tokenizer has no token to begin a text or does not belong to the model, or if a
-                sample has more tokens than the model has positions.
-        """
-        prefix = prefix_token(tokenizer)
-        if prefix is None:
-            raise StructPruneError(
-                f"{type(tokenizer).__name__} has neither a BOS nor an EOS token to begin a text. Set its `eos_token`."
-            )
-
-        rows = [torch.tensor([prefix] + ids) for ids in self._joined_ids(tokenizer)]
-        check_vocabulary(max(int(row.max()) for row in rows), model.config.get_text_config().vocab_size)
-        self._check_length(max(len(row) for row in rows), positions_of(model))
-        return rows
-
-    def _joined_ids(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-        """Yield the ids of each sample, with an EOS token between two documents."""
-        separator = []
-        if tokenizer.eos_token_id is not None:
-            separator.append(tokenizer.eos_token_id)
-
-        texts = list(chain.from_iterable(self.texts))
-        encoded = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
-
-        for sample_texts in self.texts:
-            ids: list[int] = []
-            for number in range(len(sample_texts)):
-                if number > 0:
-                    ids += separator
-                ids += next(encoded)
-            yield ids
-
-    def _check_length(self, longest: int, positions: float) -> None:
-        """Raise if the longest sample has more tokens than a model has positions."""
-        if longest > positions:
-            raise StructPruneError(
-                f"A sample with `seq_length={self.seq_length}` has {longest} tokens of the model's own tokenizer, and "
-                f"the model has {positions} positions. Use `seq_length={self.seq_length * positions // longest}`."
-            )
-
-
-def _document_texts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the texts of the documents in a sample, which EOS tokens separate."""
-    ends = [position for position, token in enumerate(ids) if token == tokenizer.eos_token_id]
-    ends.append(len(ids))
-    texts = []
-    start = 0
-
-    for end in ends:
-        texts.append(str(tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)))
-        start = end + 1
-
-    # The edges of a sample may divide a character.
-    texts[0] = texts[0].lstrip("\ufffd")
-    texts[-1] = texts[-1].rstrip("\ufffd")
-    return texts

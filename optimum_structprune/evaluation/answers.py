@@ -10,17 +10,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.inference import evaluating
 from ..arch.meta import check_positions, predicts_next
 from ..domains.packing import prompt_ids
 from ..domains.templates import question_messages, read_lines
 from ..errors import StructPruneError, one_line, warn
 from ..forward.generation import continuations
-from ..forward.metrics import evaluating
+from ..measure.batches import IGNORED
+from ..measure.losses import measure
+from ..measure.text import Text
 from ..record.figures import Answer, AnsweredQuestion, AnswersResult
-from ..system.stages import progress, stage
-from ..vocabulary.token_alignment import TokenAlignment, divergence_from_dense
+from ..system.stages import stage
+from ..vocabulary.token_alignment import TokenAlignment
 
 
 BUILTIN = "builtin"
@@ -89,6 +93,12 @@ class Question:
     def prompt(self) -> str:
         """Return the text of the question."""
         return self.messages[-1]["content"]
+
+    def text(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """Return the question if the tokenizer has a chat template, or else the opening."""
+        if tokenizer.chat_template:
+            return self.prompt
+        return self.opening
 
     def ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Return the token ids of the prompt."""
@@ -164,9 +174,10 @@ def _continued(
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
 
     with evaluating(model), stage("answers"):
-        for start in progress(range(0, len(order), batch_size), desc="Answering questions", unit="batch"):
+        for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            new_ids = continuations(model, tokenizer, [prompts[number] for number in batch], settings)
+            label = f"Answering questions {start + 1} to {start + len(batch)} of {len(order)}"
+            new_ids = continuations(model, tokenizer, [prompts[number] for number in batch], settings, label)
             for number, tokens in zip(batch, new_ids, strict=True):
                 ids[number] = tokens
 
@@ -213,34 +224,32 @@ def answer_divergence(
         answers: The answers of the original model.
     """
     rows = []
-    starts = []
-    num_tokens = 0
+    labels = []
     for prompt, answer in zip(prompts, answers, strict=True):
         if answer.ids:
-            row = list(prompt)
-            row += answer.ids
-            rows.append(row)
-            starts.append(len(prompt))
-            num_tokens += len(answer.ids)
+            rows.append(torch.tensor(list(prompt) + answer.ids))
+            labels.append(torch.tensor([IGNORED] * len(prompt) + answer.ids))
 
     if not rows:
         return 0.0
-    with evaluating(dense, model):
-        total = float(divergence_from_dense(parts, dense, model, rows, starts).sum())
-    return total / num_tokens
+    measured = measure(model, Text(rows, labels=labels), dense, parts)
+    return float(torch.cat(measured.kl).mean())
 
 
-def answers_result(questions: Sequence[Question], answers: Mapping[str, Sequence[WrittenAnswer]]) -> AnswersResult:
+def answers_result(
+    questions: Sequence[Question], answers: Mapping[str, Sequence[WrittenAnswer]], tokenizer: PreTrainedTokenizerBase
+) -> AnswersResult:
     """Return questions with the answers of each model, without token ids.
 
     Args:
         questions: The questions.
         answers: The answers to these questions by the name of the model.
+        tokenizer: The tokenizer of the first model.
     """
     answered_questions = []
     for number, question in enumerate(questions):
         answers_by_model = {name: model_answers[number].record() for name, model_answers in answers.items()}
-        answered_questions.append(AnsweredQuestion(question.kind, question.prompt, answers_by_model))
+        answered_questions.append(AnsweredQuestion(question.kind, question.text(tokenizer), answers_by_model))
     return AnswersResult(answered_questions)
 
 
@@ -287,7 +296,7 @@ class ShortCheck:
         if not self.questions or not self._answers:
             return None
 
-        result = answers_result(self.questions, self._answers)
+        result = answers_result(self.questions, self._answers, self.tokenizer)
         if earlier is None or _prompts(earlier) != _prompts(result):
             return result
 

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.meta import check_positions, predicts_next, reads_text
+from ..arch.meta import check_positions, positions_of, predicts_next, reads_text
 from ..config.domains import DomainConfig, as_domain
 from ..domains.manifest import CALIBRATED, Manifest, check_kinds, check_tokens
-from ..domains.packing import check_reads_any_text, prefix_token
+from ..domains.packing import check_reads_any_text, check_vocabulary, prefix_token
 from ..domains.sources import resolve
 from ..errors import SeenTextWarning, StructPruneError, warn
-from ..forward.metrics import own_settings
-from ..pruning.embeddings import Embeddings, Texts, passages_of
-from ..record.evaluation import Evaluation
-from ..record.figures import DENSE, PRUNED, AnswersResult, language_costs
+from ..forward.settings import own_settings
+from ..measure.languages import costs_before, with_costs_after
+from ..measure.losses import Losses, measure, totals
+from ..measure.text import Text
+from ..measure.vectors import Embeddings, Texts, passages_of
+from ..pruning.comparison import enter_vectors
+from ..record.figures import ORIGINAL, PRUNED, AnswersResult, Figure, TextResult, language_costs, perplexity_result
+from ..record.report import Evaluation
 from ..system.fingerprint import vocabulary_hash
 from ..system.placement import check_devices
-from ..vocabulary.languages import costs_before, with_costs_after
+from ..system.stages import stage
 from ..vocabulary.token_alignment import TokenAlignment
 from .answers import MIN_BATCH, Question, answer_divergence, answers_result, ask, read_questions
-from .heldout import EvaluationText, Heldout, read_heldout, read_pairs
+from .heldout import Heldout, cut_texts, read_heldout, read_pairs
+
+
+# The number of tokens in a sample, unless a model has fewer positions.
+SEQ_LENGTH = 512
 
 
 @own_settings()
@@ -34,7 +44,7 @@ def evaluate(
     dense: PreTrainedModel | None = None,
     *,
     dense_tokenizer: PreTrainedTokenizerBase | None = None,
-    seq_length: int = 512,
+    seq_length: int | None = None,
     num_samples: int | None = None,
     batch_size: int | None = None,
     limit: int | None = None,
@@ -53,10 +63,11 @@ def evaluate(
             the agreement with it, and whether the two differ on the same questions.
         dense_tokenizer: The tokenizer of the dense model if it differs from the model's own. Each model then reads the
             same text with its own tokenizer, and perplexity is per token of the dense one, with or without `dense`.
-        seq_length: The number of tokens in a sample.
+        seq_length: The number of tokens in a sample. The default is 512, or the positions of the model with the fewest
+            positions. Samples are cut, with a warning, if a model spells them with more tokens than it has positions.
         num_samples: The maximum number of samples per domain; None reads every domain to its end.
-        batch_size: The number of samples in a forward pass; by default 1 on a CPU and up to 16 on a GPU, see
-            `perplexity`. At least 32 questions are asked together.
+        batch_size: The number of samples in a forward pass; see `perplexity` for the default. At least 32 questions
+            are asked together.
         limit: The maximum number of questions; None asks all of them.
         manifest: The manifest of the model's calibration text. It shows which domains are calibration domains, and
             text that is in both causes a warning. By default it is the manifest in the folder that the model was
@@ -74,8 +85,8 @@ def evaluate(
             not fit each other, the tokenizer or the samples.
     """
     resolved_domains = resolve(as_domain(domain) for domain in domains)
-    models = {PRUNED: model} if dense is None else {DENSE: dense, PRUNED: model}
-    tokenizers = {PRUNED: tokenizer, DENSE: dense_tokenizer or tokenizer}
+    models = {PRUNED: model} if dense is None else {ORIGINAL: dense, PRUNED: model}
+    tokenizers = {PRUNED: tokenizer, ORIGINAL: dense_tokenizer or tokenizer}
     for name, model_tokenizer in tokenizers.items():
         check_kinds(models.get(name, model), model_tokenizer)
         check_reads_any_text(model_tokenizer)
@@ -85,8 +96,9 @@ def evaluate(
         check_tokens(compared_model, tokenizers[name])
     _check_counts(num_samples=num_samples, batch_size=batch_size, limit=limit, max_new_tokens=max_new_tokens)
 
+    seq_length = seq_length or default_seq_length(models.values())
     # Everything is read before anything is computed, so that an error shows at once.
-    texts = [read_heldout(domain, tokenizers[DENSE], seq_length, num_samples) for domain in resolved_domains]
+    texts = [read_heldout(domain, tokenizers[ORIGINAL], seq_length, num_samples) for domain in resolved_domains]
     translations = read_pairs(pairs)
     questions: list[Question] = []
     if answers is not None:
@@ -94,28 +106,99 @@ def evaluate(
 
     tokens_differ = _tokens_differ(models, tokenizers)
     is_causal = predicts_next(model)
+    if texts and is_causal and tokens_differ:
+        texts = cut_texts(texts, models, tokenizers)
+        seq_length = texts[0].samples.shape[1]
     parts = None
     if is_causal and dense is not None:
         parts = _parts(models, tokenizers)
 
-    # The constructor raises an error if a model cannot read a text.
-    evaluation_texts: dict[str, EvaluationText] = {}
+    # An error shows that a model cannot read a text.
+    texts_by_model: dict[str, dict[str, Text]] = {}
     if is_causal:
         for text in texts:
-            evaluation_texts[text.domain.name] = EvaluationText(text.samples, models, tokenizers, tokens_differ, parts)
+            texts_by_model[text.domain.name] = _texts_by_model(text.samples, models, tokenizers, tokens_differ)
 
-    evaluation = _empty_evaluation(models, tokenizers[DENSE], seq_length)
+    evaluation = _empty_evaluation(models, tokenizers[ORIGINAL], seq_length)
     manifest = manifest or Manifest.seen_by(model)
     if manifest is not None:
         _compare_text(evaluation, manifest, texts)
 
-    for name, evaluation_text in evaluation_texts.items():
-        evaluation.domains[name] = evaluation_text.measure(batch_size)
+    tokens = None if batch_size is None else batch_size * seq_length
+    for name, by_model in texts_by_model.items():
+        with stage(f"measuring {name}", {}):
+            evaluation.domains[name] = _domain_result(models, by_model, parts, tokens)
     if not is_causal:
         _compare_vectors(evaluation, models, tokenizers, texts, translations, tokens_differ)
     if questions:
         evaluation.answers = _answers(models, tokenizers, parts, questions, max_new_tokens, batch_size)
     return evaluation
+
+
+def default_seq_length(models: Iterable[PreTrainedModel]) -> int:
+    """Return the number of tokens in a sample that models read: 512, or fewer if a model has fewer positions."""
+    return int(min(SEQ_LENGTH, *map(positions_of, models)))
+
+
+def _texts_by_model(
+    samples: Tensor,
+    models: Mapping[str, PreTrainedModel],
+    tokenizers: Mapping[str, PreTrainedTokenizerBase],
+    tokens_differ: bool,
+) -> dict[str, Text]:
+    """Return one text in the tokens of each model. The original model comes first.
+
+    Args:
+        samples: The token ids of the original tokenizer, shape `(samples, seq_length)`.
+        models: The models.
+        tokenizers: Their tokenizers.
+        tokens_differ: Whether the tokenizers differ.
+    """
+    text = Text.of(samples, tokenizers[ORIGINAL])
+    if not tokens_differ:
+        check_vocabulary(int(samples.max()), models[PRUNED].config.get_text_config().vocab_size)
+        return dict.fromkeys(models, text)
+    return {name: text.for_tokenizer(tokenizers[name], model) for name, model in models.items()}
+
+
+def _domain_result(
+    models: Mapping[str, PreTrainedModel],
+    texts: Mapping[str, Text],
+    parts: TokenAlignment | None,
+    tokens: int | None,
+) -> TextResult:
+    """Return the figures of a domain that the models and their vocabularies allow.
+
+    Args:
+        models: The models.
+        texts: The text in the tokens of each model.
+        parts: The tokens of the original model as parts of the model's tokens; None if the model cannot spell them.
+        tokens: The maximum number of tokens in a forward pass.
+    """
+    model = models[PRUNED]
+    dense = models.get(ORIGINAL)
+    text = texts[PRUNED]
+    measured = Losses()
+    values: dict[str, list[Tensor]] = {}
+    if text.original is None:
+        measured = measure(model, text, dense, tokens=tokens)
+        if dense is not None:
+            values[ORIGINAL] = measured.other
+        values[PRUNED] = measured.loss
+    else:
+        values = {name: measure(models[name], own_text).loss for name, own_text in texts.items()}
+        if parts is not None:
+            measured = measure(model, text.original, dense, parts)
+
+    sums = {name: totals(by_row) for name, by_row in values.items()}
+    losses = {name: total / text.tokens for name, total in sums.items()}
+    result = perplexity_result(losses, int(text.tokens.sum()), text.documents)
+    result.bits_per_byte = Figure.of({name: text.bits_per_byte(total) for name, total in sums.items()})
+    if measured.kl:
+        result.divergence = Figure(pruned=float(torch.cat(measured.kl).mean()))
+    if measured.agrees:
+        result.agreement = Figure(pruned=float(torch.cat(measured.agrees).mean()))
+    return result
 
 
 def _empty_evaluation(
@@ -128,9 +211,9 @@ def _empty_evaluation(
         tokenizer: The tokenizer that cuts the text into samples.
         seq_length: The number of tokens in a sample.
     """
-    evaluation = Evaluation(_name(models[PRUNED]), seq_length=seq_length)
-    if DENSE in models:
-        evaluation.original = _name(models[DENSE])
+    evaluation = Evaluation(model=_name(models[PRUNED]), seq_length=seq_length)
+    if ORIGINAL in models:
+        evaluation.original = _name(models[ORIGINAL])
 
     prefix = prefix_token(tokenizer)
     if prefix is not None:
@@ -190,15 +273,15 @@ def _compare_vectors(
     """Enter the similarity of an encoder's vectors to the vectors of the original model."""
     compared_texts: dict[str, Texts | Sequence[str]] = {}
     for text in texts:
-        compared_texts[text.domain.name] = passages_of(text.samples, tokenizers[DENSE])
+        compared_texts[text.domain.name] = passages_of(text.samples, tokenizers[ORIGINAL])
     compared_texts.update(pairs)
 
-    embeddings = Embeddings(models[DENSE], compared_texts, tokenizers[DENSE], tokens_differ, pairs)
+    embeddings = Embeddings(models[ORIGINAL], compared_texts, tokenizers[ORIGINAL], tokens_differ, pairs)
     embeddings.set_tokenizer(tokenizers[PRUNED], models[PRUNED])
     if embeddings.spoken:
-        costs = with_costs_after(costs_before(None, tokenizers[DENSE], ()), None, tokenizers[PRUNED])
+        costs = with_costs_after(costs_before(None, tokenizers[ORIGINAL], ()), None, tokenizers[PRUNED])
         evaluation.languages = language_costs(costs)
-    embeddings.enter(evaluation, models[PRUNED])
+    enter_vectors(evaluation, embeddings, models[PRUNED])
 
 
 def _parts(
@@ -209,11 +292,11 @@ def _parts(
     Return None if the model cannot spell all of them, for example because it has tokens of its own.
     """
     try:
-        parts = TokenAlignment.between(models[DENSE], tokenizers[DENSE], models[PRUNED], tokenizers[PRUNED])
+        parts = TokenAlignment.between(models[ORIGINAL], tokenizers[ORIGINAL], models[PRUNED], tokenizers[PRUNED])
     except StructPruneError:
         return None
 
-    if not all(parts.spellings[: len(tokenizers[DENSE])]):
+    if not all(parts.spellings[: len(tokenizers[ORIGINAL])]):
         return None
     return parts
 
@@ -241,10 +324,11 @@ def _answers(
     for name, model in models.items():
         answers[name] = ask(model, tokenizers[name], questions, max_new_tokens, batch_size)
 
-    result = answers_result(questions, answers)
+    result = answers_result(questions, answers, next(iter(tokenizers.values())))
     if parts is not None:
-        prompts = [question.ids(tokenizers[DENSE]) for question in questions]
-        result.divergence = answer_divergence(models[DENSE], models[PRUNED], parts, prompts, answers[DENSE])
+        prompts = [question.ids(tokenizers[ORIGINAL]) for question in questions]
+        divergence = answer_divergence(models[ORIGINAL], models[PRUNED], parts, prompts, answers[ORIGINAL])
+        result.divergence = Figure.of({PRUNED: divergence})
     return result
 
 
@@ -252,7 +336,7 @@ def check_evaluation(
     models: Sequence[PreTrainedModel],
     domains: Sequence[DomainConfig | Mapping[str, Any]],
     answers: str | Path | None,
-    seq_length: int,
+    seq_length: int | None,
     dense_tokenizer: PreTrainedTokenizerBase | None,
     pairs: Sequence[str | Path] = (),
 ) -> None:
@@ -262,7 +346,7 @@ def check_evaluation(
         models: The original model, where there is one, and the model. They may be without weights.
         domains: The text.
         answers: The questions.
-        seq_length: The number of tokens in a sample.
+        seq_length: The number of tokens in a sample; None for the default.
         dense_tokenizer: The tokenizer of the original model if it differs.
         pairs: The files with translations.
 
@@ -280,15 +364,15 @@ def check_evaluation(
             f"{type(models[-1]).__name__} predicts the next token, and pairs are for encoders. Remove `pairs`."
         )
 
-    if domains:
+    if domains and seq_length is not None:
         for model in models:
             check_positions(model, seq_length, f"seq_length={seq_length}")
 
     sizes = [model.config.get_text_config().vocab_size for model in models]
     if len(set(sizes)) > 1 and dense_tokenizer is None:
         raise StructPruneError(
-            f"The model has a vocabulary of {sizes[-1]}, and the dense model has one of {sizes[0]}. Pass the dense "
-            "model's tokenizer (`dense_tokenizer`)."
+            f"The model has a vocabulary of {sizes[-1]}, and the original model has one of {sizes[0]}. Pass the "
+            "original model's tokenizer (`dense_tokenizer`)."
         )
 
 
@@ -309,5 +393,5 @@ def _check_encoders(encoders: Sequence[PreTrainedModel], answers: str | Path | N
     if len(encoders) < 2 or answers is not None:
         raise StructPruneError(
             f"{type(encoders[0]).__name__} does not predict the next token. Only its vectors of text can be compared: "
-            "pass domains or pairs, and a dense model of the same kind (--against)."
+            "pass domains or pairs, and an original model of the same kind (--against)."
         )

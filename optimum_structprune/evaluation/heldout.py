@@ -1,25 +1,24 @@
-"""Read held-out text for an evaluation, cut it into samples, and measure models on them."""
+"""Read held-out text for an evaluation, and cut it into samples."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import repeat
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.meta import positions_of
 from ..config.domains import DomainConfig
-from ..domains.packing import Passages, SampleFormat, check_vocabulary, document_numbers, tokenised
+from ..domains.packing import SampleFormat, tokenised
 from ..domains.sources import documents, endless
 from ..domains.templates import read_lines
-from ..errors import StructPruneError
-from ..forward.metrics import compare, evaluating, row_losses, sample_losses
-from ..record.figures import DENSE, PRUNED, DomainResult, Figure, perplexity_result
-from ..vocabulary.token_alignment import TokenAlignment, divergence_from_dense
+from ..errors import StructPruneError, warn
+from ..measure.text import Text
+from ..record.figures import ORIGINAL
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,33 @@ def read_heldout(
     return Heldout(domain, samples, names)
 
 
+def cut_texts(
+    texts: Sequence[Heldout],
+    models: Mapping[str, PreTrainedModel],
+    tokenizers: Mapping[str, PreTrainedTokenizerBase],
+) -> list[Heldout]:
+    """Cut the samples of all domains so that each model has enough positions for their text in its own tokens.
+
+    Args:
+        texts: The domains, with samples of equal length.
+        models: The models, by `pruned` and, where there is one, `original`.
+        tokenizers: Their tokenizers. `original`, which has cut the samples, is required.
+    """
+    original_length = texts[0].samples.shape[1]
+    length = original_length
+    for text in texts:
+        for name, model in models.items():
+            cut_text = Text.of(text.samples[:, :length], tokenizers[ORIGINAL])
+            length = len(cut_text.cut(positions_of(model), tokenizers[name]).rows[0])
+
+    if length < original_length:
+        warn(
+            f"The samples are cut from {original_length} to {length} tokens, because a model has too few positions "
+            "for their text in its own tokens."
+        )
+    return [replace(text, samples=text.samples[:, :length]) for text in texts]
+
+
 def read_pairs(paths: Sequence[str | Path]) -> dict[str, list[str]]:
     """Read files with a text and its translation in each line of JSON.
 
@@ -118,90 +144,3 @@ def _pair(line: str) -> tuple[str, str]:
     if not text.encode() or not translation.encode():
         raise ValueError("a text is empty")
     return text, translation
-
-
-class EvaluationText:
-    """One domain of an evaluation, which each model reads with its own tokenizer.
-
-    Args:
-        samples: The token ids of the original tokenizer, shape `(samples, seq_length)`.
-        models: The models, by `pruned` and, where there is one, `dense`.
-        tokenizers: Their tokenizers. `dense` is required.
-        tokens_differ: Whether the tokenizers differ.
-        parts: The tokens of the original model as parts of the model's tokens; None if the model cannot spell them.
-    """
-
-    def __init__(
-        self,
-        samples: Tensor,
-        models: Mapping[str, PreTrainedModel],
-        tokenizers: Mapping[str, PreTrainedTokenizerBase],
-        tokens_differ: bool,
-        parts: TokenAlignment | None = None,
-    ):
-        self.samples = samples
-        self.models = models
-        self.parts = parts
-        self.documents = document_numbers(samples, tokenizers[DENSE].eos_token_id)[:, 0]
-        self.passages = Passages(list(samples), tokenizers[DENSE])
-
-        # The passages in the tokens of each model; empty if all models read the samples.
-        self.rows: dict[str, list[Tensor]] = {}
-        if tokens_differ:
-            for name, model in models.items():
-                self.rows[name] = self.passages.rows(tokenizers[name], model)
-        else:
-            check_vocabulary(int(samples.max()), models[PRUNED].config.get_text_config().vocab_size)
-
-    def measure(self, batch_size: int | None = None) -> DomainResult:
-        """Return the figures of this domain that the models and their vocabularies allow."""
-        measured_losses, divergence, agreement = self._losses(batch_size)
-        # A figure names the original model first.
-        losses = {name: measured_losses[name] for name in (DENSE, PRUNED) if name in measured_losses}
-
-        num_predicted = self.samples.shape[1] - 1
-        result = perplexity_result(losses, self.samples[:, 1:].numel(), self.documents)
-        bits = {name: self.passages.bits_per_byte(loss * num_predicted) for name, loss in losses.items()}
-        result.bits_per_byte = Figure.of(bits)
-        if divergence is not None:
-            result.divergence = Figure(pruned=divergence)
-        if agreement is not None:
-            result.agreement = Figure(pruned=agreement)
-        return result
-
-    def _losses(self, batch_size: int | None) -> tuple[dict[str, Tensor], float | None, float | None]:
-        """Measure the models.
-
-        Returns:
-            The mean loss per token of each sample by model, shape `(samples,)`; the divergence; and the agreement.
-        """
-        if self.rows:
-            return self._losses_of_rows(), self._divergence_in_parts(), None
-
-        model = self.models[PRUNED]
-        dense = self.models.get(DENSE)
-        if dense is None:
-            return {PRUNED: sample_losses(model, self.samples, batch_size)}, None, None
-
-        losses, (divergence, agreement) = compare(model, dense, self.samples, batch_size)
-        return {DENSE: losses["dense"], PRUNED: losses["model"]}, divergence, agreement
-
-    def _losses_of_rows(self) -> dict[str, Tensor]:
-        """Return the loss of each sample per token of the original model, by model, where each has its own tokens."""
-        num_predicted = self.samples.shape[1] - 1
-        losses = {}
-        for name, rows in self.rows.items():
-            losses[name] = row_losses(self.models[name], rows) / num_predicted
-        return losses
-
-    def _divergence_in_parts(self) -> float | None:
-        """Return the divergence per token of the original model, whose tokens the model spells in parts."""
-        if self.parts is None:
-            return None
-
-        rows = self.samples.tolist()
-        model = self.models[PRUNED]
-        dense = self.models[DENSE]
-        with evaluating(model, dense):
-            divergences = divergence_from_dense(self.parts, dense, model, rows, repeat(1, len(rows)))
-        return float(divergences.sum()) / self.samples[:, 1:].numel()

@@ -16,12 +16,12 @@ from torch.utils.benchmark import Timer
 from torch.utils.benchmark import timer as wall_time
 from transformers import PreTrainedModel
 
+from ..arch.inference import evaluating
 from ..arch.meta import check_positions, predicts_next
 from ..errors import StructPruneError
 from ..forward.generation import cache_bytes, cache_name, read_prompt, write_tokens
-from ..forward.metrics import evaluating
 from ..method.layers import input_device
-from ..record.speed import Speed, Spread, Timing
+from ..record.report import Speed, Spread, Timing
 
 
 # torch's clock waits for the accelerator. CPU time does not include the time of other jobs.

@@ -16,6 +16,7 @@ from ..arch.hooks import in_fast_dtype
 from ..arch.modules import blocks
 from ..arch.spec import ArchSpec
 from ..method.layers import input_device
+from ..system.stages import progress
 
 
 def cache_name(model: PreTrainedModel) -> str | None:
@@ -52,6 +53,7 @@ def continuations(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     settings: Mapping[str, Any],
+    label: str = "",
     listeners: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
 ) -> list[list[int]]:
     """Continue prompts up to an EOS token, which is not part of the result.
@@ -61,6 +63,7 @@ def continuations(
         tokenizer: The tokenizer of the model.
         prompts: The token ids of each prompt.
         settings: Fields of `GenerationConfig`. The settings of the model itself are not used.
+        label: The label of the progress bar; by default the announcement of the stage.
         listeners: Logits processors.
 
     Returns:
@@ -86,13 +89,19 @@ def continuations(
     generation_config.eos_token_id = eos_ids or None
     generation_config.suppress_tokens = _rows_without_token(model, tokenizer) or None
 
+    bar = progress(range(settings["max_new_tokens"]), desc=label, unit="token", leave=False)
+
+    def advance(_: Tensor, scores: Tensor) -> Tensor:
+        next(bar, None)
+        return scores
+
     device = input_device(model)
     generate: Any = model.generate
     with _generating_with(model, generation_config), in_fast_dtype(blocks(model)):
         output = generate(
             torch.tensor(ids, device=device),
             attention_mask=torch.tensor(mask, device=device),
-            logits_processor=LogitsProcessorList(listeners),
+            logits_processor=LogitsProcessorList([*listeners, advance]),
         )
     return [_up_to_end(text, eos_ids) for text in output[:, prompt_length:].tolist()]
 
@@ -159,7 +168,7 @@ def sampled_continuations(
         devices.append(device)
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        texts = continuations(model, tokenizer, prompts, settings)
+        texts = continuations(model, tokenizer, prompts, settings, f"Generating {len(prompts)} answers")
 
     # A text with fewer tokens than the maximum has ended with an EOS token.
     eos_ids = end_tokens(model, tokenizer)

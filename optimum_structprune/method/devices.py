@@ -6,10 +6,12 @@ work, because a kernel over a few tokens leaves most of it idle.
 
 from __future__ import annotations
 
-from time import perf_counter
+from time import process_time
 
 import psutil
 import torch
+
+from ..arch.hooks import is_emulated
 
 
 # A GPU takes at most this many times the rows that a CPU takes.
@@ -34,7 +36,7 @@ def total_bytes(device: torch.device) -> int | None:
 
 def free_bytes(device: torch.device) -> int | None:
     """Return the bytes that a device has free for tensors, or None if they are unknown."""
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.is_available():
         # Memory that torch has reserved and does not use is free for its tensors.
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -60,29 +62,23 @@ def rows_at_once(device: torch.device, bytes_per_row: int, on_cpu: int) -> int:
     return min(max(fitting, on_cpu), GPU_FACTOR * on_cpu)
 
 
-def measured_throughput(
-    device: torch.device, dtype: torch.dtype, hidden: int, ffn: int, seconds: float = 0.1
-) -> float:
-    """Measure the multiply-adds per second of a matrix product with the sizes of a model.
+def cpu_speed(dtype: torch.dtype, repeats: int = 20) -> float:
+    """Measure the multiply-adds per CPU second of a matrix product.
 
-    The fastest product counts, so that other work on the machine does not.
+    CPU time does not count the time of other programs, and the fastest of several products had the caches for itself.
 
     Args:
-        device: The device.
-        dtype: The dtype of both factors.
-        hidden: The number of hidden channels.
-        ffn: The number of FFN channels.
-        seconds: The time of the measurement.
+        dtype: The dtype of both factors. A dtype that the CPU emulates is measured in fp32, in which layers then run.
+        repeats: The number of products, of about 10 milliseconds each.
     """
-    inputs = torch.ones(512, hidden, device=device, dtype=dtype)
-    weight = torch.ones(hidden, ffn, device=device, dtype=dtype)
+    factor = torch.ones(512, 1024, dtype=dtype)
+    if is_emulated(factor):
+        factor = factor.float()
+    weight = torch.ones(1024, 1024, dtype=factor.dtype)
 
-    (inputs @ weight)[0, 0].item()  # the first product prepares kernels
-
-    fastest = float("inf")
-    start = perf_counter()
-    while perf_counter() - start < seconds:
-        begin = perf_counter()
-        (inputs @ weight)[0, 0].item()
-        fastest = min(fastest, perf_counter() - begin)
-    return 512 * hidden * ffn / fastest
+    seconds = []
+    for _ in range(repeats):
+        start = process_time()
+        factor @ weight
+        seconds.append(process_time() - start)
+    return 512 * 1024 * 1024 / min(seconds)

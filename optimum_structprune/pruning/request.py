@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.inference import outputs_for, random_inputs
 from ..arch.load import ModelInfo
 from ..arch.meta import check_changeable, check_positions, is_offloaded, reads_images, reads_text, shrunk_skeleton
+from ..arch.modules import module_files
 from ..arch.shrink import layers_ahead
 from ..arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, Widths
 from ..config.pruning import LOSS, RunOptions, StructPruneConfig
@@ -26,7 +28,6 @@ from ..criteria import CRITERIA, DEFAULT_CRITERIA
 from ..domains.manifest import check_kinds, check_tokens
 from ..domains.packing import check_reads_any_text
 from ..errors import StructPruneError, capitalized, one_line, warn
-from ..forward.metrics import outputs_for, random_inputs
 from ..widths.allocation import widths_of
 from ..widths.budget import UnreachableBudgetError
 
@@ -106,6 +107,7 @@ class PruningRequest:
             check_offloaded(self.config, info, self.widths)
 
         self._check_removes_units()
+        self._check_modules()
         self._check_criterion()
         self._check_refit()
         self._check_allocation()
@@ -161,6 +163,17 @@ class PruningRequest:
             f"The {arch.model_type} model has the requested widths already ({', '.join(sizes)}), so nothing would be "
             "removed. Choose smaller `widths`, a larger `sparsity`, or a smaller `round_to`."
         )
+
+    def _check_modules(self) -> None:
+        """Raise if layers are removed that a module of sentence-transformers reads."""
+        if LAYER not in self.widths:
+            return
+        for path, text in module_files(self.model_info.plain_model.config).items():
+            if '"num_hidden_layers"' in text:
+                raise StructPruneError(
+                    f"{path} belongs to a module that reads the hidden states of all layers. Prune units inside the "
+                    f"layers, and remove {LAYER!r} from `targets` and `widths`."
+                )
 
     def _check_forward(self) -> None:
         """Raise if the model cannot run on random tokens or images. The check of a saved model runs it on them."""

@@ -2,42 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import comb
 
-import torch
-
-from ..forward.metrics import margin_of_share
 from .figures import Answer, AnsweredQuestion, AnswersResult
 
 
 SIGNIFICANCE = 0.05
 ALIKE, BETTER, WORSE = "alike", "better", "worse"
 # The fields of an answer that are counted, with the words for such answers.
-FIGURES = {"right": "correct", "loops": "repetitive", "stopped": "finished on their own"}
-
-
-@dataclass(frozen=True)
-class PairedComparison:
-    """The difference between the answers of the last and the first model to the same questions.
-
-    Attributes:
-        difference: The mean difference.
-        margin: Half the width of its 90% confidence interval.
-        questions: The number of questions.
-        last_only: The number of questions for which only the answer of the last model has the property.
-        first_only: The number of questions for which only the answer of the first model has the property.
-        p_value: The probability of such a difference if both models are equally good (McNemar's exact test).
-        verdict: `alike`, `better` or `worse`; `alike` if the probability is at least 0.05.
-    """
-
-    difference: float
-    margin: float
-    questions: int
-    last_only: int
-    first_only: int
-    p_value: float
-    verdict: str
+COUNTED = {"right": "correct", "loops": "repetitive", "stopped": "finished on their own"}
 
 
 def mcnemar_p_value(last_only: int, first_only: int) -> float:
@@ -52,38 +25,28 @@ def mcnemar_p_value(last_only: int, first_only: int) -> float:
     return min(1.0, 2 * outcomes / 2**discordant)
 
 
-def paired(answers: AnswersResult, name: str) -> PairedComparison:
+def paired(answers: AnswersResult, name: str) -> tuple[str, float]:
     """Compare the answers of the last model with the answers of the first model.
 
     Args:
         answers: The answers of at least two models.
         name: The property that is compared: `right`, `loops` or `stopped`.
+
+    Returns:
+        `alike`, `better` or `worse`, and the p-value. The models are alike if it is at least 0.05.
     """
-    differences = torch.tensor(
-        [float(getattr(question.last, name)) - float(getattr(question.first, name)) for question in answers.questions],
-        dtype=torch.float64,
-    )
-    last_only = int((differences > 0).sum())
-    first_only = int((differences < 0).sum())
+    last_only = 0
+    first_only = 0
+    for question in answers.questions:
+        last_only += getattr(question.last, name) > getattr(question.first, name)
+        first_only += getattr(question.last, name) < getattr(question.first, name)
     p_value = mcnemar_p_value(last_only, first_only)
 
-    higher_is_better = name != "loops"
     if p_value >= SIGNIFICANCE:
-        verdict = ALIKE
-    elif (last_only > first_only) == higher_is_better:
-        verdict = BETTER
-    else:
-        verdict = WORSE
-
-    return PairedComparison(
-        difference=float(differences.mean()),
-        margin=margin_of_share(differences),
-        questions=len(differences),
-        last_only=last_only,
-        first_only=first_only,
-        p_value=p_value,
-        verdict=verdict,
-    )
+        return ALIKE, p_value
+    if (last_only > first_only) == (name != "loops"):
+        return BETTER, p_value
+    return WORSE, p_value
 
 
 def is_compared(answers: AnswersResult | None) -> bool:
@@ -94,7 +57,7 @@ def is_compared(answers: AnswersResult | None) -> bool:
 def answers_line(answers: AnswersResult) -> str:
     """Return the answers in one line: `16 test questions: correct 16 → 10, repetitive 0 → 4, …`."""
     parts = []
-    for name, word in FIGURES.items():
+    for name, word in COUNTED.items():
         counts = " → ".join(map(str, answers.counts(name)))
         parts.append(f"{word} {counts}")
     return f"{len(answers.questions)} test questions: {', '.join(parts)}"
@@ -105,12 +68,8 @@ def answers_warning(answers: AnswersResult) -> list[str]:
     if not is_compared(answers):
         return []
 
-    faults = []
-    if paired(answers, "right").verdict == WORSE:
-        faults.append("wrong")
-    if paired(answers, "loops").verdict == WORSE:
-        faults.append("repetitive")
-
+    words = {"right": "wrong", "loops": "repetitive"}
+    faults = [word for name, word in words.items() if paired(answers, name)[0] == WORSE]
     if not faults:
         return []
     return [f"warning: significantly more {' and '.join(faults)} answers than the original model"]

@@ -1,154 +1,123 @@
-"""The figures that reports and evaluations share: sizes, domains, languages, and answers.
+"""The table of measurements: figures of several models on several texts, with confidence intervals.
 
-All figures name the models in the same way. `dense` is the original model, `pruned` the model that is reported on, and
-`recovered` the pruned model after training. A figure that was not measured is None.
+A figure has one value for each model that was measured: `original`, `pruned` and `recovered`, in this order. A figure
+that was not measured is None.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from math import exp, hypot, inf, isfinite
 from statistics import fmean, geometric_mean
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ..forward.metrics import UNSEEN, margin_of_error
+from ..margins import MIN_RELATIVE_MARGIN, margin_of_error
 
 
 # The constants of `technical_ratio`: the additional loss in nats per token if every word is split, and the share of
 # split words in technical text relative to unseen text. docs/how_much.md has the measurements.
 SPLIT_LOSS = 6.0
 TECHNICAL_SPLITS = 2.0
-# The names of the models in a figure, from the first model to the last.
-DENSE, PRUNED, RECOVERED = "dense", "pruned", "recovered"
-MODELS = (DENSE, PRUNED, RECOVERED)
+# The names of the models of a run, from the first model to the last.
+ORIGINAL, PRUNED, RECOVERED = "original", "pruned", "recovered"
+# The name of unseen text among the domains. Names of domains are not empty.
+UNSEEN_TEXT = ""
+# The sources of unseen text.
+FROM_HUB, MODEL_WRITTEN, BUILT_IN = "from the Hub", "model-written", "built-in"
 # A language whose vectors have a lower mean cosine to the vectors of the original model got worse.
 MIN_LANGUAGE_COSINE = 0.98
+AnyText = TypeVar("AnyText", bound="TextResult")
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured quantity of up to three models.
+    """One measured quantity of up to three models on one text.
 
     Attributes:
-        dense: The value of the original model.
+        original: The value of the original model.
         pruned: The value of the pruned model.
         recovered: The value of the pruned model after training.
-        margin: Half the width of the 90% confidence interval over documents. It belongs to `ratio` if the original
-            model was measured, and to the last value otherwise.
+        margin: Half the width of the 90% confidence interval over documents. It belongs to `ratio` if there is one,
+            and to the last value otherwise.
     """
 
-    dense: float | None = None
+    original: float | None = None
     pruned: float | None = None
     recovered: float | None = None
     margin: float | None = None
 
     @classmethod
     def of(cls, values: Mapping[str, float], margin: float | None = None) -> Figure:
-        """Return the figure with these values by the names of the models.
-
-        Args:
-            values: The values by `dense`, `pruned` and `recovered`.
-            margin: Half the width of the confidence interval. An infinite margin counts as unknown.
-        """
+        """Return the figure with these values by the names of the models. An infinite margin counts as unknown."""
         if margin is not None and not isfinite(margin):
             margin = None
         return cls(**values, margin=margin)
 
-    def by_model(self) -> dict[str, float]:
+    @property
+    def values(self) -> dict[str, float]:
         """Return the measured values by the names of the models."""
-        values = {DENSE: self.dense, PRUNED: self.pruned, RECOVERED: self.recovered}
+        values = {ORIGINAL: self.original, PRUNED: self.pruned, RECOVERED: self.recovered}
         return {name: value for name, value in values.items() if value is not None}
 
     @property
+    def model(self) -> str:
+        """Return the name of the last model; empty if none was measured."""
+        return next(reversed(self.values), "")
+
+    @property
     def last(self) -> float | None:
-        """Return the value of the latest model."""
-        return next(reversed(self.by_model().values()), None)
+        """Return the value of the last model."""
+        return self.values.get(self.model)
 
     @property
     def ratio(self) -> float | None:
-        """Return the last value divided by the first, or None if fewer than two models were measured.
+        """Return the last value divided by the first, or None if fewer than two models were measured."""
+        return self.ratio_of(self.model)
 
-        A value that is not finite counts as an infinite ratio.
+    def ratio_of(self, model: str) -> float | None:
+        """Return the value of a model divided by the first value.
+
+        The ratio is infinite if a value is not finite, and None for the first model and models without a value.
         """
-        values = list(self.by_model().values())
-        if len(values) < 2:
+        values = self.values
+        first = next(iter(values), model)
+        if model == first or model not in values:
             return None
-        return _ratio(values[-1], values[0])
+        if not isfinite(values[model]) or not 0 < values[first] < inf:
+            return inf
+        return values[model] / values[first]
 
-    @property
-    def pruned_ratio(self) -> float | None:
-        """Return the value of the pruned model divided by the value of the original model."""
-        if self.dense is None or self.pruned is None:
-            return None
-        return _ratio(self.pruned, self.dense)
-
-    @property
-    def ratio_margin(self) -> float | None:
-        """Return the margin if it belongs to `ratio`."""
-        return None if self.ratio is None else self.margin
-
-
-def _ratio(value: float, baseline: float) -> float:
-    """Return a ratio of two positive numbers, which is infinite if one of them is not finite."""
-    if not isfinite(value) or not 0 < baseline < inf:
-        return inf
-    return value / baseline
+    def of_model(self, model: str) -> Figure:
+        """Return the values of the original model and of one other; an empty figure if it was not measured."""
+        values = self.values
+        if model not in values:
+            return Figure()
+        margin = self.margin if model == self.model else None
+        return Figure.of({name: value for name, value in values.items() if name in (ORIGINAL, model)}, margin)
 
 
 @dataclass
-class VectorResult:
-    """The similarity of an encoder's vectors to the vectors of the original model.
-
-    Attributes:
-        texts: The number of texts.
-        cosine: The mean cosine to the vector of the original model; None if the number of channels differs.
-        cosine_p5: The 5th percentile of the cosines.
-        cosine_worst: The lowest cosine.
-        neighbours: The share of the 10 nearest neighbours that both models have in common; None for too few texts.
-        retrieval: The share of translations that are found; None where texts do not come in pairs.
-    """
-
-    texts: int = 0
-    cosine: Figure | None = None
-    cosine_p5: float | None = None
-    cosine_worst: float | None = None
-    neighbours: Figure | None = None
-    retrieval: Figure | None = None
-
-    @classmethod
-    def of(cls, figures: Mapping[str, float]) -> VectorResult:
-        """Return the result of one comparison.
-
-        Args:
-            figures: The output of `pruning.embeddings.embedding_figures`.
-        """
-        result = cls(int(figures["texts"]))
-
-        if "cosine" in figures:
-            result.cosine = Figure.of({PRUNED: figures["cosine"]}, figures["cosine_margin"])
-            result.cosine_p5 = figures["cosine_p5"]
-            result.cosine_worst = figures["cosine_worst"]
-
-        if "neighbours" in figures:
-            result.neighbours = Figure.of({PRUNED: figures["neighbours"]}, figures["neighbours_margin"])
-        return result
-
-
-@dataclass
-class DomainResult:
-    """The measurements on one domain.
+class TextResult:
+    """The measurements on one text.
 
     Attributes:
         perplexity: The perplexity on held-out text, per token of the original tokenizer. For masked language models
             and encoder-decoders it is the perplexity of the missing text.
         bits_per_byte: The loss in bits per byte of the text.
         divergence: The mean KL divergence from the original model in nats per token.
-        agreement: The share of positions where both models predict the same token.
-        vectors: For encoders, the similarity of the vectors of sentences to the vectors of the original model.
-        tokens: The number of tokens that perplexity was measured on.
+        agreement: The share of positions where the model and the original model predict the same token.
+        cosine: For encoders, the mean cosine of vectors to the vectors of the original model; None if the number of
+            channels differs.
+        cosine_p5: The 5th percentile of the cosines.
+        cosine_worst: The lowest cosine.
+        neighbours: For encoders, the share of the 10 nearest neighbours that the model has in common with the original
+            model; None for too few texts.
+        retrieval: For encoders, the share of translations that are found; None where texts do not come in pairs.
+        texts: The number of vectors; None where vectors were not compared.
+        tokens: The number of tokens that perplexity was measured on; None where it was not measured.
         documents: The number of documents of these tokens.
     """
 
@@ -156,13 +125,27 @@ class DomainResult:
     bits_per_byte: Figure | None = None
     divergence: Figure | None = None
     agreement: Figure | None = None
-    vectors: VectorResult | None = None
-    tokens: int = 0
-    documents: int = 0
+    cosine: Figure | None = None
+    cosine_p5: Figure | None = None
+    cosine_worst: Figure | None = None
+    neighbours: Figure | None = None
+    retrieval: Figure | None = None
+    texts: int | None = None
+    tokens: int | None = None
+    documents: int | None = None
+
+    def of_model(self: AnyText, model: str) -> AnyText:
+        """Return the result of the original model and of one other."""
+        figures: dict[str, Any] = {}
+        for attribute in fields(self):
+            figure = getattr(self, attribute.name)
+            if isinstance(figure, Figure):
+                figures[attribute.name] = figure.of_model(model)
+        return replace(self, **figures)
 
 
 @dataclass
-class UnseenResult(DomainResult):
+class UnseenResult(TextResult):
     """The measurements on unseen text, which the run does not use for any decision.
 
     Attributes:
@@ -173,54 +156,39 @@ class UnseenResult(DomainResult):
     source: str = ""
     split_words: float | None = None
 
+    def with_technical_margin(self, split_words: float | None) -> UnseenResult:
+        """Return the result with an interval of the perplexity that includes the loss on technical text.
+
+        Args:
+            split_words: The share of the words that are split into more tokens; None if the vocabulary is unchanged.
+        """
+        perplexity = self.perplexity
+        if split_words is not None and perplexity is not None and perplexity.ratio is not None:
+            distance = technical_ratio(split_words) - perplexity.ratio
+            perplexity = Figure.of(perplexity.values, max(perplexity.margin or 0.0, distance))
+        return replace(self, perplexity=perplexity, split_words=split_words)
+
 
 @dataclass
-class LanguageResult:
-    """The cost of the same text in one language.
+class LanguageResult(TextResult):
+    """The measurements on the same text in one language.
 
     Attributes:
         cost: The cost in bits per byte, or in tokens if the model does not predict the next token.
         wanted: Whether the config names the language.
         known: Whether the original model reads the language in at most twice the bits of its best language; None
             where tokens are counted.
-        vectors: For encoders, the similarity of the vectors to the vectors of the original model.
     """
 
-    cost: Figure
+    cost: Figure = field(default_factory=Figure)
     wanted: bool = False
     known: bool | None = None
-    vectors: VectorResult | None = None
-
-    @classmethod
-    def of(cls, costs: Mapping[str, Any]) -> LanguageResult:
-        """Return the result of one language.
-
-        Args:
-            costs: One value of `vocabulary.languages.costs_before` or `with_costs_after`.
-        """
-        values = {DENSE: float(costs["before"])}
-        if costs.get("after") is not None:
-            values[PRUNED] = float(costs["after"])
-
-        return cls(Figure.of(values), costs["wanted"], costs.get("known"))
-
-    @property
-    def is_measured(self) -> bool:
-        """Return whether the pruned model was measured."""
-        return self.cost.ratio is not None
-
-    @property
-    def cosine(self) -> float | None:
-        """Return the mean cosine to the vectors of the original model, for encoders."""
-        if self.vectors is None or self.vectors.cosine is None:
-            return None
-        return self.vectors.cosine.pruned
 
     @property
     def severity(self) -> float:
         """Return how much worse the language got: one minus the cosine for encoders, else the ratio of the costs."""
         if self.cosine is not None:
-            return 1.0 - self.cosine
+            return 1.0 - (self.cosine.last or 0.0)
         return self.cost.ratio or 0.0
 
     def is_worse(self, limit: float) -> bool:
@@ -232,14 +200,9 @@ class LanguageResult:
         Args:
             limit: The ratio of the costs above which a language is worse.
         """
-        if self.cosine is not None and self.cosine < MIN_LANGUAGE_COSINE:
+        if self.cosine is not None and (self.cosine.last or 0.0) < MIN_LANGUAGE_COSINE:
             return True
         return (self.cost.ratio or 0.0) > limit
-
-    @property
-    def is_known(self) -> bool:
-        """Return whether the original model knows the language. Without a measurement in bits it counts as known."""
-        return self.known is not False
 
 
 @dataclass
@@ -268,7 +231,7 @@ class AnsweredQuestion:
     Attributes:
         kind: The kind of question.
         prompt: The question.
-        answers: The answers, by `dense`, `pruned` and `recovered` or by the names of models.
+        answers: The answers by the name of the model.
     """
 
     kind: str
@@ -296,7 +259,7 @@ class AnswersResult:
     """
 
     questions: list[AnsweredQuestion] = field(default_factory=list)
-    divergence: float | None = None
+    divergence: Figure | None = None
 
     @property
     def models(self) -> list[str]:
@@ -313,9 +276,43 @@ class AnswersResult:
             counts.append(sum(values))
         return counts
 
-    def tokens(self, model: str) -> list[int]:
-        """Return the lengths of the answers of one model."""
-        return [question.answers[model].tokens for question in self.questions]
+
+@dataclass(kw_only=True)
+class Measurements:
+    """All figures of some models, by text. Pruning, recovery and evaluation add the columns of their models.
+
+    Attributes:
+        domains: The results by domain.
+        unseen: The results on unseen text; None where it was not measured.
+        languages: The results by language code, where tokens were removed or languages were named.
+        answers: The answers of the models to test questions; None where no questions were asked.
+    """
+
+    domains: dict[str, TextResult] = field(default_factory=dict)
+    unseen: UnseenResult | None = None
+    languages: dict[str, LanguageResult] = field(default_factory=dict)
+    answers: AnswersResult | None = None
+
+    @property
+    def unseen_perplexity(self) -> Figure | None:
+        """Return the perplexity on unseen text."""
+        return None if self.unseen is None else self.unseen.perplexity
+
+    @property
+    def has_original(self) -> bool:
+        """Return whether perplexity was measured, and the original model on the same text."""
+        figures = [domain.perplexity for domain in self.domains.values() if domain.perplexity is not None]
+        return bool(figures) and all(figure.original is not None for figure in figures)
+
+    @property
+    def has_perplexity(self) -> bool:
+        """Return whether perplexity was measured on any domain."""
+        return any(domain.perplexity is not None for domain in self.domains.values())
+
+    @property
+    def has_vectors(self) -> bool:
+        """Return whether the vectors of an encoder were compared on any domain."""
+        return any(domain.texts is not None for domain in self.domains.values())
 
 
 @dataclass
@@ -361,7 +358,7 @@ class TrimResult:
 
 def perplexity_result(
     losses: Mapping[str, Tensor], tokens: int, documents: Tensor | None = None, spread: float = 0.0
-) -> DomainResult:
+) -> TextResult:
     """Return the perplexities of models on one text, with the confidence interval of their ratio.
 
     Args:
@@ -384,13 +381,13 @@ def perplexity_result(
         difference = last - first
         ratio = float(difference.mean().exp())
         # A margin m of the mean loss is, for small m, a relative margin m of exp(mean loss).
-        relative_margin = max(margin_of_error(difference, documents), UNSEEN / num_documents)
+        relative_margin = max(margin_of_error(difference, documents), MIN_RELATIVE_MARGIN / num_documents)
         margin = hypot(ratio * relative_margin, spread * (ratio - 1))
 
-    return DomainResult(Figure.of(perplexities, margin), tokens=tokens, documents=num_documents)
+    return TextResult(Figure.of(perplexities, margin), tokens=tokens, documents=num_documents)
 
 
-def ratios_of(domains: Mapping[str, DomainResult]) -> dict[str, Figure]:
+def ratios_of(domains: Mapping[str, TextResult]) -> dict[str, Figure]:
     """Return the perplexity of each domain where at least two models were measured."""
     figures = {name: domain.perplexity for name, domain in domains.items()}
     return {name: figure for name, figure in figures.items() if figure is not None and figure.ratio is not None}
@@ -430,29 +427,47 @@ def margin_of_mean(ratios: Iterable[float], margins: Iterable[float | None]) -> 
 
 def mean_figure(figures: Iterable[Figure]) -> Figure:
     """Return the arithmetic mean of a figure over domains, for each model that was measured on all of them."""
-    values_by_domain = [figure.by_model() for figure in figures]
+    values_by_domain = [figure.values for figure in figures]
     means = {}
 
-    for name in MODELS:
+    for name in values_by_domain[0] if values_by_domain else ():
         values = [by_model[name] for by_model in values_by_domain if name in by_model]
-        if values and len(values) == len(values_by_domain):
+        if len(values) == len(values_by_domain):
             means[name] = fmean(values)
 
     return Figure.of(means)
 
 
 def language_costs(languages: Mapping[str, Mapping[str, Any]]) -> dict[str, LanguageResult]:
-    """Return the results by language code from the costs that `vocabulary.languages` measures."""
-    return {code: LanguageResult.of(costs) for code, costs in languages.items()}
+    """Return the results by language code.
+
+    Args:
+        languages: The costs that `vocabulary.languages.costs_before` or `with_costs_after` return.
+    """
+    results = {}
+    for code, costs in languages.items():
+        cost = {ORIGINAL: float(costs["before"])}
+        if costs.get("after") is not None:
+            cost[PRUNED] = float(costs["after"])
+        results[code] = LanguageResult(cost=Figure.of(cost), wanted=costs["wanted"], known=costs.get("known"))
+    return results
 
 
 def known_languages(languages: Mapping[str, LanguageResult]) -> dict[str, LanguageResult]:
-    """Return the measured languages that the original model knows, the worst result first."""
+    """Return the measured languages that the original model knows, the worst result first.
+
+    Without a measurement in bits, a language counts as known.
+    """
     known = {}
     for code, result in languages.items():
-        if result.is_known and result.is_measured:
+        if result.known is not False and result.cost.ratio is not None:
             known[code] = result
     return dict(sorted(known.items(), key=lambda item: item[1].severity, reverse=True))
+
+
+def worse_languages(languages: Mapping[str, LanguageResult], limit: float) -> dict[str, LanguageResult]:
+    """Return the known languages that got worse, the worst result first; see `LanguageResult.is_worse`."""
+    return {code: result for code, result in known_languages(languages).items() if result.is_worse(limit)}
 
 
 def technical_ratio(split_words: float) -> float:
@@ -468,30 +483,11 @@ def technical_ratio(split_words: float) -> float:
     return exp(SPLIT_LOSS * TECHNICAL_SPLITS * split_words)
 
 
-def with_technical_margin(figure: Figure, split_words: float | None) -> Figure:
-    """Return a figure of unseen text, with an interval that includes the loss on technical text.
-
-    Args:
-        figure: The perplexity on unseen text.
-        split_words: The share of its words that are split into more tokens; None if the vocabulary is unchanged.
-    """
-    if split_words is None or figure.ratio is None:
-        return figure
-    distance = technical_ratio(split_words) - figure.ratio
-    return replace(figure, margin=max(figure.margin or 0.0, distance))
-
-
-def unseen_of(domain: DomainResult, source: str) -> UnseenResult:
+def unseen_of(result: TextResult, source: str) -> UnseenResult:
     """Return the result on unseen text from the measurements on it.
 
     Args:
-        domain: The measurements.
+        result: The measurements.
         source: The origin of the text.
     """
-    return UnseenResult(
-        perplexity=domain.perplexity,
-        divergence=domain.divergence,
-        tokens=domain.tokens,
-        documents=domain.documents,
-        source=source,
-    )
+    return UnseenResult(**vars(result), source=source)

@@ -11,7 +11,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..arch.spec import EXPERT, LAYER, MODEL, ArchSpec, kind_of
-from ..config.fields import by_layer, read_json
+from ..codec import by_layer
+from ..config.fields import read_json
 from ..errors import StructPruneError
 from ..system.fingerprint import fingerprint
 from ..written import replace_text, versioned

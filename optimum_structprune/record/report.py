@@ -1,11 +1,15 @@
-"""The reports of a pruning and of a training, and the records that are saved with a model."""
+"""The records of a pruning, a training and an evaluation, which are saved with a model.
+
+Records do not know their printed form. The modules `view` and `comparison` enter it in `PRINTERS`.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,47 +17,47 @@ from transformers import PreTrainedModel
 
 from ..arch.meta import is_offloaded, skeleton
 from ..arch.spec import LAYER, MODEL, ArchSpec
+from ..codec import from_plain
 from ..config.fields import read_mapping
 from ..config.pruning import StructPruneConfig
 from ..domains.manifest import Manifest
 from ..errors import StructPruneError
 from ..system.stages import model_bytes, stage
-from ..written import RECORD_VERSION, VERSION_KEY, replace_json, unversioned, versioned
-from .fields import decode, encode
-from .figures import AnswersResult, DomainResult, LanguageResult, SizeResult, TrimResult, UnseenResult
+from ..written import RECORD_VERSION, VERSION_KEY, Record, unversioned
+from .figures import AnswersResult, Measurements, SizeResult, TrimResult
 from .plan import Plan
+from .version_2 import converted
 
 
 REPORT_NAME = "report.json"
 RECOVERY_CONFIG_NAME = "recovery_config.json"
 RECOVERY_REPORT_NAME = "recovery_report.json"
+# The functions that return the lines of a record, by its class.
+PRINTERS: dict[type, Callable[[Any], list[str]]] = {}
 AnyResult = TypeVar("AnyResult", bound="ResultRecord")
 
 
-class ResultRecord:
+class ResultRecord(Record):
     """Base of the dataclasses that hold the measurements of a run and are saved as JSON."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values, without fields that are None."""
-        values: dict[str, Any] = encode(self)
-        return values
+    version = RECORD_VERSION
+
+    def __str__(self) -> str:
+        """Return the printed form."""
+        return "\n".join(PRINTERS[type(self)](self))
 
     @classmethod
     def from_dict(cls: type[AnyResult], values: Mapping[str, Any], name: str = "The record") -> AnyResult:
-        """Return the record with these plain values.
+        """Return the record with these plain values. A number that is null is infinite.
 
         Raises:
             StructPruneError: If a field is missing, unknown, or of another type.
         """
-        return decode(cls, values, name)
-
-    def save(self, path: str | Path) -> None:
-        """Write the record as JSON. A number that is not finite becomes null."""
-        replace_json(path, versioned(self.to_dict(), RECORD_VERSION))
+        return from_plain(cls, values, name, null=inf)
 
     @classmethod
     def load(cls: type[AnyResult], path: str | Path) -> AnyResult | None:
-        """Return the record in a file, or None if there is no file or an earlier version wrote it.
+        """Return the record in a file, or None if there is no file or version 1 wrote it.
 
         Raises:
             StructPruneError: If the file cannot be read, or a later version wrote it.
@@ -67,8 +71,11 @@ class ResultRecord:
         except StructPruneError as error:
             raise StructPruneError(f"{path}: {error}") from error
 
-        if document.get(VERSION_KEY, 1) < RECORD_VERSION:
+        version = document.get(VERSION_KEY, 1)
+        if version == 1:
             return None
+        if version == 2:
+            values = converted(values)
         return cls.from_dict(values, str(path))
 
 
@@ -85,19 +92,18 @@ class CurvePoint:
     kl: float
 
 
-@dataclass
-class RecoveryReport(ResultRecord):
-    """The measurements of a training after pruning.
+@dataclass(kw_only=True)
+class RecoveryReport(Measurements, ResultRecord):
+    """The measurements of a training after pruning: the columns `original`, `pruned` and `recovered`.
+
+    The domains `validation text` and `answers` have only the divergence.
 
     Attributes:
         tokens: The number of training tokens.
         steps: The number of optimizer steps.
         seconds: The duration of the training.
-        domains: The results by domain; `validation text` and `answers` have only the divergence.
-        unseen: The results on unseen text; None where it was not measured.
         kept_step: The optimizer step whose checkpoint was kept; 0 if no checkpoint was better than the pruned model.
         stopped: The reason why training ended early; empty where it did not.
-        answers: The answers of the models to test questions; None where no questions were asked.
         learning_rate: The initial learning rate.
         teacher: The name or folder of the teacher; empty where there was none.
         earlier: The configs of previous trainings of this model, the first one first.
@@ -107,44 +113,65 @@ class RecoveryReport(ResultRecord):
     tokens: int = 0
     steps: int = 0
     seconds: float = 0.0
-    domains: dict[str, DomainResult] = field(default_factory=dict)
-    unseen: UnseenResult | None = None
     kept_step: int = 0
     stopped: str = ""
-    answers: AnswersResult | None = None
     learning_rate: float = 0.0
     teacher: str = ""
     earlier: list[dict[str, Any]] = field(default_factory=list)
     curve: list[CurvePoint] = field(default_factory=list)
 
-    def domain(self, name: str) -> DomainResult:
-        """Return the result of a domain, and add an empty one if the domain is new."""
-        return self.domains.setdefault(name, DomainResult())
-
     @property
     def checkpoint_phrase(self) -> str:
-        """Return a phrase that names the kept checkpoint."""
+        """Return a phrase that names the kept checkpoint, and the text on which it is worse than the pruned model.
+
+        The mean over all validation samples chooses the checkpoint, so it may be worse on one kind of text.
+        """
         if not self.kept_step:
             return "no checkpoint was better than the pruned model, so the pruned model is kept"
+
+        phrase = f"best checkpoint: step {self.kept_step}"
         if self.kept_step == self.steps:
-            return f"best checkpoint: step {self.kept_step} (last)"
-        return f"best checkpoint: step {self.kept_step}"
+            phrase += " (last)"
+        worse = self._worse_divergences()
+        if worse:
+            phrase += f", but farther from the original model on {' and '.join(worse)}"
+        return phrase
 
-    @property
-    def has_dense(self) -> bool:
-        """Return whether the original model was measured on the same text as the trained one."""
-        perplexities = [domain.perplexity for domain in self.domains.values() if domain.perplexity is not None]
-        return bool(perplexities) and all(figure.dense is not None for figure in perplexities)
+    def _worse_divergences(self) -> list[str]:
+        """Return the texts whose divergence from the original model rose, with the values before and after."""
+        figures = {name: domain.divergence for name, domain in self.domains.items()}
+        if self.unseen is not None:
+            figures["unseen text"] = self.unseen.divergence
 
-    def __str__(self) -> str:
-        """Return the printed form: a table and the cost of the training."""
-        from .summary import recovery_lines
-
-        return "\n".join(recovery_lines(self))
+        worse = []
+        for name, figure in figures.items():
+            if figure is None or figure.pruned is None or figure.recovered is None:
+                continue
+            if round(figure.recovered, 3) > round(figure.pruned, 3):
+                worse.append(f"{name} (KL {figure.pruned:.3f} → {figure.recovered:.3f})")
+        return worse
 
 
 @dataclass
-class DenseModel:
+class LossSearch:
+    """The search for the smallest model within a loss.
+
+    Attributes:
+        limit: The requested loss.
+        measured: The loss and its margin by text, which was held out from the trials. A margin is None if only one
+            document was measured.
+        next: The expected loss with 5% fewer parameters.
+        trials: The removed share of each trial, and its losses with their margins by text.
+    """
+
+    limit: float
+    measured: dict[str, list[float | None]]
+    next: float
+    trials: list[dict[str, Any]]
+
+
+@dataclass
+class OriginalModel:
     """The original model of a run.
 
     Attributes:
@@ -160,28 +187,23 @@ class DenseModel:
     license: str = ""
 
 
-@dataclass
-class Report(ResultRecord):
-    """The measurements of a pruning.
+@dataclass(kw_only=True)
+class Report(Measurements, ResultRecord):
+    """The measurements of a pruning: the columns `original` and `pruned`. `latest` has the columns of a training too.
 
     Attributes:
         model_type: The model type.
         criterion: The criterion that scored the units inside layers.
         model: The original model.
-        dense: The size of the original model.
+        original: The size of the original model.
         pruned: The size of the pruned model.
         widths: The number of kept units, by kind of space and layer of the original model.
-        dense_widths: The full width, by kind of space.
+        original_widths: The full width, by kind of space.
         removed_layers: The layers of the original model that were removed, from 0.
         target: The share of the layer parameters that was requested; None where no share was requested.
-        domains: The results by calibration domain.
-        unseen: The results on unseen text; None where there was none.
-        languages: The results by language code, where tokens were removed or languages were named.
-        answers: The answers of the models to test questions; None where no questions were asked.
         trimmed: The result of vocabulary trimming; None where no token was removed.
         shapes: The widths that were tried, for allocations that measure losses.
-        wish: The result of a search for a size by its loss: the requested `loss`, the losses on text that was held
-            out from the trials (`measured`), the expected loss with 5% fewer parameters (`next`), and the `trials`.
+        loss_search: The search for a size by its loss; None where the size was given.
         recovery: The training after pruning; None where there was none.
         seconds: The duration by stage.
         changed: Whether the saved weights differ from the measured ones.
@@ -190,20 +212,16 @@ class Report(ResultRecord):
 
     model_type: str
     criterion: str
-    model: DenseModel = field(default_factory=DenseModel)
-    dense: SizeResult = field(default_factory=SizeResult)
+    model: OriginalModel = field(default_factory=OriginalModel)
+    original: SizeResult = field(default_factory=SizeResult)
     pruned: SizeResult = field(default_factory=SizeResult)
     widths: dict[str, dict[int, int]] = field(default_factory=dict)
-    dense_widths: dict[str, int] = field(default_factory=dict)
+    original_widths: dict[str, int] = field(default_factory=dict)
     removed_layers: list[int] = field(default_factory=list)
     target: float | None = None
-    domains: dict[str, DomainResult] = field(default_factory=dict)
-    unseen: UnseenResult | None = None
-    languages: dict[str, LanguageResult] = field(default_factory=dict)
-    answers: AnswersResult | None = None
     trimmed: TrimResult | None = None
     shapes: list[dict[str, Any]] = field(default_factory=list)
-    wish: dict[str, Any] = field(default_factory=dict)
+    loss_search: LossSearch | None = None
     recovery: RecoveryReport | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     changed: bool = False
@@ -211,22 +229,22 @@ class Report(ResultRecord):
 
     def start(self, model: PreTrainedModel, arch: ArchSpec) -> None:
         """Enter the size of the original model."""
-        self.dense = _size(model, arch)
-        self.model = DenseModel(model.name_or_path or "", str(model.dtype).removeprefix("torch."))
+        self.original = _size(model, arch)
+        self.model = OriginalModel(model.name_or_path or "", str(model.dtype).removeprefix("torch."))
 
-    def finish(self, model: PreTrainedModel, arch: ArchSpec, dense_arch: ArchSpec, plan: Plan) -> None:
+    def finish(self, model: PreTrainedModel, arch: ArchSpec, original_arch: ArchSpec, plan: Plan) -> None:
         """Enter the size and the widths of the pruned model."""
         self.pruned = _size(model, arch)
-        all_layers = range(dense_arch.num_layers)
+        all_layers = range(original_arch.num_layers)
         kept_layers = set(plan.keep.get((MODEL, LAYER), all_layers))
         self.removed_layers = [layer for layer in all_layers if layer not in kept_layers]
 
         for name, widths in plan.widths().items():
-            full = dense_arch.widths(name)
+            full = original_arch.widths(name)
             by_layer = {layer: width for layer, width in full.items() if layer == MODEL or layer in kept_layers}
             by_layer.update(widths)
             self.widths[name] = by_layer
-            self.dense_widths[name] = max(full.values())
+            self.original_widths[name] = max(full.values())
 
     def timed(self, name: str) -> AbstractContextManager[None]:
         """Add the time spent inside `with` to a stage, without the time of nested stages."""
@@ -235,32 +253,176 @@ class Report(ResultRecord):
     @property
     def sparsity(self) -> float:
         """Return the share of the layer parameters that was removed."""
-        if not self.dense.layer_parameters:
+        if not self.original.layer_parameters:
             return 0.0
-        return 1 - self.pruned.layer_parameters / self.dense.layer_parameters
+        return 1 - self.pruned.layer_parameters / self.original.layer_parameters
 
     @property
     def removed(self) -> float:
         """Return the share of all parameters that was removed."""
-        if not self.dense.parameters:
+        if not self.original.parameters:
             return 0.0
-        return 1 - self.pruned.parameters / self.dense.parameters
+        return 1 - self.pruned.parameters / self.original.parameters
+
+    def latest(self, answers: AnswersResult | None = None) -> Measurements:
+        """Return the table of the latest model: the columns of the pruning, and of the training after it.
+
+        A training counts on a text if the original model was measured on it too. After vocabulary trimming, the
+        interval on unseen text includes the loss that technical text may have.
+
+        Args:
+            answers: Answers that were collected later; by default those of the run.
+        """
+        table = Measurements(
+            domains=self.domains, unseen=self.unseen, languages=self.languages, answers=answers or self.answers
+        )
+        split_words = None if self.unseen is None else self.unseen.split_words
+
+        recovery = self.recovery
+        if recovery is not None:
+            if recovery.has_original:
+                table.domains = recovery.domains
+            trained = recovery.unseen_perplexity
+            if trained is not None and trained.original is not None:
+                table.unseen = recovery.unseen
+            # A training that gained nothing leaves the pruned model with its answers.
+            if answers is None and (recovery.answers is not None or recovery.kept_step):
+                table.answers = recovery.answers
+
+        if table.unseen is not None:
+            table.unseen = table.unseen.with_technical_margin(split_words)
+        return table
+
+
+@dataclass
+class Spread:
+    """The median and the quartiles of several measurements.
+
+    Attributes:
+        median: The median.
+        low: The lower quartile.
+        high: The upper quartile.
+    """
+
+    median: float
+    low: float
+    high: float
 
     @property
-    def latest_answers(self) -> AnswersResult | None:
-        """Return the answers of the latest model, or None if it was not asked."""
-        if self.recovery is None:
-            return self.answers
-        if self.recovery.answers is None and not self.recovery.kept_step:
-            # The training gained nothing, so the model is the pruned model.
-            return self.answers
-        return self.recovery.answers
+    def contains_one(self) -> bool:
+        """Return whether the quartiles lie on both sides of 1, so that no speed-up is shown."""
+        return self.low <= 1 <= self.high
 
-    def __str__(self) -> str:
-        """Return the printed form: sizes, losses on each domain, answers, and a verdict."""
-        from .summary import report_lines
 
-        return "\n".join(report_lines(self))
+@dataclass
+class Timing:
+    """The speed of one model on one shape.
+
+    Attributes:
+        seconds: The duration of each repeat.
+        tokens_per_second: The tokens of all sequences divided by the median duration.
+        speedup: The speed-up over the first model, with quartiles over the pairs of runs.
+    """
+
+    seconds: list[float]
+    tokens_per_second: float
+    speedup: Spread
+
+
+@dataclass
+class Speed(ResultRecord):
+    """The result of `measure_speed`. `str(speed)` is a table.
+
+    Attributes:
+        prefill: The speed of reading a prompt and choosing the first token, by shape (such as "batch 1, prompt 128")
+            and model.
+        decode: The speed of generating the next tokens, by shape and model.
+        run_memory: The bytes of memory, by shape and model. `memory_is` describes them.
+        new_tokens: The number of tokens generated after each prompt.
+        repeats: The number of runs of each model. The models take turns.
+        threads: The number of threads of torch.
+        clock: The unit of the seconds: `wall` is elapsed time, `cpu` is processor time over all threads.
+        device: The device of the first model.
+        memory_is: The meaning of `run_memory`.
+    """
+
+    prefill: dict[str, dict[str, Timing]]
+    decode: dict[str, dict[str, Timing]]
+    run_memory: dict[str, dict[str, int]]
+    new_tokens: int
+    repeats: int
+    threads: int
+    clock: str
+    device: str
+    memory_is: str
+
+    @property
+    def models(self) -> list[str]:
+        """Return the names of the models."""
+        return list(next(iter(self.run_memory.values()), {}))
+
+
+@dataclass(kw_only=True)
+class Evaluation(Measurements, ResultRecord):
+    """The result of `evaluate`: the columns `original` and `pruned`. `str(evaluation)` is a table.
+
+    Attributes:
+        model: The name or the folder of the model. Its column is called `pruned`.
+        original: The name or the folder of the original model; None if the model was measured alone.
+        seq_length: The number of tokens in a sample. All tokens but the first are predicted.
+        prefix: The token that each sample begins with; None where the tokenizer has none.
+        calibrated: The domains of a kind that the model was calibrated on; None without a record of the calibration.
+        shared: The domains that share text with the calibration; None without a record of the calibration.
+        warnings: The reasons why these figures may be too good.
+    """
+
+    model: str
+    original: str | None = None
+    seq_length: int = 0
+    prefix: str | None = None
+    calibrated: list[str] | None = None
+    shared: list[str] | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    def is_calibration_domain(self, name: str) -> bool:
+        """Return whether a domain is of a kind that the model was calibrated on."""
+        return name in (self.calibrated or ()) or name in (self.shared or ())
+
+
+@dataclass
+class MeasuredModel:
+    """The measurements of one model.
+
+    Attributes:
+        path: Its folder or its id on the Hub.
+        size: Its size; None where it was not measured.
+        widths: The widths of the layers, by kind of space.
+        evaluation: Its evaluation; None where it was not evaluated. The figures of the original model are in the
+            evaluations of the models that are compared with it.
+    """
+
+    path: str
+    size: SizeResult | None = None
+    widths: dict[str, list[int]] = field(default_factory=dict)
+    evaluation: Evaluation | None = None
+
+
+@dataclass
+class Measurement(ResultRecord):
+    """The result of `structprune evaluate`; the original model comes first where there is one.
+
+    Attributes:
+        models: The measurements by the name of the model.
+        speed: The speed of the models; None where it was not measured.
+    """
+
+    models: dict[str, MeasuredModel] = field(default_factory=dict)
+    speed: Speed | None = None
+
+    @property
+    def evaluations(self) -> list[Evaluation]:
+        """Return the evaluations of the models that have one."""
+        return [model.evaluation for model in self.models.values() if model.evaluation is not None]
 
 
 def _size(model: PreTrainedModel, arch: ArchSpec) -> SizeResult:

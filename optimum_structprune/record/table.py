@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from math import floor, isfinite, log10
 from statistics import fmean
+from typing import Any
 
-from ..forward.metrics import MANY_DOCUMENTS
+from ..margins import MANY_DOCUMENTS
 from .figures import Figure
 
 
 UNKNOWN = "–"
-PERCENT = "percent"
 MAX_DIGITS = 3
 # The units of byte sizes, the largest first.
 BYTE_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
@@ -21,41 +20,32 @@ BYTE_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 ACTIVE = re.compile(r"[\\`*_~\[\]<&|$@]|:(?=//)|(?<=www)\.", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One figure of several models.
+def change_row(
+    label: str,
+    before: float | Sequence[float] | None,
+    after: float | Sequence[float] | None,
+    show: Callable[[Any], str] | None = None,
+) -> list[str]:
+    """Return a row with two values and the relative change, which is empty if it is not known.
 
-    Attributes:
-        label: The name of the figure.
-        values: The value of each model: a number, a range of numbers, or None where it is unknown.
-        digits: The number of decimal places.
-        change: `PERCENT` to show the change from the first value to the last one, otherwise empty.
+    Args:
+        label: The first cell.
+        before: A number, several numbers, which are shown as a range, or None where it is unknown.
+        after: The same after the change.
+        show: The format of a value; by default `number`.
     """
+    first = _mean(before)
+    last = _mean(after)
+    change = ""
+    if first and last is not None:
+        change = percent_change(last / first)
 
-    label: str
-    values: tuple[float | Sequence[float] | None, ...]
-    digits: int = 0
-    change: str = ""
-
-    def cells(self) -> list[str]:
-        """Return the label, the values and the change as text."""
-        cells = [self.label]
-        cells += [number(value, self.digits) for value in self.values]
-        cells.append(self._change())
-        return cells
-
-    def _change(self) -> str:
-        """Return the change from the first value to the last one, or nothing if it is not shown or not known."""
-        first = _mean(self.values[0])
-        last = _mean(self.values[-1])
-
-        if not self.change or not first or last is None:
-            return ""
-        return percent_change(last / first)
+    show = show or number
+    return [label, show(before), show(after), change]
 
 
 def _mean(value: float | Sequence[float] | None) -> float | None:
-    """Return a number, or the mean of a range."""
+    """Return a number, or the mean of several numbers."""
     if isinstance(value, Sequence):
         return fmean(value)
     return value
@@ -91,12 +81,16 @@ def margin_digits(margin: float) -> int:
     return min(max(-floor(log10(margin)), 0), MAX_DIGITS)
 
 
+def value_text(figure: Figure | None) -> str:
+    """Format the last value of a figure, with its interval if that does not belong to the ratio: `0.95 ± 0.02`."""
+    if figure is None or figure.last is None:
+        return UNKNOWN
+    return with_margin(figure.last, figure.margin if figure.ratio is None else None)
+
+
 def ratio_text(figure: Figure, documents: int | None = None) -> str:
     """Format the ratio of a figure to the original model: `1.39× ± 0.08`, or `1.4× (few documents)`."""
-    ratio = figure.ratio
-    if ratio is None:
-        return UNKNOWN
-    return times(ratio, figure.margin, documents)
+    return UNKNOWN if figure.ratio is None else times(figure.ratio, figure.margin, documents)
 
 
 def times(ratio: float, margin: float | None = None, documents: int | None = None) -> str:
@@ -130,19 +124,6 @@ def byte_size(count: float) -> str:
             digits = 0 if count >= 100 * unit else 1
             return f"{count / unit:,.{digits}f} {name}"
     return f"{count:,.0f} bytes"
-
-
-def cells(models: Sequence[str], rows: Iterable[Row]) -> list[list[str]]:
-    """Return rows as text under the names of the models, without the last column if it is empty."""
-    head = [""]
-    head.extend(models)
-    head.append("")
-
-    table = [head]
-    table.extend(row.cells() for row in rows)
-    if any(line[-1] for line in table):
-        return table
-    return [line[:-1] for line in table]
 
 
 def aligned(table: Sequence[Sequence[str]]) -> str:

@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import IntEnum
 from math import inf
-from statistics import fmean
-from typing import TYPE_CHECKING
+from statistics import fmean, geometric_mean
 
 from ..config.pruning import LANGUAGES
 from .answers import is_compared
 from .figures import (
+    BUILT_IN,
     AnswersResult,
-    DomainResult,
-    Figure,
     LanguageResult,
-    UnseenResult,
-    known_languages,
+    Measurements,
+    TextResult,
     mean_ratio,
     ratios_of,
-    with_technical_margin,
+    worse_languages,
 )
-from .table import times
-
-
-if TYPE_CHECKING:
-    from .report import Report
+from .report import Report
+from .table import ratio_text, times
 
 
 class Level(IntEnum):
@@ -118,107 +113,6 @@ class Verdict:
         return "; ".join(parts)
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """The figures that a verdict depends on.
-
-    Attributes:
-        ratios: The perplexities by calibration domain.
-        unseen: The perplexity on unseen text; None where it was not measured.
-        answers: The answers of the original and the last model; None where only one of them was asked.
-        is_simple_text: Whether the unseen text is built-in. It is simpler than other text, so models lose less on it.
-        is_recovered: Whether a training changed the model.
-    """
-
-    ratios: dict[str, Figure]
-    unseen: Figure | None = None
-    answers: AnswersResult | None = None
-    is_simple_text: bool = False
-    is_recovered: bool = False
-
-    @classmethod
-    def of(cls, report: Report, answers: AnswersResult | None = None) -> Evidence:
-        """Return the latest figures of a report.
-
-        Args:
-            report: The report of a pruning, with the training after it.
-            answers: Answers that were collected later.
-        """
-        recovery = report.recovery
-        unseen = judged_unseen(report)
-        latest_answers = answers or report.latest_answers
-        return cls(
-            ratios=ratios_of(judged_domains(report)),
-            unseen=None if unseen is None else unseen.perplexity,
-            answers=latest_answers if is_compared(latest_answers) else None,
-            is_simple_text=report.unseen is not None and report.unseen.source == "built-in",
-            is_recovered=recovery is not None and bool(recovery.kept_step),
-        )
-
-    @property
-    def worst_domain(self) -> str:
-        """Return the name of the domain with the largest ratio."""
-        return max(self.ratios, key=lambda name: self.ratios[name].ratio or 0.0)
-
-    @property
-    def worst(self) -> float:
-        """Return the largest perplexity ratio."""
-        return self.worst_figure.ratio or 0.0
-
-    @property
-    def worst_figure(self) -> Figure:
-        """Return the perplexity of the domain with the largest ratio."""
-        return self.ratios[self.worst_domain]
-
-    @property
-    def kept_answers(self) -> tuple[int, int]:
-        """Return how many of the original model's correct answers are still correct, and how many there were."""
-        if self.answers is None:
-            return 0, 0
-        correct = [question for question in self.answers.questions if question.first.right]
-        return sum(question.last.right for question in correct), len(correct)
-
-    @property
-    def new_loops(self) -> int:
-        """Return the increase in the number of repetitive answers."""
-        if self.answers is None:
-            return 0
-        counts = self.answers.counts("loops")
-        return counts[-1] - counts[0]
-
-    def violations(self, limits: Limits) -> list[str]:
-        """Return the figures that exceed limits, in words."""
-        violations = []
-        mean, margin = mean_ratio(self.ratios.values())
-
-        if mean > limits.mean:
-            violations.append(f"{times(mean, margin)} on the calibration domains")
-        if self.worst > limits.worst:
-            violations.append(f"{times(self.worst, self.worst_figure.margin)} on {self.worst_domain}")
-
-        if self.unseen is None:
-            if mean > limits.unseen:
-                violations.append("unseen text was not measured")
-        elif (self.unseen.ratio or 0.0) > limits.unseen:
-            violations.append(f"{times(self.unseen.ratio or 0.0, self.unseen.margin)} on unseen text")
-
-        violations += self._violations_in_answers(limits)
-        return violations
-
-    def _violations_in_answers(self, limits: Limits) -> list[str]:
-        """Return the figures of the answers that exceed limits, in words."""
-        if self.answers is None:
-            return []
-        violations = []
-
-        num_kept, num_correct = self.kept_answers
-        if num_kept < limits.kept_answers * num_correct:
-            violations.append(f"{num_kept} of {num_correct} correct answers kept")
-        if self.new_loops > limits.new_loops * len(self.answers.questions):
-            violations.append(f"{self.new_loops} more repetitive answers")
-        return violations
-
-
 def judge(report: Report, answers: AnswersResult | None = None) -> Verdict | None:
     """Return the verdict on the model of a report, or None where no loss was measured.
 
@@ -228,102 +122,100 @@ def judge(report: Report, answers: AnswersResult | None = None) -> Verdict | Non
         report: The report of a pruning, with the training after it.
         answers: Answers that were collected later; by default those in the report.
     """
-    if any(domain.vectors is not None for domain in report.domains.values()):
-        return _judge_vectors(report)
-
-    evidence = Evidence.of(report, answers)
-    if not evidence.ratios or not report.dense.parameters:
+    table = report.latest(answers)
+    has_answers = is_compared(table.answers)
+    can_be_ready = True
+    if table.has_vectors:
+        if any(_neighbours(domain) is None for domain in table.domains.values()):
+            return None
+        levels = list(NEIGHBOUR_LIMITS)
+        violations_of = _vector_violations
+        has_answers = True
+    elif ratios_of(table.domains) and report.original.parameters:
+        levels = list(LIMITS)
+        violations_of = _loss_violations
+        # Nothing justifies the best level without answers, or with simple text alone.
+        is_simple_text = table.unseen is not None and table.unseen.source == BUILT_IN
+        can_be_ready = has_answers and not is_simple_text
+    else:
         return None
 
-    # Nothing justifies the best level without answers, or with simple text alone.
-    can_be_ready = evidence.answers is not None and not evidence.is_simple_text
     reasons: list[str] = []
     level = Level.UNUSABLE
-
-    for candidate, limits in LIMITS.items():
-        violations = evidence.violations(limits)
-        if not violations and (can_be_ready or candidate is not Level.READY):
+    for candidate in levels:
+        violations = violations_of(table, candidate)
+        if not violations and (candidate is not Level.READY or can_be_ready):
             level = candidate
             break
         reasons = violations
 
     advice = ADVICE[level]
-    if level is Level.RECOVER and evidence.is_recovered:
+    if level is Level.RECOVER and report.recovery is not None and report.recovery.kept_step:
         advice = LONGER
 
     worse, unsupported = _languages(report)
-    return Verdict(level, advice, reasons, worse, unsupported, has_answers=evidence.answers is not None)
+    return Verdict(level, advice, reasons, worse, unsupported, has_answers)
 
 
-def judged_domains(report: Report) -> Mapping[str, DomainResult]:
-    """Return the results by domain that the verdict is based on.
+def _loss_violations(table: Measurements, level: Level) -> list[str]:
+    """Return the losses and the figures of the answers that exceed the limits of a level, in words."""
+    limits = LIMITS[level]
+    ratios = ratios_of(table.domains)
+    mean, margin = mean_ratio(ratios.values())
+    worst_domain, worst = max(ratios.items(), key=lambda item: item[1].ratio or 0.0)
 
-    These are the results after training, if the original model was measured there.
-    """
-    if report.recovery is not None and report.recovery.has_dense:
-        return report.recovery.domains
-    return report.domains
+    violations = []
+    if mean > limits.mean:
+        violations.append(f"{times(mean, margin)} on the calibration domains")
+    # The ratio of a single domain is the mean too.
+    if len(ratios) > 1 and (worst.ratio or 0.0) > limits.worst:
+        violations.append(f"{ratio_text(worst)} on {worst_domain}")
+
+    unseen = table.unseen_perplexity
+    if unseen is None:
+        if mean > limits.unseen:
+            violations.append("unseen text was not measured")
+    elif (unseen.ratio or 0.0) > limits.unseen:
+        violations.append(f"{ratio_text(unseen)} on unseen text")
+
+    answers = table.answers
+    if answers is None or not is_compared(answers):
+        return violations
+
+    correct = [question for question in answers.questions if question.first.right]
+    num_kept = sum(question.last.right for question in correct)
+    if num_kept < limits.kept_answers * len(correct):
+        violations.append(f"{num_kept} of {len(correct)} correct answers kept")
+
+    counts = answers.counts("loops")
+    new_loops = counts[-1] - counts[0]
+    if new_loops > limits.new_loops * len(answers.questions):
+        violations.append(f"{new_loops} more repetitive answers")
+    return violations
 
 
-def judged_unseen(report: Report) -> UnseenResult | None:
-    """Return the latest result on unseen text.
+def _vector_violations(table: Measurements, level: Level) -> list[str]:
+    """Return the kept neighbours in words, if they or the losses of an encoder exceed the limits of a level."""
+    shares = {name: _neighbours(domain) or 0.0 for name, domain in table.domains.items()}
+    mean = fmean(shares.values())
+    worst_domain, worst = min(shares.items(), key=lambda item: item[1])
 
-    After vocabulary trimming its interval includes the loss that technical text may have.
-    """
-    unseen = report.unseen
-    split_words = None if unseen is None else unseen.split_words
-    recovery = report.recovery
-    if recovery is not None and recovery.unseen is not None and recovery.unseen.perplexity is not None:
-        unseen = recovery.unseen
+    losses = [figure.ratio or 1.0 for figure in ratios_of(table.domains).values()] or [1.0]
+    mean_loss = geometric_mean(losses) if max(losses) < inf else inf
 
-    if unseen is None or unseen.perplexity is None:
-        return unseen
-    perplexity = with_technical_margin(unseen.perplexity, split_words)
-    return replace(unseen, perplexity=perplexity, split_words=split_words)
+    min_mean, min_worst = NEIGHBOUR_LIMITS[level]
+    limits = LIMITS[level]
+    if mean >= min_mean and worst >= min_worst and mean_loss <= limits.mean and max(losses) <= limits.worst:
+        return []
+    return [f"at least {mean:.0%} of the neighbours kept", f"{worst:.0%} on {worst_domain}"]
 
 
-def _judge_vectors(report: Report) -> Verdict | None:
-    """Return the verdict on an encoder by its vectors and by its loss, if it has one."""
-    shares = _neighbour_shares(report)
-    if shares is None:
+def _neighbours(domain: TextResult) -> float | None:
+    """Return the lower end of the share of common neighbours, or None if it was not measured."""
+    figure = domain.neighbours
+    if figure is None or figure.last is None:
         return None
-
-    mean_share = fmean(shares.values())
-    worst_domain = min(shares, key=lambda name: shares[name])
-    worst_share = shares[worst_domain]
-
-    ratios = ratios_of(report.domains)
-    mean_loss = 1.0
-    if ratios:
-        mean_loss, _ = mean_ratio(ratios.values())
-    worst_loss = max((figure.ratio or 1.0 for figure in ratios.values()), default=1.0)
-
-    level = Level.UNUSABLE
-    for candidate, (min_mean, min_worst) in NEIGHBOUR_LIMITS.items():
-        limits = LIMITS[candidate]
-        keeps_neighbours = mean_share >= min_mean and worst_share >= min_worst
-        if keeps_neighbours and mean_loss <= limits.mean and worst_loss <= limits.worst:
-            level = candidate
-            break
-
-    reasons = []
-    if level is not Level.READY:
-        reasons.append(f"at least {mean_share:.0%} of the neighbours kept")
-        reasons.append(f"{worst_share:.0%} on {worst_domain}")
-
-    worse, unsupported = _languages(report)
-    return Verdict(level, ADVICE[level], reasons, worse, unsupported)
-
-
-def _neighbour_shares(report: Report) -> dict[str, float] | None:
-    """Return the lower end of the share of common neighbours by domain, or None if a domain has no share."""
-    shares = {}
-    for name, domain in report.domains.items():
-        neighbours = None if domain.vectors is None else domain.vectors.neighbours
-        if neighbours is None or neighbours.pruned is None:
-            return None
-        shares[name] = neighbours.pruned - (neighbours.margin or 0.0)
-    return shares
+    return figure.last - (figure.margin or 0.0)
 
 
 def _languages(report: Report) -> tuple[list[str], list[str]]:
@@ -338,22 +230,13 @@ def _languages(report: Report) -> tuple[list[str], list[str]]:
 
     limit = LANGUAGE_LIMIT
     if report.recovery is None:
-        limit = max(limit, _worst_bits_ratio(report.domains))
+        figures = [domain.bits_per_byte for domain in report.domains.values()]
+        ratios = [figure.ratio or 0.0 for figure in figures if figure is not None]
+        limit = max(limit, max(ratios, default=0.0))
 
-    worse = []
-    for code, result in known_languages(languages).items():
-        if code in judged and result.is_worse(limit):
-            worse.append(LANGUAGES[code])
-
-    unsupported = [LANGUAGES[code] for code in requested if not languages[code].is_known]
+    worse = [LANGUAGES[code] for code in worse_languages(languages, limit) if code in judged]
+    unsupported = [LANGUAGES[code] for code in requested if languages[code].known is False]
     return worse, unsupported
-
-
-def _worst_bits_ratio(domains: Mapping[str, DomainResult]) -> float:
-    """Return the largest ratio of the bits per byte of the calibration domains, or 0 without any."""
-    figures = [domain.bits_per_byte for domain in domains.values()]
-    ratios = [figure.ratio for figure in figures if figure is not None]
-    return max((ratio for ratio in ratios if ratio is not None), default=0.0)
 
 
 def _some(names: list[str]) -> str:

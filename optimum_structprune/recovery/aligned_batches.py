@@ -3,99 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import groupby, pairwise
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import StructPruneError
-from ..vocabulary.token_alignment import AlignedChunk, TokenAlignment
-from .teacher import Predictions
-
-
-# The label of a token that does not count, as everywhere in torch.
-IGNORED = -100
-# A sample: lists by name, in the tokens of the student and of the teacher. The two texts may have different lengths.
-Sample = dict[str, list[int]]
-
-
-def align_document(
-    alignment: TokenAlignment, ids: Sequence[int], is_counted: Sequence[bool], first_position: int = 0
-) -> Sample:
-    """Spell a document in the tokens of the teacher and of the student.
-
-    Args:
-        alignment: The spelling of the teacher's tokens.
-        ids: The document in the teacher's tokens.
-        is_counted: Whether each token counts in the loss.
-        first_position: The position of the first token.
-
-    Returns:
-        `input_ids`, `labels` and `position_ids` in the student's tokens. `align_rows` and `align_nodes`, the `row` and
-        the `node` of each student token; see `AlignedToken`. `teacher_input_ids`, `teacher_labels` and
-        `teacher_position_ids` in the teacher's tokens.
-    """
-    # The first token of a document has no prediction.
-    has_label = [False] + list(is_counted[1:])
-    parts = alignment.align(ids, has_label)
-    student_ids = [part for part, _, _ in parts]
-    rows = [row for _, row, _ in parts]
-
-    return {
-        "input_ids": student_ids,
-        "labels": _labels(student_ids, [row >= 0 for row in rows]),
-        "position_ids": list(range(first_position, first_position + len(student_ids))),
-        "align_rows": rows,
-        "align_nodes": [node for _, _, node in parts],
-        "teacher_input_ids": list(ids),
-        "teacher_labels": _labels(ids, has_label),
-        "teacher_position_ids": list(range(first_position, first_position + len(ids))),
-    }
-
-
-def _labels(ids: Sequence[int], has_label: Sequence[bool]) -> list[int]:
-    """Return the ids, with `IGNORED` for tokens without a label."""
-    labels = list(ids)
-    for place, keeps_id in enumerate(has_label):
-        if not keeps_id:
-            labels[place] = IGNORED
-    return labels
-
-
-def join_documents(documents: Sequence[Sample]) -> Sample:
-    """Pack the documents of one sample. Rows are numbered through all documents."""
-    sample: Sample = {name: [] for name in documents[0]}
-    num_rows = 0
-    for document in documents:
-        for name, values in document.items():
-            if name != "align_rows":
-                sample[name] += values
-
-        for row in document.get("align_rows", ()):
-            if row >= 0:
-                row += num_rows
-            sample["align_rows"].append(row)
-
-        num_rows += sum(label != IGNORED for label in document["teacher_labels"])
-    return sample
-
-
-# The values that pad shorter rows of a batch.
-PADDING = {"labels": IGNORED, "teacher_labels": IGNORED, "align_rows": -1, "align_nodes": -1}
-
-
-def pad_samples(samples: Sequence[Sample]) -> dict[str, Tensor]:
-    """Stack samples to a batch. The values in the tokens of a model have the shape `(batch, longest)`."""
-    batch: dict[str, Tensor] = {}
-    for name in samples[0]:
-        rows = [torch.tensor(sample[name], dtype=torch.int64) for sample in samples]
-        batch[name] = pad_sequence(rows, batch_first=True, padding_value=PADDING.get(name, 0))
-    return batch
+from ..measure.batches import IGNORED, PADDING, AlignedTargets, Sample, aligned_sample, pad_samples
+from ..vocabulary.token_alignment import TokenAlignment
 
 
 def check_batch(batch: Any) -> None:
@@ -198,20 +114,19 @@ class AlignedCollator:
             bounds.insert(0, 0)
         bounds.append(len(ids))
 
-        documents = []
+        sample: Sample = {"input_ids": [], "labels": [], "position_ids": []}
         for start, end in pairwise(bounds):
-            documents.append(self._document(ids[start:end], labels[start:end]))
-        return join_documents(documents)
+            teacher_ids = self._teacher_ids(ids[start:end])
+            sample["input_ids"] += teacher_ids
+            sample["position_ids"] += range(len(teacher_ids))
 
-    def _document(self, ids: list[int], labels: list[int]) -> Sample:
-        teacher_ids = self._teacher_ids(ids)
-        is_counted = []
-        start = 0
-        for token in teacher_ids:
-            end = start + len(self.alignment.spellings[token])
-            is_counted.append(all(label != IGNORED for label in labels[start:end]))
-            start = end
-        return align_document(self.alignment, teacher_ids, is_counted)
+            part_start = start
+            for token in teacher_ids:
+                part_end = part_start + len(self.alignment.spellings[token])
+                counts = all(label != IGNORED for label in labels[part_start:part_end])
+                sample["labels"].append(token if counts else IGNORED)
+                part_start = part_end
+        return aligned_sample(sample, self.alignment)
 
     def _teacher_ids(self, ids: list[int]) -> list[int]:
         """Return the teacher's tokens of a text. Their spelling is exactly `ids`."""
@@ -238,105 +153,3 @@ class AlignedCollator:
         if spelling != ids:
             return own_tokens
         return list(tokens)
-
-
-@dataclass
-class AlignedTargets:
-    """The positions of a batch where a student with fewer tokens learns from the predictions of the teacher.
-
-    Attributes:
-        teacher_inputs: The batch in the teacher's tokens.
-        teacher_positions: The indices of the positions whose next token counts, in the teacher's flattened batch.
-        rows: For each counted position of the student, the number of the teacher's token, shape `(positions,)`.
-        nodes: For each counted position, the node of its next token; see `TokenAlignment.align`.
-        chunks: The positions in chunks; see `split`.
-    """
-
-    INPUTS: ClassVar[tuple[str, ...]] = (
-        "align_rows",
-        "align_nodes",
-        "teacher_input_ids",
-        "teacher_labels",
-        "teacher_position_ids",
-    )
-
-    teacher_inputs: dict[str, Tensor]
-    teacher_positions: Tensor
-    rows: Tensor
-    nodes: Tensor
-    chunks: list[AlignedChunk] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, inputs: Mapping[str, Any], positions: Tensor) -> AlignedTargets:
-        """Select the counted positions of a batch.
-
-        Args:
-            inputs: A batch of `AlignedCollator`.
-            positions: The indices of the student's counted positions in the flattened batch.
-        """
-        labels = inputs["teacher_labels"]
-        next_counts = labels[:, 1:] != IGNORED
-        next_counts = torch.cat([next_counts, torch.zeros_like(next_counts[:, :1])], dim=1)
-
-        # Rows are numbered within each sample, because processes cut a batch into parts.
-        rows_of_sample = next_counts.sum(1)
-        first_rows = rows_of_sample.cumsum(0) - rows_of_sample
-        rows = inputs["align_rows"] + first_rows[:, None]
-        rows = rows[:, 1:].reshape(-1)
-        nodes = inputs["align_nodes"][:, 1:].reshape(-1)
-
-        # A position predicts the token after it. The last position of a sample has no prediction.
-        length = inputs["align_rows"].shape[1]
-        places = positions - positions // length
-        teacher_inputs = {
-            "input_ids": inputs["teacher_input_ids"],
-            "position_ids": inputs["teacher_position_ids"],
-        }
-        return cls(teacher_inputs, next_counts.flatten().nonzero()[:, 0], rows[places], nodes[places])
-
-    def split(self, alignment: TokenAlignment, size: int, device: torch.device) -> None:
-        """Divide the positions into chunks of `size` positions, on the device of the student's logits."""
-        if len(self.rows):
-            _, self.chunks = alignment.chunks(self.rows, self.nodes, size, device)
-
-    def divergence(
-        self, alignment: TokenAlignment, log_student: Tensor, predictions: Predictions, temperature: float, number: int
-    ) -> Tensor:
-        """Return the KL divergence from teacher to student in nats for one chunk, shape `(positions,)`, fp32.
-
-        Args:
-            alignment: The spelling of the teacher's tokens.
-            log_student: The student's log-probabilities of the next tokens, shape `(positions, size)`.
-            predictions: The teacher's predictions of its counted tokens.
-            temperature: The temperature of both distributions.
-            number: The number of the chunk.
-        """
-        if not len(log_student):
-            return log_student.sum(-1)
-
-        chunk = self.chunks[number]
-        with torch.no_grad():
-            logits = predictions.logits(chunk.dense.start, chunk.dense.stop, log_student.device).float()
-            target, weight = alignment.next_part((logits / temperature).softmax(-1), chunk)
-            negative_entropy = torch.special.xlogy(target, target).sum(-1)
-        return weight * (negative_entropy - (target * log_student).sum(-1))
-
-    def teacher_losses(self, predictions: Predictions, size: int) -> Tensor:
-        """Return the teacher's own loss for each of its counted tokens, shape `(tokens,)`, fp32."""
-        targets = self.next_teacher_tokens
-        losses = [torch.zeros(0, device=targets.device)]
-        for start in range(0, len(targets), size):
-            logits = predictions.logits(start, start + size, targets.device).float()
-            losses.append(cross_entropy(logits, targets[start : start + size], reduction="none"))
-        return torch.cat(losses)
-
-    @property
-    def next_teacher_tokens(self) -> Tensor:
-        """Return the teacher's token after each counted position, shape `(tokens,)`."""
-        ids = self.teacher_inputs["input_ids"].flatten()
-        return ids[self.teacher_positions + 1]
-
-    @property
-    def teacher_samples(self) -> Tensor:
-        """Return the number of the sample of each counted token of the teacher, shape `(tokens,)`."""
-        return self.teacher_positions // self.teacher_inputs["input_ids"].shape[1]

@@ -15,13 +15,14 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.inference import evaluating
 from ..arch.meta import positions_of
 from ..errors import StructPruneError, warn
 from ..forward.generation import sampled_continuations
-from ..forward.metrics import evaluating
+from ..measure.batches import Sample
 from ..system.fingerprint import TextCache
 from ..system.stages import progress
-from .samples import Sample, SamplePacker
+from .samples import SamplePacker
 
 
 # The maximum numbers of tokens in an answer. Each of them has an equal share of the samples. Short answers come first,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from transformers import TrainingArguments
@@ -138,12 +138,19 @@ def training_arguments(
 
 
 def _check_numbers(training: Mapping[str, Any]) -> None:
-    """Raise if a setting that is computed with is not a positive number."""
-    for name in POSITIVE_NUMBERS:
-        value = training.get(name, 1)
+    """Raise if a numeric setting is not a number, or a setting that is computed with is not positive."""
+    hints = get_type_hints(TrainingArguments)
+    for name, value in training.items():
+        types = set(get_args(hints.get(name)) or [hints.get(name)])
+        if value is None or types.isdisjoint({int, float}) or not types.isdisjoint({str, bool}):
+            continue
+
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or value <= 0:
-            raise StructPruneError(f"`{name}` in `training` must be a positive number, got {value!r}.")
+        kind = "number"
+        if name in POSITIVE_NUMBERS:
+            kind = "positive number"
+        if not is_number or (name in POSITIVE_NUMBERS and value <= 0):
+            raise StructPruneError(f"`{name}` in `training` must be a {kind}, got {value!r}.")
 
 
 def batch_samples(size: TrainingSize) -> int:

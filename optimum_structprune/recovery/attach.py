@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -19,9 +18,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from ..arch.hooks import replaced_forward
 from ..arch.meta import predicts_next
 from ..errors import StructPruneError
-from .aligned_batches import IGNORED, AlignedCollator, AlignedTargets, check_batch
+from ..measure.batches import IGNORED, AlignedTargets, next_tokens
+from ..measure.kl import divergence
+from ..measure.predictions import Predictions, accepted_inputs, bare_model, is_same
+from .aligned_batches import AlignedCollator, check_batch
 from .chunked_loss import TokenLosses, chunk_tokens, chunked_losses
-from .teacher import Predictions, Teacher, accepted_inputs, is_same, load_teacher
+from .teacher import Teacher, load_teacher
 
 
 # Inputs that a model's `forward` uses to compute a loss of its own. `skip_logits` is for Liger's kernels.
@@ -141,15 +143,6 @@ def _checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if not isinstance(value, torch.dtype) or not value.is_floating_point:
         raise StructPruneError(f'`teacher_dtype` must be a floating-point dtype, such as "bfloat16", got {dtype!r}.')
     return value
-
-
-def bare_model(model: Any) -> Any:
-    """Return a model without the wrappers of torch.compile, DDP and an adapter."""
-    model = getattr(model, "_orig_mod", model)
-    model = getattr(model, "module", model)
-    if isinstance(model, PeftModel):
-        return model.get_base_model()
-    return model
 
 
 def _check_trainer(trainer: Trainer, student: Any) -> None:
@@ -273,7 +266,7 @@ class TeacherLoss:
         teacher_inputs = _without(inputs, LOSS_INPUTS)
         teacher_positions = positions
         if self.teacher.alignment is not None:
-            aligned = AlignedTargets.of(inputs, positions)
+            aligned = AlignedTargets.of(inputs, positions, self.teacher.alignment)
             teacher_inputs = aligned.teacher_inputs
             teacher_positions = aligned.teacher_positions
 
@@ -425,20 +418,15 @@ class TeacherLoss:
         chunk_size = chunk_tokens(vocab_size, values.device)
 
         if batch.aligned is not None:
-            assert self.teacher.alignment is not None
-            batch.aligned.split(self.teacher.alignment, chunk_size, values.device)
+            batch.aligned.split(chunk_size, values.device)
 
         def chunk_loss(chunk: Tensor, start: int, end: int) -> TokenLosses:
             logits = project(chunk).float()
-            log_student = self._log_probabilities(logits)
-
             if batch.aligned is None:
-                kl = self._divergence(log_student, batch.predictions, start, end)
+                teacher_logits = batch.predictions.logits(start, end, logits.device)
+                kl = divergence(logits, teacher_logits, self.temperature)
             else:
-                assert self.teacher.alignment is not None
-                kl = batch.aligned.divergence(
-                    self.teacher.alignment, log_student, batch.predictions, self.temperature, start // chunk_size
-                )
+                kl = batch.aligned.divergence(logits, batch.predictions, start // chunk_size, self.temperature)
 
             loss = (1 - self.task_weight) * self.temperature**2 * kl
             if self.task_weight:
@@ -446,20 +434,6 @@ class TeacherLoss:
             return TokenLosses(loss, kl.detach())
 
         return chunked_losses(values, chunk_loss, chunk_size, trains_head)
-
-    def _log_probabilities(self, logits: Tensor) -> Tensor:
-        if self.temperature != 1:  # a division copies all logits
-            logits = logits / self.temperature
-        return logits.log_softmax(-1)
-
-    def _divergence(self, log_student: Tensor, predictions: Predictions, start: int, end: int) -> Tensor:
-        """Return the KL divergence in nats for the positions `start` to `end`, shape `(end - start,)`, fp32."""
-        with torch.no_grad():
-            teacher_logits = predictions.logits(start, end, log_student.device).float()
-            log_teacher = self._log_probabilities(teacher_logits)
-            probabilities = log_teacher.exp()
-            negative_entropy = (probabilities * log_teacher).sum(-1)
-        return negative_entropy - (probabilities * log_student).sum(-1)
 
 
 @dataclass
@@ -470,16 +444,6 @@ class _Batch:
     targets: Tensor
     predictions: Predictions
     aligned: AlignedTargets | None
-
-
-def next_tokens(inputs: dict[str, Any]) -> Tensor:
-    """Return the next token of each position of a batch, shape `(batch, seq_length)`, or -100 if it does not count."""
-    if inputs.get("shift_labels") is not None:
-        return inputs["shift_labels"]
-
-    labels = inputs["labels"]
-    last = torch.full_like(labels[:, :1], IGNORED)
-    return torch.cat([labels[:, 1:], last], dim=1)
 
 
 def _is_trained(project: Callable[[Tensor], Tensor], hidden: Tensor) -> bool:

@@ -11,7 +11,8 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import Trainer
 
-from ..forward.metrics import evaluating
+from ..arch.inference import evaluating
+from ..system.stages import progress
 
 
 # Trial rates, as shares of the default rate.
@@ -54,7 +55,11 @@ def lower_learning_rate_(
     assert trainer.optimizer is not None
     groups = trainer.optimizer.param_groups
 
+    num_batches = len(batches) * (1 + len(SHARES))
+    bar = progress(range(num_batches), desc="Choosing the learning rate", unit="batch", leave=False)
+
     def loss_of(batch: dict[str, Tensor]) -> Tensor:
+        next(bar, None)
         # The cache of autocast would keep the weights of an earlier trial.
         with trainer.accelerator.autocast():
             loss: Tensor = trainer.compute_loss(model, trainer._prepare_inputs(dict(batch)))  # type: ignore[assignment]

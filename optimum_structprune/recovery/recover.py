@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from itertools import islice
 from math import ceil
@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list, wait_for_everyone
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
 from ..arch.hooks import without_new_forward_hooks
+from ..arch.inference import evaluating
 from ..arch.meta import check_changeable, positions_of
 from ..config.domains import DomainConfig
 from ..config.fields import read_json
@@ -24,8 +25,12 @@ from ..config.recovery import RecoveryConfig
 from ..domains.manifest import MANIFEST_NAME, Entry, Manifest, check_kinds, check_tokens, remember_text
 from ..domains.packing import check_reads_any_text
 from ..errors import StructPruneError, warn
-from ..forward.metrics import evaluating, own_settings
-from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, RecoveryReport
+from ..forward.settings import own_settings
+from ..measure.batches import SampleCollator
+from ..measure.languages import cost_by_language
+from ..method.devices import default_device
+from ..record.cost import check_recovery_memory, recovery_cost
+from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME, RecoveryReport, Report
 from ..saving.save import RECORD_NAMES, save_checked
 from ..system.disk import used_paths
 from ..system.stages import stage
@@ -35,12 +40,10 @@ from .arguments import TrainingSize, training_arguments
 from .checks import check_recovery, trains_on_cpu
 from .learning_rate import NUM_TRIAL_SAMPLES, lower_learning_rate_
 from .measure import enter_curve, enter_measurements, measure_all, validation_loss
-from .memory import check_recovery_memory
 from .resume import TrainingInputs
-from .samples import SampleCollator
 from .teacher import Teacher, load_teacher
-from .text import sample_length
-from .training import NothingGainedWarning, StopAtNaN, recovery_trainer, train
+from .text import sample_length, text_config
+from .training import NothingGainedWarning, ShowProgress, StopAtNaN, recovery_trainer, train
 from .training_data import ANSWERS, VALIDATION, RecoveryData
 
 
@@ -50,7 +53,8 @@ __all__ = ["NothingGainedWarning", "Recovery", "check_recovery", "recover"]
 class Recovery:
     """A recovery of a pruned causal language model by training.
 
-    After `recover_model`, `report` has the figures of the run, and `entries` the text that it used.
+    After `recover_model`, `report` has the figures of the run, and `entries` the text that it used. `pruning_report`
+    is the report in `pruned`, with the languages of the recovered model, or None.
 
     Args:
         config: How the model is trained.
@@ -83,6 +87,7 @@ class Recovery:
 
         self._pruned = pruned
         self._records: dict[str, bytes] = {}
+        self.pruning_report: Report | None = None
         self._earlier: list[dict[str, Any]] = []
         if pruned is not None:
             self._read_records(Path(pruned))
@@ -92,6 +97,10 @@ class Recovery:
         for name in RECORD_NAMES:
             if (folder / name).is_file():
                 self._records[name] = (folder / name).read_bytes()
+
+        # The report is copied even if it cannot be read.
+        with suppress(StructPruneError):
+            self.pruning_report = Report.load(folder / REPORT_NAME)
 
         path = folder / RECOVERY_REPORT_NAME
         if path.is_file():
@@ -122,6 +131,8 @@ class Recovery:
 
         earlier = self._seen_by(model)
         with ExitStack() as stack:
+            # The Trainer moves the model to its own device.
+            stack.callback(_return_to, model.device, model)
             scratch = ""
             if "output_dir" not in config.training:
                 scratch = stack.enter_context(tempfile.TemporaryDirectory())
@@ -138,7 +149,8 @@ class Recovery:
                 name = loaded.model.name_or_path or ""
                 stack.enter_context(evaluating(loaded.model))
 
-            inputs = TrainingInputs.of(replace(config, seed=seed, seq_length=seq_length), model, name)
+            text = text_config(config, self.pruning, seq_length)
+            inputs = TrainingInputs.of(replace(config, seed=seed, seq_length=seq_length), text, model, name)
             folder = str(broadcast_object_list([arguments.output_dir])[0])  # the folder of the first process
             checkpoint = None
             if resume:
@@ -154,6 +166,8 @@ class Recovery:
             recovered, report = self._trained(model, seed, data, loaded, arguments, inputs, checkpoint)
             wait_for_everyone()
 
+        if report.kept_step:
+            self._measure_languages(recovered, tokenizer)
         report = replace(report, teacher=name or "", earlier=self._earlier)
         self._record(recovered, tokenizer, data, report, earlier)
         if report.stopped or not report.kept_step:
@@ -176,7 +190,8 @@ class Recovery:
         dense = model
         if isinstance(teacher, PreTrainedModel):
             dense = teacher
-        check_recovery_memory(self.config, dense, model, loaded=True)
+        cost = recovery_cost(self.config, dense, model, sample_length(self.config, model))
+        check_recovery_memory(cost, default_device(), loaded=True)
 
     def _seen_by(self, model: PreTrainedModel) -> Manifest | None:
         """Return the text that the model has seen, from memory or from the folder of the pruned model."""
@@ -184,6 +199,20 @@ class Recovery:
         if manifest is None and MANIFEST_NAME in self._records:
             return Manifest.load(str(self._pruned))
         return manifest
+
+    def _measure_languages(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Enter the costs of languages for the recovered model into the report of the pruning."""
+        report = self.pruning_report
+        if report is None or not report.languages or tokenizer is None:
+            return
+
+        codes = [code for code, language in report.languages.items() if language.cost.ratio is not None]
+        with stage("languages", {}):
+            wanted_codes = [code for code in codes if report.languages[code].wanted]
+            costs = cost_by_language(model, tokenizer, codes, wanted_codes)
+        for code in codes:
+            language = report.languages[code]
+            language.cost = replace(language.cost, pruned=costs.get(code))
 
     def _trained(
         self,
@@ -207,22 +236,31 @@ class Recovery:
         if config.train == "lora":
             adapter = lora_config(config, model, alignment is not None)
 
+        seq_length = data.stream.text.config.seq_length
+
+        def tokens_after(steps: int) -> int:
+            return _samples_read(steps, config.tokens // seq_length, arguments) * seq_length
+
         stopper = StopAtNaN()
-        callbacks = self.callbacks + [inputs, stopper]
+        shown = ShowProgress(value, tokens_after)
+        callbacks = self.callbacks + [inputs, stopper, shown]
         set_seed(seed)  # for the values of the adapter
         # peft puts a hook on the embedding of a model with activation checkpointing.
         own_hooks = without_new_forward_hooks(model.get_input_embeddings())
         with own_hooks, trainable(model, adapter) as (trained, take_back):
             trainer = recovery_trainer(trained, arguments, data, collator, teacher, callbacks)
-            pruned = measure_all(trained, data.measured, collator, teacher, trainer.accelerator)
+            with stage("perplexity", {}):
+                pruned = measure_all(trained, data.measured, teacher, trainer.accelerator)
 
             # Trial steps store all activations, which do not fit if the training needs activation checkpointing.
             if "learning_rate" not in config.training and not arguments.gradient_checkpointing:
                 batches = [collator([sample]) for sample in islice(data.stream, NUM_TRIAL_SAMPLES)]
                 lower_learning_rate_(trainer, batches, take_back)
-            seconds = train(trainer, checkpoint)
+            with closing(shown):
+                seconds = train(trainer, checkpoint)
 
-            recovered = measure_all(trained, data.measured, collator, teacher, trainer.accelerator)
+            with stage("perplexity", {}):
+                recovered = measure_all(trained, data.measured, teacher, trainer.accelerator)
             kinds = [kind for kind, samples in data.measured.items() if samples and samples[0] in data.validation]
             is_better = validation_loss(recovered, kinds, value) < validation_loss(pruned, kinds, value)
             if not is_better:  # also if a loss is NaN
@@ -236,9 +274,8 @@ class Recovery:
         kept_step = 0
         if is_better:
             kept_step = trainer.state.best_global_step or steps
-        seq_length = data.stream.text.config.seq_length
         report = RecoveryReport(
-            tokens=_samples_read(steps, config.tokens // seq_length, arguments) * seq_length,
+            tokens=tokens_after(steps),
             steps=steps,
             seconds=seconds,
             kept_step=kept_step,
@@ -260,7 +297,7 @@ class Recovery:
         """Store the report and the text of the run, and attach the manifest to the model."""
         self.report = report
         if self.report.unseen is not None:
-            self.report.unseen.source = data.other.source
+            self.report.unseen.source = data.unseen.source
         self.entries = data.entries
         manifest = earlier or Manifest.of(self.pruning, [], tokenizer)
         self._manifest = manifest.with_entries(self.entries)
@@ -296,6 +333,8 @@ class Recovery:
         def write(folder: Path) -> None:
             for name, record in self._records.items():
                 (folder / name).write_bytes(record)
+            if self.pruning_report is not None and self.pruning_report.languages:
+                self.pruning_report.save(folder / REPORT_NAME)
             if self._manifest is not None:
                 self._manifest.save(folder / MANIFEST_NAME)
             replace_json(folder / RECOVERY_CONFIG_NAME, self.config.without_output_dir().to_dict())
@@ -303,6 +342,12 @@ class Recovery:
             write_card(folder, save_directory, model, self.pruning.arch_file)
 
         save_checked(model, save_directory, tokenizer, overwrite, write, used_paths(self.config, self.pruning))
+
+
+def _return_to(device: torch.device, model: PreTrainedModel) -> None:
+    """Move a model back to its device."""
+    if model.device != device:
+        model.to(device)  # type: ignore[arg-type]
 
 
 def _samples_read(steps: int, num_samples: int, arguments: TrainingArguments) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import sort_checkpoints
 
+from ..codec import to_plain
 from ..config.fields import read_json
+from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..errors import StructPruneError, warn
 from ..system.fingerprint import fingerprint
-from ..written import plain
 
 
 class TrainingInputs(TrainerCallback, ExportableState):
@@ -29,11 +31,21 @@ class TrainingInputs(TrainerCallback, ExportableState):
         self.inputs = inputs
 
     @classmethod
-    def of(cls, config: RecoveryConfig, model: PreTrainedModel, teacher: str | None) -> TrainingInputs:
-        """Return the inputs of a training, for a model without an adapter."""
+    def of(
+        cls, config: RecoveryConfig, text: StructPruneConfig, model: PreTrainedModel, teacher: str | None
+    ) -> TrainingInputs:
+        """Return the inputs of a training, for a model without an adapter.
+
+        Args:
+            config: The config of the recovery.
+            text: The config of the training text; see `text_config`.
+            model: The model.
+            teacher: The name of the teacher, or None.
+        """
         values: dict[str, Any] = {"model": fingerprint(model), "dtype": model.dtype, "teacher": teacher}
-        values.update(config.without_output_dir().to_dict())
-        return cls(plain(values))
+        values.update(replace(config, domains=text.domains).without_output_dir().to_dict())
+        values["pruning_seed"] = text.seed
+        return cls(to_plain(values))
 
     def state(self) -> dict[str, Any]:
         """Return the values that the Trainer writes into a checkpoint; see `ExportableState`."""

@@ -1,23 +1,13 @@
-"""Make training samples of token ids, positions and labels, and batches of samples."""
+"""Make training samples of token ids, positions and labels."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..errors import StructPruneError
-from ..vocabulary.token_alignment import TokenAlignment
-from .aligned_batches import IGNORED, align_document, join_documents, pad_samples
-
-
-# `input_ids`, `position_ids` and `labels`, lists of equal length. Positions begin at 0 with each conversation, so that
-# models can distinguish packed conversations. The label of a token that does not count is -100.
-Sample = dict[str, list[int]]
+from ..measure.batches import IGNORED, Sample
 
 
 def text_sample(ids: Sequence[int] | Tensor) -> Sample:
@@ -57,61 +47,3 @@ class SamplePacker:
             if len(sample["input_ids"]) == self.seq_length:
                 yield sample
                 sample = {"input_ids": [], "position_ids": [], "labels": []}
-
-
-class SampleCollator:
-    """A collator that makes batches in the tokens of the student and, with an alignment, of the teacher too.
-
-    Args:
-        alignment: The spelling of the teacher's tokens if the student lacks some of them.
-        max_positions: The number of positions of the student.
-    """
-
-    aligns_tokens = True
-
-    def __init__(self, alignment: TokenAlignment | None, max_positions: float):
-        self.alignment = alignment
-        self.max_positions = max_positions
-
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Return a batch of tensors, each of shape `(batch, longest)`."""
-        if self.alignment is None:
-            return pad_samples([dict(sample) for sample in samples])
-
-        batch = pad_samples([aligned_sample(sample, self.alignment) for sample in samples])
-        longest = 1 + int(batch["position_ids"].max())
-        if longest > self.max_positions:
-            length = max(len(sample["input_ids"]) for sample in samples)
-            possible = int(length * self.max_positions // longest)
-            raise StructPruneError(
-                f"A sample of `seq_length`={length} takes {longest} of the kept tokens, and the model has "
-                f"{self.max_positions:.0f} positions. Set `seq_length` to {possible}."
-            )
-        return batch
-
-
-def aligned_sample(sample: Mapping[str, Any], alignment: TokenAlignment) -> Sample:
-    """Spell a sample of the teacher's tokens in the student's tokens too; see `align_document`."""
-    ids = sample["input_ids"]
-    is_counted = [label != IGNORED for label in sample["labels"]]
-
-    bounds = [place for place, position in enumerate(sample["position_ids"]) if position == 0]
-    bounds.append(len(ids))
-
-    documents = []
-    for start, end in pairwise(bounds):
-        documents.append(align_document(alignment, ids[start:end], is_counted[start:end]))
-    return join_documents(documents)
-
-
-def counted_tokens(sample: Mapping[str, Any]) -> int:
-    """Count the tokens of a sample in the loss."""
-    return sum(label != IGNORED for label in sample["labels"][1:])
-
-
-def to_tensors(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Stack samples of equal length."""
-    batch = {}
-    for name in samples[0]:
-        batch[name] = torch.tensor([sample[name] for sample in samples])
-    return batch

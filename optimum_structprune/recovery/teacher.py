@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +11,10 @@ from accelerate import Accelerator
 from torch import Tensor, distributed, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.hooks import replaced_forward
 from ..arch.meta import predicts_next
 from ..domains.manifest import tokenizer_of
 from ..errors import StructPruneError
+from ..measure.predictions import Predictor, accepted_inputs
 from ..method.layers import input_device
 from ..system.placement import is_spread
 from ..vocabulary.token_alignment import TokenAlignment
@@ -149,41 +147,7 @@ def tokens_of_teacher(
     return reader, alignment
 
 
-@dataclass
-class Predictions:
-    """The next-token predictions of a teacher at some positions.
-
-    Attributes:
-        values: The inputs of the head, or logits, shape `(positions, features)`.
-        head: The head, or None if `values` are logits.
-    """
-
-    values: Tensor
-    head: nn.Module | None = None
-
-    def logits(self, start: int, end: int, device: torch.device) -> Tensor:
-        """Return the logits of the positions `start` to `end`, shape `(end - start, vocab)`, on a device."""
-        values = self.values[start:end]
-        if self.head is not None:
-            values = self.head(values)
-        return values.to(device)
-
-
-def accepted_inputs(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Select the inputs that a model's `forward` takes, and disable its cache.
-
-    transformers can only separate packed documents without a cache.
-    """
-    parameters = signature(type(model).forward).parameters
-    takes_all = any(parameter.kind == Parameter.VAR_KEYWORD for parameter in parameters.values())
-    selected = dict(inputs)
-    selected["use_cache"] = False
-    if takes_all:
-        return selected
-    return {name: value for name, value in selected.items() if name in parameters}
-
-
-class Teacher:
+class Teacher(Predictor):
     """A frozen causal language model that predicts next tokens.
 
     Attributes:
@@ -199,76 +163,35 @@ class Teacher:
         alignment: TokenAlignment | None = None,
         device: str | torch.device | int | None = None,
     ):
-        self.model = model
+        super().__init__(model)
         self.tokenizer = tokenizer
         self.alignment = alignment
         self.device = device
         self._placed: Any = None
         self._sharded = False
-        # Whether the output of the head is the output of the model, or None before the first forward pass.
-        self._plain_head: bool | None = None
 
     def place(self, accelerator: Accelerator) -> None:
         """Place the teacher for an Accelerator before the first use; see `place_teacher`."""
         if self._placed is None:
             self._sharded = is_sharded(accelerator)
+            # The weights of a sharded head are only gathered while the model runs.
+            self.whole = self.whole or self._sharded
             self._placed = place_teacher(self.model, accelerator, self.device)
 
-    @torch.no_grad()
-    def predict(self, inputs: Mapping[str, Any], positions: Tensor) -> Predictions:
-        """Predict the next tokens of a batch.
-
-        Args:
-            inputs: The inputs of the teacher in its own tokens, each of shape `(batch, seq_length)`.
-            positions: The indices of the positions to predict from, in the flattened batch.
-        """
+    def run(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Run the teacher on a batch in its own tokens, and return its logits; see `Predictor.run`."""
         caller: Any = self.model
         if self._placed is not None:
             caller = self._placed
-        arguments = self._arguments(inputs)
 
-        head: Any = self.model.get_output_embeddings()
-        # The weights of a sharded head are only gathered while the model runs.
-        if self._sharded or head is None or self._plain_head is False:
-            return self._logits(caller, arguments, positions)
+        arguments = accepted_inputs(self.model, inputs)
+        if not self._sharded:
+            device = input_device(self.model)
+            for name, value in arguments.items():
+                if isinstance(value, Tensor):
+                    arguments[name] = value.to(device)
 
-        hidden: list[Tensor] = []
-
-        def keep_hidden(states: Tensor, *_: Any, **__: Any) -> Tensor:
-            hidden.append(states)
-            return states[..., :1]
-
-        with replaced_forward(head, keep_hidden):
-            output = caller(**arguments).logits
-        if self._plain_head is None:
-            self._plain_head = len(hidden) == 1 and is_same(output, hidden[0][..., :1])
-            if not self._plain_head:
-                return self._logits(caller, arguments, positions)
-
-        states = hidden[0].flatten(0, 1)
-        return Predictions(states[positions.to(states.device)], head)
-
-    def _logits(self, caller: Any, arguments: dict[str, Any], positions: Tensor) -> Predictions:
-        logits = caller(**arguments).logits.flatten(0, 1)
-        predictions = Predictions(logits[positions.to(logits.device)])
+        logits: Tensor = caller(**arguments).logits
         if self._sharded:
             reshard(self.model)
-        return predictions
-
-    def _arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Select the inputs that the teacher's `forward` takes, on its device."""
-        arguments = accepted_inputs(self.model, inputs)
-        if self._sharded:
-            return arguments
-        device = input_device(self.model)
-        for name, value in arguments.items():
-            if isinstance(value, Tensor):
-                arguments[name] = value.to(device)
-        return arguments
-
-
-def is_same(output: Any, expected: Tensor) -> bool:
-    """Return whether the output of a model is what its head returned."""
-    if not isinstance(output, Tensor) or output.shape != expected.shape:
-        return False
-    return torch.equal(output.detach().float(), expected.detach().to(output.device).float())
+        return logits

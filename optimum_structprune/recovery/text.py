@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,7 +17,7 @@ from ..arch.meta import positions_of
 from ..config.domains import BUILTIN, GENERAL, DomainConfig, written_by_model
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
-from ..domains.load import WRITTEN, builtin_source_except, load_domains, split_samples, texts_of
+from ..domains.load import WRITTEN, builtin_source_except, load_domains, texts_of
 from ..domains.manifest import TRAINED, Entry, Manifest
 from ..domains.packing import HELDOUT, Domain, SampleFormat, check_vocabulary, tokenised
 from ..domains.sources import documents, endless, resolve
@@ -31,7 +33,6 @@ MAX_HELDOUT_TOKENS = 1_024
 MAX_VALIDATION_TOKENS = 2_048
 MAX_HELDOUT_SAMPLES = 8
 VALIDATION = "validation text"
-OTHER_TEXT = "other text"
 # The kind of validation text if the training text has all other built-in kinds.
 OTHER_KIND = f"{BUILTIN}news"
 # The maximum number of passes over a text. More passes teach little (Muennighoff et al., 2023, arXiv 2305.16264).
@@ -104,6 +105,36 @@ def _is_mixed(domains: Sequence[DomainConfig]) -> bool:
     return any(str(domain.source).startswith(BUILTIN + GENERAL) for domain in domains)
 
 
+def answer_samples(config: RecoveryConfig, num_samples: int) -> int:
+    """Return the number of answers among the samples of a training with a teacher."""
+    if config.answer_share == 0:
+        return 0
+    return max(1, round(config.answer_share * num_samples))
+
+
+def check_training_text(
+    config: RecoveryConfig,
+    pruning: StructPruneConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    earlier: Manifest | None,
+) -> None:
+    """Raise `StructPruneError` if there is too little text to train with a teacher. Call this before the pruning.
+
+    Args:
+        config: How the model will be trained.
+        pruning: How it will be pruned.
+        model: The dense model. It may be on the meta device.
+        tokenizer: Its tokenizer.
+        earlier: The text of the pruning.
+    """
+    text = text_config(config, pruning, sample_length(config, model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the training itself repeats the warnings
+        stream = TextStream(text, tokenizer, model, earlier, writes=False)
+        stream.check_enough(text.num_samples - answer_samples(config, text.num_samples))
+
+
 class TextStream:
     """A stream of training samples from domains, by their weights. Documents are tokenized when they are needed.
 
@@ -114,6 +145,7 @@ class TextStream:
         tokenizer: The tokenizer that reads it.
         model: The model that writes domains of its own text.
         earlier: The text that an earlier run has used.
+        writes: Whether the model writes. If not, held-out text of domains of its own text is left out.
 
     Attributes:
         heldout: The held-out samples of each domain, and a first sample of the training text.
@@ -125,13 +157,16 @@ class TextStream:
         tokenizer: PreTrainedTokenizerBase | None,
         model: PreTrainedModel,
         earlier: Manifest | None = None,
+        writes: bool = True,
     ):
         domains = config.domains or []
         training_tokens = config.num_samples * config.seq_length
         num_heldout = measured_tokens(training_tokens, MAX_HELDOUT_TOKENS) // config.seq_length
         num_heldout = max(1, min(MAX_HELDOUT_SAMPLES, num_heldout))
         one_sample_each = replace(config, num_samples=len(domains))
-        self.heldout: list[Domain] = load_domains(one_sample_each, tokenizer, model, num_heldout, earlier)
+        self.heldout: list[Domain] = load_domains(
+            one_sample_each, tokenizer, model, num_heldout, earlier, writes=writes
+        )
 
         assert tokenizer is not None  # or the domains could not be read
         self.config = config
@@ -155,15 +190,14 @@ class TextStream:
         """Skip further documents, which have another use."""
         self._skipped.update(hashes)
 
-    def entries(self) -> list[Entry]:
-        """Return the manifest's entries of the domains, with the documents that were read so far."""
-        weights = [domain.weight for domain in self.domains]
-        counts = split_samples(self.config.num_samples, weights)
+    def entries(self, num_samples: int) -> list[Entry]:
+        """Return the manifest's entries of the domains for a number of samples, with the documents read so far."""
+        counts = Counter(self._turns(num_samples))
         entries = []
-        for domain, count in zip(self.heldout, counts, strict=True):
+        for place, domain in enumerate(self.heldout):
             documents = tuple(self.documents[domain.name])
             entry = Entry.of(replace(domain, documents=documents), TRAINED)
-            entry.calibration_tokens = count * self.config.seq_length
+            entry.calibration_tokens = counts[place] * self.config.seq_length
             entries.append(entry)
         return entries
 
@@ -191,13 +225,17 @@ class TextStream:
     def samples(self, num_samples: int) -> Iterator[list[int]]:
         """Yield samples of token ids. The domains take turns by their weights."""
         streams = [self._repeated(domain) for domain in self.domains]
+        for place in self._turns(num_samples):
+            yield next(streams[place])
+
+    def _turns(self, num_samples: int) -> Iterator[int]:
+        """Yield the number of the domain of each sample, which has the smallest part of its share so far."""
         weights = [domain.weight for domain in self.domains]
-        counts = [0] * len(streams)
+        counts = [0] * len(weights)
         for _ in range(num_samples):
-            # The next sample comes from the domain with the smallest part of its share so far.
-            index = min(range(len(streams)), key=lambda place: (counts[place] + 0.5) / weights[place])
-            counts[index] += 1
-            yield next(streams[index])
+            domain = min(range(len(weights)), key=lambda place: (counts[place] + 0.5) / weights[place])
+            counts[domain] += 1
+            yield domain
 
     def openings(self, num_samples: int) -> Iterator[list[int]]:
         """Yield about `num_samples` samples by the weights of the domains. Each domain is read at most once."""

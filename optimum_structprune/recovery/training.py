@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from math import isfinite
 from typing import Any
 
 from peft import PeftModel
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import IntervalStrategy
 
-from ..errors import StructPruneError, one_line
+from ..errors import StructPruneError, one_line, reason_of
+from ..measure.batches import SampleCollator
 from ..system.disk import is_write_error
+from ..system.stages import progress, say, stage
 from .adapter import LIBRARY_ERRORS
 from .attach import attach_loaded_teacher
 from .learning_rate import lower_rate_of_token_rows_
-from .samples import SampleCollator
 from .teacher import Teacher
 from .training_data import RecoveryData
 
 
 # Accelerate sets these attributes on a model, and does not prepare a model that has them for another training.
 ACCELERATE_ATTRIBUTES = {"forward", "_is_accelerate_prepared"}
+# The progress of a training shows the mean of this number of logged losses, because batches of text and of answers
+# have different losses.
+SHOWN_LOGS = 10
 
 
 class NothingGainedWarning(UserWarning):
@@ -54,6 +60,88 @@ class StopAtNaN(TrainerCallback):
             "or train in float32 or bfloat16."
         )
         control.should_training_stop = True
+
+
+class ShowProgress(TrainerCallback):
+    """Show the steps, the tokens and the smoothed loss of a training, and its evaluations.
+
+    Args:
+        value: The shown value of the logs: `kl` or `loss`.
+        tokens_after: A function from a number of steps to the number of tokens that they read.
+    """
+
+    def __init__(self, value: str, tokens_after: Callable[[int], int]) -> None:
+        self.value = value
+        self.label = value.replace("kl", "KL")
+        self.tokens_after = tokens_after
+        self._tokens = 0
+        self._losses: deque[float] = deque(maxlen=SHOWN_LOGS)
+        self._steps: Iterator[int] = iter(())
+        self._batches: Iterator[int] | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Draw the bar."""
+        if state.is_world_process_zero:
+            self._steps = progress(
+                range(state.global_step, state.max_steps),
+                note=self._note,
+                initial=state.global_step,
+                total=state.max_steps,
+                unit="step",
+                disable=args.disable_tqdm,
+            )
+            next(self._steps, None)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count a step."""
+        self._tokens = self.tokens_after(state.global_step)
+        next(self._steps, None)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Remember the loss of the last steps."""
+        loss = (logs or {}).get(self.value)
+        if loss is not None:
+            self._losses.append(loss)
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """Count a batch of an evaluation. The bar begins after the first batch."""
+        if not state.is_world_process_zero:
+            return
+        if self._batches is None:
+            total = len(eval_dataloader)
+            self._batches = progress(
+                range(1, total),
+                desc="Evaluating the checkpoint",
+                initial=1,
+                total=total,
+                unit="batch",
+                leave=False,
+                disable=args.disable_tqdm,
+            )
+        next(self._batches, None)
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        """Print the result of an evaluation."""
+        self._batches = None
+        loss = (metrics or {}).get(f"eval_{self.value}")
+        if state.is_world_process_zero and loss is not None:
+            say(f"Step {state.global_step} of {state.max_steps}: validation {self.label} {loss:.4f}")
+
+    def close(self) -> None:
+        """Close the bars."""
+        self._batches = None
+        self._steps = iter(())
+
+    def _note(self) -> str:
+        """Return the number of tokens and the smoothed loss."""
+        note = f"{self._tokens:,} tokens"
+        if self._losses:
+            note += f", {self.label} {sum(self._losses) / len(self._losses):.4f}"
+        return note
 
 
 class EvaluateLastStep(TrainerCallback):
@@ -94,6 +182,9 @@ def recovery_trainer(
             callbacks=all_callbacks,
         )
 
+        # `ShowProgress` replaces the progress of the Trainer.
+        for printer in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
+            trainer.remove_callback(printer)
         if use_cache is not None:
             model.config.use_cache = use_cache  # the Trainer turns it off and does not restore it
         if teacher is not None:
@@ -127,7 +218,8 @@ def train(trainer: Trainer, checkpoint: str | None) -> float:
 
     attributes_before = set(vars(model))
     try:
-        output = trainer.train(resume_from_checkpoint=checkpoint)
+        with stage("training", {}):
+            output = trainer.train(resume_from_checkpoint=checkpoint)
     except Exception as error:
         # A damaged checkpoint raises errors of many kinds.
         if isinstance(error, StructPruneError) or not (checkpoint or isinstance(error, LIBRARY_ERRORS)):
@@ -147,7 +239,7 @@ def train(trainer: Trainer, checkpoint: str | None) -> float:
 def _advice(error: Exception, trainer: Trainer, checkpoint: str | None) -> str:
     """Return the message for an error of a training."""
     message = (
-        f"Training stopped at step {trainer.state.global_step}, {type(error).__name__}: {one_line(error)}. The model "
+        f"Training stopped at step {trainer.state.global_step}, {type(error).__name__}: {reason_of(error)}. The model "
         "is as it was."
     )
 

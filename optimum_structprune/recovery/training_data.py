@@ -12,17 +12,19 @@ from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.manifest import Entry, Manifest
 from ..forward.generation import end_tokens
-from ..sources.other import OtherText, other_text
+from ..measure.batches import Sample
+from ..record.figures import UNSEEN_TEXT
+from ..sources.unseen import UnseenText, unseen_text
 from ..system.fingerprint import fingerprint
 from .answers import ANSWER_TOKENS, TEMPERATURE, Answers, answer_file, prompts_per_batch, write_answers, writer_of
 from .prompts import MAX_PROMPT_TOKENS, prompts_of
-from .samples import Sample, SamplePacker, text_sample
+from .samples import SamplePacker, text_sample
 from .teacher import Teacher
 from .text import (
     MAX_VALIDATION_TOKENS,
-    OTHER_TEXT,
     VALIDATION,
     TextStream,
+    answer_samples,
     measured_tokens,
     text_config,
     validation_text,
@@ -49,10 +51,11 @@ class SampleStream(IterableDataset[Sample]):
         self.packer = packer
         self.answer_counts = answer_counts
         self.num_samples = text.config.num_samples
+        self.num_texts = self.num_samples - sum(answer_counts)
 
     def __iter__(self) -> Iterator[Sample]:
         num_answers = sum(self.answer_counts)
-        texts = self.text.samples(self.num_samples - num_answers)
+        texts = self.text.samples(self.num_texts)
         answers: Iterator[Sample] = iter(())
         if self.answers is not None:
             answers = self.answers.samples(self.packer, self.answer_counts)
@@ -84,7 +87,7 @@ class RecoveryData:
         measured: The samples that measure the model, by kind of text. No training step reads them.
         validation: The samples that compare checkpoints: validation text and answers, in the proportions of
             the training, or held-out text without a teacher.
-        other: Unseen text, which has no influence on the training.
+        unseen: Unseen text, which has no influence on the training.
     """
 
     def __init__(
@@ -114,7 +117,7 @@ class RecoveryData:
             samples = [text_sample(ids) for ids in domain.heldout]
             self.measured[domain.name] = samples
             self.validation += samples
-        self.other = OtherText("")
+        self.unseen = UnseenText("")
 
         answers: Answers | None = None
         num_answers = 0
@@ -123,8 +126,7 @@ class RecoveryData:
         if teacher is not None:
             assert reader_tokenizer is not None  # `TextStream` has read text with it
             self._add_validation(config, text, stream, teacher, reader_tokenizer)
-            if config.answer_share > 0:
-                num_answers = max(1, round(config.answer_share * text.num_samples))
+            num_answers = answer_samples(config, text.num_samples)
 
         # Writing answers takes long, so the text is checked first.
         stream.check_enough(text.num_samples - num_answers)
@@ -138,8 +140,8 @@ class RecoveryData:
     @property
     def entries(self) -> list[Entry]:
         """Return the entries of the manifest for all text, with the documents that were read so far."""
-        entries = self.stream.text.entries()
-        entries += self.other.entries
+        entries = self.stream.text.entries(self.stream.num_texts)
+        entries += self.unseen.entries
         return entries
 
     def _add_validation(
@@ -165,11 +167,11 @@ class RecoveryData:
         self.measured[VALIDATION] = [text_sample(ids) for ids in samples]
         self.validation = self.measured[VALIDATION]
 
-        self.other = other_text(text, teacher.model, tokenizer, stream.heldout)
-        if self.other.rows:
-            for entry in self.other.entries:
+        self.unseen = unseen_text(text, teacher.model, tokenizer, stream.heldout)
+        if self.unseen.rows:
+            for entry in self.unseen.entries:
                 stream.skip(entry.heldout_documents)
-            self.measured[OTHER_TEXT] = [text_sample(ids) for ids in self.other.rows]
+            self.measured[UNSEEN_TEXT] = [text_sample(ids) for ids in self.unseen.rows]
 
     def _add_answers(
         self,

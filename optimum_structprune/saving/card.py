@@ -8,15 +8,12 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .. import __version__
 from ..arch.meta import model_class
 from ..arch.per_layer import is_non_uniform
 from ..arch.spec import VOCAB
@@ -30,7 +27,7 @@ from ..written import replace_text, warn_on_error, written_files
 from .chart import loss_chart
 from .names import CHART_NAME
 from .records import Records
-from .view import HUB_CACHE, short_name, view_of
+from .view import HUB_CACHE, content, short_name, templates
 
 
 # The classes of sentence-transformers that read a folder with its modules.
@@ -46,18 +43,12 @@ def _escape(value: Any) -> Any:
     return table.escaped(str(value))
 
 
-TEMPLATES = Environment(
-    loader=PackageLoader("optimum_structprune.saving", "."),
-    trim_blocks=True,
-    lstrip_blocks=True,
-    undefined=StrictUndefined,
-    finalize=_escape,
-)
+TEMPLATES = templates(finalize=_escape)
 TEMPLATES.filters["table"] = table.markdown
 
 
 @dataclass(frozen=True)
-class DenseCard:
+class OriginalCard:
     """The facts that a card states about the original model.
 
     Attributes:
@@ -73,7 +64,7 @@ class DenseCard:
     fields: Mapping[str, Any]
 
     @classmethod
-    def read(cls, source: str, report: Report, folder: str | None = None) -> DenseCard:
+    def read(cls, source: str, report: Report, folder: str | None = None) -> OriginalCard:
         """Read the card of the original model.
 
         Args:
@@ -166,19 +157,19 @@ def write_card(folder: Path, output: str | Path, model: PreTrainedModel, arch_fi
         arch_file: The file that describes the architecture.
     """
     with warn_on_error(output, CARD):
-        dense = model.name_or_path
-        if dense and Path(dense).is_dir():
-            dense = str(modules_root(Path(dense)))
-        text = model_card(folder, resolved(output).name, model.config, dense, arch_file)
+        original = model.name_or_path
+        if original and Path(original).is_dir():
+            original = str(modules_root(Path(original)))
+        text = model_card(folder, resolved(output).name, model.config, original, arch_file)
         replace_text(folder / CARD, text)
 
-        chart = loss_chart(Records.read(folder).report)
+        chart = loss_chart(Records.read(folder).report.latest())
         if chart:
             replace_text(folder / CHART_NAME, chart)
 
 
 def model_card(
-    folder: Path, name: str, config: PretrainedConfig, dense: str | None = None, arch_file: str | None = None
+    folder: Path, name: str, config: PretrainedConfig, original: str | None = None, arch_file: str | None = None
 ) -> str:
     """Return the model card of a result as Markdown.
 
@@ -186,24 +177,22 @@ def model_card(
         folder: The folder of the result.
         name: The name of the result.
         config: The config of the model.
-        dense: The id or the folder of the original model, where the report does not name it.
+        original: The id or the folder of the original model, where the report does not name it.
         arch_file: The file that describes the architecture.
     """
     records = Records.read(folder)
     report = records.report
-    origin = DenseCard.read(records.dense or dense or "", report, dense)
+    origin = OriginalCard.read(records.original or original or "", report, original)
     loader = loader_of(folder, config, arch_file)
     kind = loader.removesuffix(".from_pretrained")
-    dense_path = origin.base_model or "ORIGINAL"
-    view = view_of(records, name, origin.name, dense_path, folder=".", output="again")
+    values = content(records, name, origin.name, origin.base_model or "ORIGINAL", folder=".", output="again")
     needs_writer, gguf_refusal = _llama_cpp(config, report)
 
     text = TEMPLATES.get_template("result.md.jinja").render(
-        view=view,
+        **values,
         card_data=_card_data(records, origin, kind).to_yaml(),
-        dense=origin.name,
-        dense_path=dense_path,
-        chart=CHART_NAME if loss_chart(report) else "",
+        original=origin.name,
+        chart=CHART_NAME if loss_chart(values["view"].table) else "",
         licence=origin.licence,
         kind=kind,
         loader=loader,
@@ -214,30 +203,20 @@ def model_card(
         uneven=any(len(set(widths.values())) > 1 for widths in report.widths.values()),
         has_code="auto_map" in read_json(folder / "config.json"),
         trims_vocabulary=VOCAB in report.widths,
-        fence=_fence(name, view.commands),
-        shell_name=quote(name),
-        version=__version__,
+        fence=_fence([name, *values["commands"]]),
         by_layer=needs_writer,
         gguf_refusal=gguf_refusal,
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-def _fence(title: str, commands: Iterable[str]) -> str:
-    """Return a code fence with more backticks than any sequence of backticks in the title or the commands."""
-    longest = _longest_ticks(title)
-    for command in commands:
-        longest = max(longest, _longest_ticks(command))
-
+def _fence(texts: Iterable[str]) -> str:
+    """Return a code fence with more backticks than any sequence of backticks in some texts."""
+    longest = max(map(len, re.findall("`+", "\n".join(texts))), default=0)
     return "`" * max(FENCE_TICKS, longest + 1)
 
 
-def _longest_ticks(text: str) -> int:
-    """Return the length of the longest sequence of backticks in a text."""
-    return max((len(ticks) for ticks in re.findall("`+", text)), default=0)
-
-
-def _card_data(records: Records, origin: DenseCard, kind: str) -> ModelCardData:
+def _card_data(records: Records, origin: OriginalCard, kind: str) -> ModelCardData:
     """Return the metadata of the card.
 
     For a model of sentence-transformers, the card has the fields of the original card, because the Hub uses them to

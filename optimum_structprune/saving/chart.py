@@ -5,27 +5,28 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
-from itertools import groupby
 from math import ceil, floor, isfinite, log10
+from typing import Any
 
 from ..config.pruning import LANGUAGES
-from ..record.figures import PRUNED, RECOVERED, Figure, known_languages, ratios_of
+from ..record.figures import ORIGINAL, PRUNED, RECOVERED, Figure, Measurements, ratios_of, worse_languages
 from ..record.report import CurvePoint, Report
-from ..record.summary import UNITS
 from ..record.table import margin_digits
-from ..record.verdict import LANGUAGE_LIMIT, judged_domains, judged_unseen
+from ..record.verdict import LANGUAGE_LIMIT
+from ..record.view import UNITS
+from .view import templates
 
 
 WIDE, NARROW = 600, 360
 ROW_HEIGHT = 26
-AXIS_HEIGHT = 44
 BAR_HEIGHT = 90
+CURVE_HEIGHT = 200
+# The width of a character of a label in pixels.
+CHARACTER_WIDTH = 7
 MAX_LABEL = 22
 MAX_LANGUAGES = 6
 # The characters that XML does not allow.
 NO_XML = re.compile(r"[\0-\b\x0b\x0c\x0e-\x1f\ufffe\uffff]")
-NAMES = {PRUNED: "pruned", RECOVERED: "recovered"}
 STYLE = (
     "text{font:12px system-ui,sans-serif;fill:#24292f}.group{font-weight:600}.note{fill:#57606a}"
     ".grid{stroke:#d0d7de}.original{stroke:#57606a;stroke-dasharray:4 3}"
@@ -61,6 +62,19 @@ class Mark:
         ends += [last - margin, last + margin]
         return ends
 
+    def text(self, unit: str) -> str:
+        """Return the last value with its interval."""
+        last = self.values[self.model]
+        if self.margin is None:
+            return f"{last:.2f}{unit}"
+        places = margin_digits(self.margin)
+        return f"{last:.{places}f}{unit} ± {self.margin:.{places}f}"
+
+    @property
+    def model(self) -> str:
+        """Return the name of the last model."""
+        return list(self.values)[-1]
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -94,41 +108,52 @@ class Axis:
         return [round(number * step, 10) for number in range(first, last + 1)]
 
 
-def loss_chart(report: Report, width: int = WIDE) -> str:
+def loss_chart(table: Measurements, width: int = WIDE) -> str:
     """Draw the losses by domain with an axis: the original, the pruned and the recovered model.
 
     Args:
-        report: The report of a pruning, with the training after it.
+        table: The measurements of the latest model.
         width: The width in pixels.
 
     Returns:
         The SVG, or an empty text where nothing was measured.
     """
-    marks = [mark for mark in _marks(report) if all(map(isfinite, mark.ends))]
+    marks = [mark for mark in _marks(table) if all(map(isfinite, mark.ends))]
     if not marks:
         return ""
 
-    unit = "×"
-    if any(domain.vectors for domain in report.domains.values()):
-        unit = ""
-    axis = _loss_axis(marks, width)
+    groups: dict[str, list[Mark]] = {}
+    for mark in marks:
+        groups.setdefault(mark.group, []).append(mark)
 
-    rows = ""
-    y = 14
-    for group, marks_of_group in groupby(marks, lambda mark: mark.group):
-        rows += f'<text class="group" x="4" y="{y + 4}">{escape(group)}</text>'
-        for mark in marks_of_group:
-            y += ROW_HEIGHT
-            rows += _row(mark, axis, y, unit, width)
-        y += ROW_HEIGHT
+    unit = "" if table.has_vectors else "×"
+    axis = _loss_axis(marks, unit, width)
+    ticks = axis.ticks(6 if width >= WIDE else 3)
+    places = 2
+    if len(ticks) > 1:
+        places = max(0, -floor(log10(ticks[1] - ticks[0]) + 1e-9))
 
-    bottom = y - ROW_HEIGHT // 2
-    body = _horizontal_axis(axis, bottom, unit, width) + rows
-    return _svg(width, bottom + AXIS_HEIGHT, body, "Losses by domain")
+    return _drawn(
+        "losses",
+        width,
+        groups=groups,
+        models=[model for model in (PRUNED, RECOVERED) if any(model in mark.values for mark in marks)],
+        unit=unit,
+        axis=axis,
+        ticks=ticks,
+        places=places,
+        bottom=1 + ROW_HEIGHT * (len(marks) + len(groups)),
+        row_height=ROW_HEIGHT,
+    )
 
 
-def _loss_axis(marks: Sequence[Mark], width: int) -> Axis:
-    """Return an axis with space for all rows and for the value 1 of the original model."""
+def _drawn(chart: str, width: int, **values: Any) -> str:
+    """Return the SVG of a chart. `chart.svg.jinja` explains its values."""
+    return CHART.render(chart=chart, width=width, style=STYLE, **values) + "\n"
+
+
+def _loss_axis(marks: Sequence[Mark], unit: str, width: int) -> Axis:
+    """Return an axis with the values of all rows and the value 1 of the original model, and space for the labels."""
     ends = [1.0]
     for mark in marks:
         ends += mark.ends
@@ -137,106 +162,46 @@ def _loss_axis(marks: Sequence[Mark], width: int) -> Axis:
     padding = 0.03 * max(high - low, 0.02)
 
     label_width = 0.28 * width if width >= WIDE else 118
-    return Axis(low - padding, high + padding, label_width, width - 96)
+    value_width = CHARACTER_WIDTH * max(len(mark.text(unit)) for mark in marks)
+    return Axis(low - padding, high + padding, label_width, width - value_width - 14)
 
 
-def _marks(report: Report) -> list[Mark]:
-    """Return the rows of the chart of losses."""
-    domains = judged_domains(report)
+def _marks(table: Measurements) -> list[Mark]:
+    """Return the rows of the chart of losses. Of the languages that got worse, the worst come first."""
     marks = []
+    for name, domain in table.domains.items():
+        neighbours = domain.neighbours
+        if neighbours is not None:
+            marks.append(Mark("Neighbours kept", name, neighbours.values, neighbours.margin))
+    if table.has_vectors:
+        return marks
 
-    for name, domain in domains.items():
-        if domain.vectors is not None and domain.vectors.neighbours is not None:
-            neighbours = domain.vectors.neighbours
-            marks.append(Mark("Neighbours kept", name, {PRUNED: neighbours.pruned or 0.0}, neighbours.margin))
+    for name, figure in ratios_of(table.domains).items():
+        marks.append(_ratio_mark("Calibration domains", name, figure))
+    unseen = table.unseen_perplexity
+    if table.unseen is not None and unseen is not None and unseen.ratio is not None:
+        marks.append(_ratio_mark("Unseen text", table.unseen.source, unseen))
 
-    for name, figure in ratios_of(domains).items():
-        if domains[name].vectors is None:
-            marks.append(_ratio_mark("Calibration domains", name, figure))
-
-    unseen = judged_unseen(report)
-    if unseen is not None and unseen.perplexity is not None and unseen.perplexity.ratio is not None:
-        marks.append(_ratio_mark("Unseen text", unseen.source, unseen.perplexity))
-
-    if not any(domain.vectors for domain in domains.values()):
-        marks += _language_marks(report)
+    worse = worse_languages(table.languages, LANGUAGE_LIMIT)
+    for code, result in list(worse.items())[:MAX_LANGUAGES]:
+        marks.append(_ratio_mark("Languages that got worse", LANGUAGES[code], result.cost))
     return marks
 
 
-def _language_marks(report: Report) -> list[Mark]:
-    """Return the rows of the languages that got worse, the worst first."""
-    marks = []
-    for code, result in known_languages(report.languages).items():
-        if result.is_worse(LANGUAGE_LIMIT):
-            ratio = result.cost.ratio or 0.0
-            marks.append(Mark("Languages that got worse", LANGUAGES[code], {PRUNED: ratio}))
-    return marks[:MAX_LANGUAGES]
-
-
 def _ratio_mark(group: str, label: str, figure: Figure) -> Mark:
-    """Return a row of perplexities relative to the original model."""
-    if figure.dense is None:
-        values = {RECOVERED: figure.ratio or 0.0}
-    else:
-        dense = figure.dense or 1.0
-        values = {name: value / dense for name, value in figure.by_model().items() if name in NAMES}
-    return Mark(group, label, values, figure.margin)
+    """Return a row of figures relative to the original model."""
+    ratios = {model: figure.ratio_of(model) or 0.0 for model in figure.values if model != ORIGINAL}
+    return Mark(group, label, ratios, figure.margin)
 
 
-def _row(mark: Mark, axis: Axis, y: int, unit: str, width: int) -> str:
-    """Draw one row: its label, an interval, one dot for each model, and the last value."""
-    last_model = list(mark.values)[-1]
-    last = mark.values[last_model]
-    body = f'<text x="12" y="{y + 4}">{_label(mark.label, width)}</text>'
-
-    places = 2
-    if mark.margin is not None:
-        places = margin_digits(mark.margin)
-        start = axis.place(last - mark.margin)
-        end = axis.place(last + mark.margin)
-        body += f'<path class="margin {last_model}" d="M{start:.1f} {y}H{end:.1f}"/>'
-
-    for name, value in mark.values.items():
-        title = f"<title>{NAMES[name]} {value:.3f}</title>"
-        body += f'<circle class="{name}" cx="{axis.place(value):.1f}" cy="{y}" r="5">{title}</circle>'
-
-    text = f"{last:.{places}f}{unit}"
-    if mark.margin is not None:
-        text += f" ± {mark.margin:.{places}f}"
-    return body + f'<text x="{axis.end + 10:.0f}" y="{y + 4}">{text}</text>'
-
-
-def _label(text: str, width: int) -> str:
+def label(text: str, width: int) -> str:
     """Return a label that fits in front of the axis."""
     max_length = MAX_LABEL
     if width < WIDE:
         max_length -= 8
     if len(text) > max_length:
         text = f"{text[: max_length - 1]}…"
-    return escape(NO_XML.sub("\ufffd", text))
-
-
-def _horizontal_axis(axis: Axis, bottom: float, unit: str, width: int) -> str:
-    """Draw a horizontal axis with its ticks, the line of the original model, and the legend."""
-    num_ticks = 6 if width >= WIDE else 3
-    ticks = axis.ticks(num_ticks)
-    places = 2
-    if len(ticks) > 1:
-        places = max(0, -floor(log10(ticks[1] - ticks[0]) + 1e-9))
-
-    body = ""
-    for tick in ticks:
-        x = axis.place(tick)
-        label = f"{tick:.{places}f}{unit}"
-        body += f'<path class="grid" d="M{x:.1f} 4V{bottom}"/>'
-        body += f'<text class="note" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{label}</text>'
-    body += f'<path class="original" d="M{axis.place(1.0):.1f} 4V{bottom}"/>'
-
-    y = bottom + 34
-    body += f'<path class="original" d="M4 {y - 4}h18"/><text class="note" x="27" y="{y}">original</text>'
-    body += f'<circle class="pruned" cx="92" cy="{y - 4}" r="5"/><text class="note" x="101" y="{y}">pruned</text>'
-    body += f'<circle class="recovered" cx="160" cy="{y - 4}" r="5"/>'
-    return body + f'<text class="note" x="169" y="{y}">recovered</text>'
+    return NO_XML.sub("\ufffd", text)
 
 
 def curve_chart(curve: Sequence[CurvePoint], width: int = WIDE) -> str:
@@ -253,36 +218,15 @@ def curve_chart(curve: Sequence[CurvePoint], width: int = WIDE) -> str:
     if len(points) < 2:
         return ""
 
-    height = 200
-    x_axis = Axis(0.0, float(max(point.tokens for point in points)), 52, width - 20)
-    y_axis = Axis(0.0, max(point.kl for point in points) * 1.08, height, 12)
-    num_x_ticks = 5 if width >= WIDE else 3
-    body = _curve_ticks(x_axis, y_axis, height, num_x_ticks)
-
-    places = [(x_axis.place(point.tokens), y_axis.place(point.kl)) for point in points]
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-    body += f'<polyline class="line recovered" style="fill:none" points="{path}"/>'
-    for point, (x, y) in zip(points, places, strict=True):
-        title = f"<title>{point.tokens:,} tokens: {point.kl:.4f}</title>"
-        body += f'<circle class="recovered" cx="{x:.1f}" cy="{y:.1f}" r="4">{title}</circle>'
-
-    title = "KL to the teacher (nats per token) over training tokens"
-    body += f'<text class="note" x="{x_axis.start}" y="{height + 34}">{title}</text>'
-    return _svg(width, height + 42, body, "Validation loss during training")
-
-
-def _curve_ticks(x_axis: Axis, y_axis: Axis, height: int, num_x_ticks: int) -> str:
-    """Draw the ticks of the training curve, with lines across it for the loss."""
-    body = ""
-    for tick in y_axis.ticks(4):
-        y = y_axis.place(tick)
-        body += f'<path class="grid" d="M{x_axis.start} {y:.1f}H{x_axis.end}"/>'
-        body += f'<text class="note" x="{x_axis.start - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>'
-
-    for tick in x_axis.ticks(num_x_ticks):
-        x = x_axis.place(tick)
-        body += f'<text class="note" x="{x:.1f}" y="{height + 16}" text-anchor="middle">{tick:,.0f}</text>'
-    return body
+    return _drawn(
+        "curve",
+        width,
+        points=points,
+        x_axis=Axis(0.0, float(max(point.tokens for point in points)), 52, width - 36),
+        y_axis=Axis(0.0, max(point.kl for point in points) * 1.08, CURVE_HEIGHT, 12),
+        num_ticks=5 if width >= WIDE else 3,
+        height=CURVE_HEIGHT,
+    )
 
 
 def widths_chart(report: Report, width: int = WIDE) -> str:
@@ -295,54 +239,20 @@ def widths_chart(report: Report, width: int = WIDE) -> str:
     Returns:
         The SVG, or an empty text if all layers have the same width.
     """
-    uneven = {kind: widths for kind, widths in report.widths.items() if len(set(widths.values())) > 1}
-    if not uneven:
+    spaces = []
+    for kind, widths in report.widths.items():
+        if len(set(widths.values())) > 1:
+            spaces.append((UNITS.get(kind, kind), report.original_widths[kind], widths))
+    if not spaces:
         return ""
-
-    body = ""
-    top = 0
-    for kind, widths in uneven.items():
-        full = report.dense_widths[kind]
-        base = top + 26 + BAR_HEIGHT
-        body += f'<text class="group" x="4" y="{top + 16}">{escape(UNITS.get(kind, kind))}, of {full:,}</text>'
-        body += _bars(widths, full, base, width)
-        top = base + 24
-
-    return _svg(width, top + 4, body, "Kept width by layer")
+    return _drawn("widths", width, spaces=spaces, num_labels=16 if width >= WIDE else 8, bar_height=BAR_HEIGHT)
 
 
-def _bars(widths: Mapping[int, int], full: int, base: int, width: int) -> str:
-    """Draw one bar for each layer, in front of a bar of the full width.
-
-    Args:
-        widths: The kept width of each layer.
-        full: The full width.
-        base: The lower end of the bars in pixels.
-        width: The width of the chart in pixels.
-    """
-    step = (width - 16) / len(widths)
-    bar_width = step * 0.8
-    max_labels = 16 if width >= WIDE else 8
-    label_interval = ceil(len(widths) / max_labels)
-
-    body = ""
-    for number, (layer, layer_width) in enumerate(sorted(widths.items())):
-        x = 8 + number * step
-        height = BAR_HEIGHT * layer_width / full
-        size = f'width="{bar_width:.1f}" height="{BAR_HEIGHT}"'
-        body += f'<rect class="full" x="{x:.1f}" y="{base - BAR_HEIGHT}" {size}/>'
-
-        size = f'width="{bar_width:.1f}" height="{height:.1f}"'
-        title = f"<title>layer {layer}: {layer_width:,}</title>"
-        body += f'<rect class="pruned" x="{x:.1f}" y="{base - height:.1f}" {size}>{title}</rect>'
-
-        if number % label_interval == 0:
-            middle = x + step * 0.4
-            body += f'<text class="note" x="{middle:.1f}" y="{base + 15}" text-anchor="middle">{layer}</text>'
-    return body
+def fixed(value: float, places: int) -> str:
+    """Return a number with some decimal places."""
+    return f"{value:,.{places}f}"
 
 
-def _svg(width: int, height: float, body: str, label: str) -> str:
-    """Return an SVG that adapts to light and dark colour schemes."""
-    size = f'viewBox="0 0 {width} {height:.0f}" width="{width}" role="img" aria-label="{escape(label)}"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{STYLE}</style>{body}</svg>\n'
+ENVIRONMENT = templates(autoescape=True)
+ENVIRONMENT.filters.update(short=label, fixed=fixed, px="{:.1f}".format)
+CHART = ENVIRONMENT.get_template("chart.svg.jinja")

@@ -115,4 +115,4 @@ def _dense_parameters(folder: str | None) -> int | None:
 
     if report is None:
         return None
-    return report.dense.parameters
+    return report.original.parameters

@@ -16,15 +16,18 @@ from .. import __version__
 from ..arch import llama_cpp
 from ..arch.spaces import heads_of
 from ..errors import StructPruneError
+from ..vocabulary.tokens import SPACE
 
 
-# SentencePiece writes a space as this character.
-SPACE = "\u2581"
 # Special tokens that some tokenizers do not mark as special.
 CONTROL = re.compile(r"<pad>|<mask>|<[|｜](.*[|｜])?>", re.DOTALL)
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 # The pre-tokenizers of the tokenizers library that `PRE_TOKENIZERS` has: their names there, and the compared field.
-STEPS = {"Digits": ("digits", "individual_digits"), "ByteLevel": ("bytes", "use_regex"), "Split": ("split", "pattern")}
+SPLITTERS = {
+    "Digits": ("digits", "individual_digits"),
+    "ByteLevel": ("bytes", "use_regex"),
+    "Split": ("split", "pattern"),
+}
 # The score of a token that no merge produces.
 LOWEST_SCORE = -1e6
 
@@ -207,7 +210,7 @@ def pre_tokenizer(parts: Mapping[str, Any]) -> str:
 
 def _step_key(step: Mapping[str, Any]) -> tuple[Any, Any]:
     """Return a pre-tokenizer as a key of `PRE_TOKENIZERS`; a pair of None stands for an unknown one."""
-    kind, field = STEPS.get(step.get("type", ""), (None, ""))
+    kind, field = SPLITTERS.get(step.get("type", ""), (None, ""))
 
     if kind is None or step.get("add_prefix_space") or step.get("invert"):
         return (None, None)

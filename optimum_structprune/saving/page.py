@@ -2,44 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
-from .. import __version__
 from ..errors import StructPruneError
-from ..record.report import REPORT_NAME, CurvePoint
-from ..record.verdict import judge
+from ..record.report import REPORT_NAME
 from ..system.processes import is_first_rank
 from ..written import replace_text, warn_on_error
 from .chart import NARROW, WIDE, curve_chart, loss_chart, widths_chart
 from .names import PAGE_NAME
 from .records import Records
-from .view import short_name, view_of
+from .view import content, short_name, templates
 
 
-TEMPLATES = Environment(
-    loader=PackageLoader("optimum_structprune.saving", "."),
-    autoescape=True,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    undefined=StrictUndefined,
-)
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A chart for wide and for narrow windows. Both are empty if there is nothing to draw."""
-
-    wide: str
-    narrow: str
-
-    @classmethod
-    def of(cls, draw: Callable[[int], str]) -> Chart:
-        """Return the chart that a function draws with a width in pixels."""
-        return cls(draw(WIDE), draw(NARROW))
+PAGE = templates(autoescape=True).get_template("page.html.jinja")
 
 
 def check_result(folder: str | Path) -> None:
@@ -48,44 +23,36 @@ def check_result(folder: str | Path) -> None:
         raise StructPruneError(f"{folder} has no {REPORT_NAME}. Pass a folder that `structprune prune` has written.")
 
 
-def page(folder: str | Path, dense: str = "") -> str:
+def page(folder: str | Path, original: str = "") -> str:
     """Return the page of one result as HTML.
 
     Args:
         folder: The folder of the result.
-        dense: The original model; by default the one in the report.
+        original: The original model; by default the one in the report.
     """
     check_result(folder)
-    records = Records.read(folder, dense)
+    records = Records.read(folder, original)
     report = records.report
-    curve: list[CurvePoint] = []
-    if report.recovery is not None:
-        curve = report.recovery.curve
+    recovery = report.recovery
+    curve = [] if recovery is None else recovery.curve
 
-    name = report.model.base_model or short_name(records.dense)
-    dense_path = name or "ORIGINAL"
+    name = report.model.base_model or short_name(records.original)
     title = Path(folder).absolute().name
-    view = view_of(records, title, name, dense_path, title, f"{title}-again")
-    later_answers = None if records.evaluation is None else records.evaluation.answers
-    verdict = judge(report, later_answers)
-
-    return TEMPLATES.get_template("page.html.jinja").render(
-        view=view,
-        level="" if verdict is None else int(verdict.level),
-        losses=Chart.of(lambda width: loss_chart(report, width)),
-        widths=Chart.of(lambda width: widths_chart(report, width)),
-        curve=Chart.of(lambda width: curve_chart(curve, width)),
-        dense_path=dense_path,
-        version=__version__,
+    values = content(records, title, name, name or "ORIGINAL", title, f"{title}-again")
+    return PAGE.render(
+        **values,
+        losses=[loss_chart(values["view"].table, width) for width in (WIDE, NARROW)],
+        widths=[widths_chart(report, width) for width in (WIDE, NARROW)],
+        curve=[curve_chart(curve, width) for width in (WIDE, NARROW)],
     )
 
 
-def write_report(folder: str | Path, dense: str = "") -> Path:
+def write_report(folder: str | Path, original: str = "") -> Path:
     """Write the page of a result into its folder, in one step.
 
     Args:
         folder: The folder of a pruned model.
-        dense: The name of the original model; by default the one in the report.
+        original: The name of the original model; by default the one in the report.
 
     Returns:
         The path of the page.
@@ -94,7 +61,7 @@ def write_report(folder: str | Path, dense: str = "") -> Path:
         StructPruneError: If the folder has no report, or a record cannot be read.
     """
     path = Path(folder, PAGE_NAME)
-    replace_text(path, page(folder, dense))
+    replace_text(path, page(folder, original))
     return path
 
 

@@ -12,9 +12,15 @@ from ..config.domains import IN_MEMORY
 from ..config.fields import read_json
 from ..config.pruning import CONFIG_NAME
 from ..domains.manifest import EARLIER, JUDGED, MANIFEST_NAME, Entry, Manifest
-from ..record.evaluation import Evaluation
-from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME, RecoveryReport, Report
-from ..record.speed import Speed
+from ..record.report import (
+    RECOVERY_CONFIG_NAME,
+    RECOVERY_REPORT_NAME,
+    REPORT_NAME,
+    Evaluation,
+    RecoveryReport,
+    Report,
+    Speed,
+)
 from ..written import without_folders
 from .names import EVALUATION_NAME, SPEED_NAME
 
@@ -30,7 +36,7 @@ class Records:
         training: The config of a training that was a run of its own; empty where there is none.
         evaluation: The evaluation that `structprune evaluate` added; None where there is none.
         speed: The speed that `structprune evaluate` measured; None where it was not measured.
-        dense: The id or the folder of the original model; empty where it is unknown.
+        original: The id or the folder of the original model; empty where it is unknown.
     """
 
     report: Report
@@ -39,21 +45,21 @@ class Records:
     training: Mapping[str, Any]
     evaluation: Evaluation | None
     speed: Speed | None
-    dense: str
+    original: str
 
     @classmethod
-    def read(cls, folder: str | Path, dense: str = "") -> Records:
+    def read(cls, folder: str | Path, original: str = "") -> Records:
         """Read the records in a folder. Reports of earlier versions count as missing.
 
         Args:
             folder: The folder of a result.
-            dense: The original model; by default the one in the report.
+            original: The original model; by default the one in the report.
 
         Raises:
             StructPruneError: If a record cannot be read.
         """
         folder = Path(folder)
-        report = Report.load(folder / REPORT_NAME) or Report("", "")
+        report = Report.load(folder / REPORT_NAME) or Report(model_type="", criterion="")
         report.recovery = RecoveryReport.load(folder / RECOVERY_REPORT_NAME) or report.recovery
         domains: Sequence[Entry] = []
         if (folder / MANIFEST_NAME).is_file():
@@ -66,14 +72,14 @@ class Records:
             training=_read_config(folder / RECOVERY_CONFIG_NAME),
             evaluation=Evaluation.load(folder / EVALUATION_NAME),
             speed=Speed.load(folder / SPEED_NAME),
-            dense=dense or report.model.name,
+            original=original or report.model.name,
         )
 
     def with_use(self, use: str) -> list[Entry]:
         """Return the text that was used in one way."""
         return [entry for entry in self.domains if entry.use == use]
 
-    def commands(self, folder: str, dense: str, output: str) -> list[str]:
+    def commands(self, folder: str, original: str, output: str) -> list[str]:
         """Return the commands that repeat the run from the configs in a folder.
 
         A run cannot be repeated by commands if a program passed text that has no name, or if the model was trained
@@ -81,38 +87,38 @@ class Records:
 
         Args:
             folder: The folder with the configs.
-            dense: The original model.
+            original: The original model.
             output: The folder for the repeated result.
         """
-        if not self.config or not self.report.dense.parameters or self._has_unnamed_text():
+        if not self.config or not self.report.original.parameters or self._has_unnamed_text():
             return []
         recovery = self.report.recovery
         if recovery is not None and recovery.earlier:
             return []
 
-        commands = [self._prune_command(folder, dense, output)]
+        commands = [self._prune_command(folder, original, output)]
         if self.training and recovery is not None:
-            commands.append(self._recover_command(recovery, folder, dense, output))
+            commands.append(self._recover_command(recovery, folder, original, output))
         return commands
 
-    def _prune_command(self, folder: str, dense: str, output: str) -> str:
+    def _prune_command(self, folder: str, original: str, output: str) -> str:
         """Return the command that repeats the pruning."""
-        command = ["structprune", "prune", dense, output, "--config", f"{folder}/{CONFIG_NAME}"]
+        command = ["structprune", "prune", original, output, "--config", f"{folder}/{CONFIG_NAME}"]
         dtype = self.report.model.dtype
         if dtype:
             command += ["--dtype", dtype]
         return join(command)
 
-    def _recover_command(self, recovery: RecoveryReport, folder: str, dense: str, output: str) -> str:
+    def _recover_command(self, recovery: RecoveryReport, folder: str, original: str, output: str) -> str:
         """Return the command that repeats the training."""
         config = f"{folder}/{RECOVERY_CONFIG_NAME}"
         command = ["structprune", "recover", output, output, "--overwrite", "--config", config]
 
-        if recovery.has_dense:
+        if recovery.has_original:
             # The card is published, so it names a folder without its path.
             teacher = without_folders(recovery.teacher)
-            is_dense = teacher in ("", without_folders(self.dense))
-            command += ["--teacher", dense if is_dense else teacher]
+            is_original = teacher in ("", without_folders(self.original))
+            command += ["--teacher", original if is_original else teacher]
         if self.config.get("arch_file"):
             command += ["--arch", self.config["arch_file"]]
         return join(command)

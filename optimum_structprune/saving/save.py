@@ -19,6 +19,7 @@ from huggingface_hub import snapshot_download
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.family import with_former_rope
+from ..arch.inference import outputs_for, random_inputs
 from ..arch.meta import is_offloaded, is_quantized
 from ..arch.per_layer import heterogeneous
 from ..arch.spec import MODEL, VOCAB
@@ -26,11 +27,11 @@ from ..arch.token_space import MODULE_IDS
 from ..config.pruning import CONFIG_NAME
 from ..domains.manifest import MANIFEST_NAME, Manifest, check_tokens
 from ..errors import StructPruneError, some_of, warn
-from ..forward.metrics import outputs_for, own_settings, random_inputs
+from ..forward.settings import own_settings
 from ..method.devices import free_bytes
 from ..record.plan import PLAN_NAME
 from ..record.report import REPORT_NAME, PruneRecords
-from ..record.summary import CHANGED
+from ..record.view import CHANGED
 from ..sources.offloaded import layer_device_map
 from ..system.disk import OFFLOAD, Output, used_paths
 from ..system.fingerprint import checksums

@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from .. import __version__
 from ..config.pruning import CONFIG_NAME
 from ..domains.manifest import CALIBRATED, TRAINED
 from ..domains.sources import FORMATS
 from ..errors import capitalized, one_line
-from ..record.answers import answers_line, answers_warning, outcome, sample_questions
-from ..record.evaluation import MeasuredModel, Measurement
-from ..record.figures import DENSE, AnsweredQuestion
-from ..record.measured import measurement_table, speed_note
-from ..record.report import RECOVERY_CONFIG_NAME
-from ..record.summary import (
-    CHANGED,
-    details,
-    language_lines,
-    loss_notes,
-    loss_table,
-    request_line,
-    size_table,
-    training_line,
-    vocabulary_lines,
-    width_phrases,
-)
-from ..record.verdict import judge
+from ..record.answers import outcome, sample_questions
+from ..record.comparison import measurement_table, speed_note
+from ..record.figures import PRUNED
+from ..record.report import RECOVERY_CONFIG_NAME, MeasuredModel, Measurement
+from ..record.view import View
 from .records import Records
 
 
@@ -38,163 +28,93 @@ MAX_ANSWER = 200
 HUB_CACHE = re.compile(r"models--(.+?)--([^/]+)/snapshots")
 
 
-@dataclass(frozen=True)
-class ShownAnswer:
-    """The answer of one model as the card and the page show it.
-
-    Attributes:
-        model: The name of the model.
-        text: The beginning of the answer.
-        outcome: Whether it is right, and its faults.
-        is_right: Whether it is right.
-    """
-
-    model: str
-    text: str
-    outcome: str
-    is_right: bool
+def templates(**options: Any) -> Environment:
+    """Return the environment of the templates of this folder, with filters for sentences and answers."""
+    environment = Environment(
+        loader=PackageLoader("optimum_structprune.saving", "."),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+        **options,
+    )
+    environment.filters.update(sentence=sentence, beginning=beginning, outcome=outcome)
+    return environment
 
 
-@dataclass(frozen=True)
-class ShownQuestion:
-    """A question and its answers as the card and the page show them."""
-
-    prompt: str
-    answers: list[ShownAnswer]
-
-
-@dataclass
-class View:
-    """The content of a card or a page. A table is a list of rows; the first row is the head.
-
-    Attributes:
-        title: The name of the result.
-        introduction: A description of the result in a few sentences.
-        verdict: The verdict; empty where no loss was measured.
-        sizes: The table of sizes.
-        losses: The table of losses by domain.
-        notes: Sentences about the losses.
-        evaluation: The table of the figures that `evaluate` has added to the result.
-        evaluation_notes: Sentences about these figures.
-        answers_notes: Sentences about the answers.
-        questions: Some questions with their answers.
-        calibrated_on: The table of calibration domains.
-        trained_on: The table of training text.
-        training: The cost of the training; empty where there was none.
-        duration: The duration of the run; empty where it is unknown.
-        is_resumed: Whether the run continued an interrupted one.
-        configs: The names of the config files.
-        commands: The commands that repeat the run and evaluate the result.
-    """
-
-    title: str
-    introduction: str
-    verdict: str = ""
-    sizes: list[list[str]] = field(default_factory=list)
-    losses: list[list[str]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    evaluation: list[list[str]] = field(default_factory=list)
-    evaluation_notes: list[str] = field(default_factory=list)
-    answers_notes: list[str] = field(default_factory=list)
-    questions: list[ShownQuestion] = field(default_factory=list)
-    calibrated_on: list[list[str]] = field(default_factory=list)
-    trained_on: list[list[str]] = field(default_factory=list)
-    training: str = ""
-    duration: str = ""
-    is_resumed: bool = False
-    configs: list[str] = field(default_factory=list)
-    commands: list[str] = field(default_factory=list)
-
-
-def view_of(records: Records, title: str, dense: str, dense_path: str, folder: str, output: str) -> View:
-    """Return the content about a result.
+def content(
+    records: Records, title: str, original: str, original_path: str, folder: str, output: str
+) -> dict[str, Any]:
+    """Return the values of a template about a result. A table is a list of rows; the first row is the head.
 
     Args:
         records: The records of the result.
         title: The name of the result.
-        dense: The name of the original model.
-        dense_path: The original model in commands.
+        original: The name of the original model.
+        original_path: The original model in commands.
         folder: The folder of the result in commands.
         output: The folder of a repeated result in commands.
     """
-    report = records.report
-    view = View(title, _introduction(records, dense))
-    view.sizes = size_table(report)
-    view.losses = loss_table(report)
-    view.notes = _notes(records)
-    view.is_resumed = report.resumed
+    evaluation = records.evaluation
+    view = View(records.report, None if evaluation is None else evaluation.answers)
+    notes = view.warnings + view.request + view.notes
+    notes += view.details
+    notes += _overlap(records)
 
-    later_answers = None if records.evaluation is None else records.evaluation.answers
-    verdict = judge(report, later_answers)
-    if verdict is not None:
-        view.verdict = sentence(str(verdict))
+    # The figures that `evaluate` has added to the result.
+    models: dict[str, MeasuredModel] = {}
+    evaluation_notes = []
+    if evaluation is not None:
+        models[PRUNED] = MeasuredModel("", evaluation=evaluation)
+        evaluation_notes += [f"warning: {warning}" for warning in evaluation.warnings]
+    elif records.speed is not None:
+        models = {name: MeasuredModel(name) for name in records.speed.models}
+    if records.speed is not None:
+        evaluation_notes.append(speed_note(records.speed))
 
-    answers = later_answers or report.latest_answers
-    if answers is not None:
-        lines = [answers_line(answers)]
-        lines += answers_warning(answers)
-        view.answers_notes = [sentence(line) for line in lines]
-        view.questions = [_shown_question(question) for question in sample_questions(answers)]
-
-    if records.evaluation is not None or records.speed is not None:
-        view.evaluation = _evaluation_table(records)
-        view.evaluation_notes = _evaluation_notes(records)
-
-    view.calibrated_on = _domain_table(records, CALIBRATED)
-    view.trained_on = _domain_table(records, TRAINED)
-    if report.recovery is not None:
-        view.training = sentence(training_line(report.recovery))
-    view.duration = _duration(records)
-
-    if records.config:
-        view.configs.append(CONFIG_NAME)
-    if records.training:
-        view.configs.append(RECOVERY_CONFIG_NAME)
-    view.commands = records.commands(folder, dense_path, output)
-    view.commands += _evaluate_command(records, folder, dense_path)
-    return view
+    commands = records.commands(folder, original_path, output)
+    commands += _evaluate_command(records, folder, original_path)
+    configs = {CONFIG_NAME: records.config, RECOVERY_CONFIG_NAME: records.training}
+    return {
+        "view": view,
+        "title": title,
+        "introduction": _introduction(view, original),
+        "notes": notes,
+        "questions": sample_questions(view.table.answers),
+        "evaluation": measurement_table(Measurement(models, records.speed)) if models else [],
+        "evaluation_notes": evaluation_notes,
+        "calibrated_on": _domain_table(records, CALIBRATED),
+        "trained_on": _domain_table(records, TRAINED),
+        "duration": _duration(records),
+        "configs": [name for name, config in configs.items() if config],
+        "commands": commands,
+        "original_path": original_path,
+        "version": __version__,
+    }
 
 
-def _introduction(records: Records, dense: str) -> str:
+def _introduction(view: View, original: str) -> str:
     """Return a description of the result: `This is NAME, pruned and recovered. …`."""
-    report = records.report
+    report = view.report
     recovery = report.recovery
     steps = "pruned"
     if recovery is not None and recovery.kept_step:
         steps = "pruned and recovered"
 
-    sentences = [f"This is {dense or 'a model'}, {steps}."]
-    if report.dense.parameters:
+    sentences = [f"This is {original or 'a model'}, {steps}."]
+    if report.original.parameters:
         sentences.append(
             f"It has {report.removed:.1%} fewer parameters "
-            f"({report.dense.parameters:,} → {report.pruned.parameters:,})."
+            f"({report.original.parameters:,} → {report.pruned.parameters:,})."
         )
-    sentences += [sentence(phrase) for phrase in width_phrases(report).values()]
+    sentences += [sentence(phrase) for phrase in view.widths.values()]
     return " ".join(sentences)
 
 
-def _notes(records: Records) -> list[str]:
-    """Return sentences about the losses."""
-    report = records.report
-    notes = []
-    if report.changed:
-        notes.append(f"warning: {CHANGED}")
+def _overlap(records: Records) -> list[str]:
+    """Return whether held-out documents were used for anything else, if perplexity was measured on them."""
+    if not records.report.has_perplexity:
+        return []
 
-    request = request_line(report)
-    if request:
-        notes.append(request)
-    notes += loss_notes(report)
-    notes += vocabulary_lines(report)
-    notes += language_lines(report.languages)
-    notes += details(report)
-
-    if any(domain.perplexity is not None for domain in report.domains.values()):
-        notes.append(_overlap(records))
-    return [sentence(note) for note in notes]
-
-
-def _overlap(records: Records) -> str:
-    """Return whether held-out documents were used for anything else."""
     heldout_documents: set[str] = set()
     other_documents: set[str] = set()
 
@@ -204,43 +124,11 @@ def _overlap(records: Records) -> str:
         other_documents.update(entry.probe_documents)
 
     if heldout_documents & other_documents:
-        return "Some held-out documents were used for the pruning too"
-    return "No held-out document was used for anything else"
+        return ["Some held-out documents were used for the pruning too"]
+    return ["No held-out document was used for anything else"]
 
 
-def _evaluation_table(records: Records) -> list[list[str]]:
-    """Return the table of the figures that `evaluate` has added to the result."""
-    models = {}
-    if records.evaluation is not None:
-        models["pruned"] = MeasuredModel("", evaluation=records.evaluation)
-    elif records.speed is not None:
-        models = {name: MeasuredModel(name) for name in records.speed.models}
-
-    return measurement_table(Measurement(models, records.speed))
-
-
-def _evaluation_notes(records: Records) -> list[str]:
-    """Return sentences about the figures that `evaluate` has added to the result."""
-    notes = []
-    if records.evaluation is not None:
-        notes += [f"warning: {warning}" for warning in records.evaluation.warnings]
-    if records.speed is not None:
-        notes.append(speed_note(records.speed))
-
-    return [sentence(note) for note in notes]
-
-
-def _shown_question(question: AnsweredQuestion) -> ShownQuestion:
-    """Return a question as the card and the page show it."""
-    answers = []
-    for name, answer in question.answers.items():
-        model = "original" if name == DENSE else name
-        answers.append(ShownAnswer(model, _beginning(answer.text), outcome(answer), answer.right))
-
-    return ShownQuestion(_beginning(question.prompt), answers)
-
-
-def _beginning(text: str) -> str:
+def beginning(text: str) -> str:
     """Return the first 200 characters of a text in one line."""
     line = one_line(text)
     if len(line) > MAX_ANSWER:
@@ -274,17 +162,15 @@ def _duration(records: Records) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-def _evaluate_command(records: Records, folder: str, dense: str) -> list[str]:
+def _evaluate_command(records: Records, folder: str, original: str) -> list[str]:
     """Return the command that evaluates the result on more text, if the model reads text."""
-    domains = records.report.domains.values()
-    has_vectors = any(domain.vectors is not None for domain in domains)
-    has_loss = any(domain.perplexity is not None for domain in domains)
+    report = records.report
     has_text = any(entry.origin for entry in records.domains)
-    if not has_loss and not (has_vectors and has_text):
+    if not report.has_perplexity and not (report.has_vectors and has_text):
         return []
 
-    command = f"structprune evaluate {quote(folder)} --against {quote(dense)} --domain NAME=SOURCE --html"
-    if not has_vectors:
+    command = f"structprune evaluate {quote(folder)} --against {quote(original)} --domain NAME=SOURCE --html"
+    if not report.has_vectors:
         command += " --speed"
     return [command]
 

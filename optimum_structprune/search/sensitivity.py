@@ -4,34 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import inf, isnan
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..arch.inference import evaluating
 from ..arch.spec import ArchSpec, Space, Widths
 from ..config.pruning import StructPruneConfig
-from ..forward.metrics import evaluating
+from ..measure.probe import Probe
 from ..method.shrink import Masks
 from ..pruning.request import PruningRequest
 from ..sources.data import CalibrationData
 from ..steps.base import RunState
-from ..steps.temporary import temporarily_pruned
 from ..system.processes import broadcast_object
 from ..widths.allocation import widths_of
 from ..widths.budget import budget_of, removed_parameters
 from ..widths.legal import legal_widths
-from .trials import LAYER_TOKENS, TRIAL_TOKENS, Curves, Key, LayerTrials, Probe
-
-
-class Candidate(NamedTuple):
-    """A shape that may be chosen."""
-
-    name: str  # the origin, for the report
-    widths: Widths
-    predicted_loss: float | None = None  # the sum of the measured losses of single layers
+from .layer_trials import LAYER_TOKENS, SHAPE_TOKENS, Curves, Key, LayerTrials
+from .trials import Candidate, Divergence, Trials
 
 
 def final_widths(request: PruningRequest, state: RunState) -> Widths:
@@ -65,8 +56,8 @@ def choose_shape(state: RunState, config: StructPruneConfig) -> Widths:
 
         losses = [0.0]
         if len(candidates) > 1:
-            probe = Probe.of(state.model, state.arch, state.data)
-            losses = [search.loss(candidate.widths, probe) for candidate in candidates]
+            shape_trials = Trials(state, Divergence(state), SHAPE_TOKENS)
+            losses = [shape_trials.loss(candidate.widths) for candidate in candidates]
 
     best = losses.index(min(losses))
     for index, candidate in enumerate(candidates):
@@ -165,14 +156,6 @@ class Search:
             halfway[key] = (highest + unit_scores) * is_below
 
         return halfway
-
-    def loss(self, widths: Widths, probe: Probe) -> float:
-        """Return the loss of a shape after a temporary pruning on a few samples, or infinity instead of NaN."""
-        with temporarily_pruned(self.model, self.arch, self.data, widths, TRIAL_TOKENS):
-            total = float(self.data.mean(probe.losses(self.model)))
-        if isnan(total):
-            return inf
-        return total
 
 
 def predicted_loss(curves: Curves, widths: Widths) -> float:

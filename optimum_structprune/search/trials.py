@@ -1,313 +1,175 @@
-"""Measure the loss of a model in trials that remove units of one layer alone."""
+"""Trials of shapes: prune the model of a run for a measurement, and restore it afterwards.
+
+A search proposes candidates, measures the loss of each in a trial, and takes a candidate with a small loss. A judge
+measures the loss: `Divergence` or `HeldOutText`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from math import ceil
-from pathlib import Path
+from math import inf, isnan
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from torch.nn.functional import cosine_similarity
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.inference import run_model
-from ..arch.spec import ArchSpec, Axis, Space
-from ..forward.generation import last_logits_only
-from ..forward.metrics import divergence, tokens_at_once
-from ..method.calibrate import output_energy
-from ..method.layers import Batch, InMemory, Source
-from ..method.loop import Method, best_units, calibrate, consumer_scores, refit_consumers
-from ..method.shrink import Masks, Values, write_consumer_
-from ..pruning.measure import PROBE_TOKENS, STRIDE, skipping_layers
-from ..sources.data import CalibrationData, batches_of, source_of
-from ..system.placement import is_spread
-from ..system.processes import all_reduce_, process_count, process_index
-from ..system.resume import Resume
-from ..system.stages import progress
+from ..arch.meta import positions_of
+from ..arch.modules import copy_with_shared_weights
+from ..arch.spec import VOCAB, Width, Widths
+from ..measure.losses import measure_all, totals
+from ..measure.probe import Probe
+from ..measure.text import ROW, Text
+from ..measure.vectors import embed
+from ..steps.base import RunState
+from ..steps.resize import drop_tokens_
+from ..steps.temporary import temporarily_pruned
+from ..system.processes import broadcast_object
 
 
-# The shares of a space that are removed in the trials. The loss is measured at the larger share, and estimated from
-# the error of the outputs at the smaller share. A third trial, at a half, changes the predicted loss by 2 %.
-SHARES = (0.25, 0.75)
-# The maximum number of calibration tokens of a trial that prunes several layers.
-TRIAL_TOKENS = 2048
-# The held-out tokens of a trial of one layer. A trial that prunes all layers runs on `PROBE_TOKENS`.
-LAYER_TOKENS = PROBE_TOKENS // 2
-Key = tuple[int, str]  # a layer and a kind of space
-# The loss of the model in nats per token by the number of units removed, from 0 on, in one layer and kind of space.
-Curves = Mapping[Key, Sequence[float]]
-# The losses by domain, shape `(domains,)`, by the number of units removed, by layer and kind of space.
-Losses = dict[Key, dict[int, Tensor]]
-# The values of the consumers of one kind of space in one layer, and the energy of their outputs' error, by the number
-# of units removed.
-Candidates = Mapping[int, tuple[Mapping[Axis, Values], float]]
+# The number of held-out tokens that compare models with different tokens.
+HELDOUT_TOKENS = 8192
 
 
-class Probe:
-    """Held-out text that runs through the model from one layer on, and the predictions of the dense model for it.
+class Candidate(NamedTuple):
+    """A shape that may be chosen.
 
-    If layers pass on hidden states alone, the layers before the current layer do not run again. The probe stores the
-    hidden states, and the dense logits of one token in four. Each process has all of the text.
+    Attributes:
+        name: The origin of the shape.
+        widths: The widths, with the number of tokens as `vocab`. All other spaces keep their full width.
+        predicted_loss: The loss that the search expects.
     """
 
-    def __init__(self, model: PreTrainedModel, arch: ArchSpec, batches: Sequence[Batch]):
-        self.model = model
-        self.batches = batches
-        self.layer = 0  # the first layer that runs
-        self.source = source_of(model, arch, batches)
-        # accelerate moves the index of a spread model to its first device, and the head may be on another.
-        self.takes_index = last_logits_only(model) and not is_spread(model)
-        self.dense_logits = [self._logits(index) for index in range(len(batches))]
-
-    @classmethod
-    def of(cls, model: PreTrainedModel, arch: ArchSpec, data: CalibrationData, tokens: int = PROBE_TOKENS) -> Probe:
-        """Return a probe of about `tokens` tokens: the beginnings of samples, equally many of each domain."""
-        per_domain = ceil(tokens / len(data.domains))
-        # A sample has 128 tokens, because the first tokens of a text have little context.
-        num_samples = max(per_domain // 128, 1)
-        counts = [min(num_samples, len(domain.probe_or_heldout)) for domain in data.domains]
-        # All samples have one length, because calls of layers are recorded for each length.
-        length = ceil(per_domain / max(counts))
-
-        domains = []
-        for domain, count in zip(data.domains, counts, strict=True):
-            domains.append(replace(domain, samples=domain.probe_or_heldout[:count, :length]))
-        return cls(model, arch, batches_of(domains, data.options.batch_size))
-
-    def advance(self) -> None:
-        """Advance to the next layer."""
-        self.source.advance(self.layer)
-        self.layer += 1
-
-    def losses(self, model: PreTrainedModel | None = None) -> Tensor:
-        """Return the mean KL(dense‖model) in nats per token of each domain, shape `(domains,)`."""
-        num_domains = 1 + max(batch.domain for batch in self.batches)
-        total = torch.zeros(num_domains)
-        count = torch.zeros(num_domains)
-
-        for index in range(process_index(), len(self.batches), process_count()):
-            domain = self.batches[index].domain
-            logits = self._logits(index, model)
-            size = tokens_at_once(logits.device, logits.shape[1])
-            pairs = zip(logits.split(size), self.dense_logits[index].split(size), strict=True)
-            for part, dense_part in pairs:
-                total[domain] += float(divergence(part, dense_part)) * len(dense_part)
-                count[domain] += len(dense_part)
-
-        all_reduce_([total, count])
-        return total / count
-
-    @torch.no_grad()
-    def _logits(self, index: int, model: PreTrainedModel | None = None) -> Tensor:
-        """Return the logits of every fourth token of a batch, shape `(tokens, vocab)`."""
-        ids = self.batches[index].ids
-        options = {}
-        if self.takes_index:
-            options["logits_to_keep"] = torch.arange(0, ids.shape[1], STRIDE)
-
-        skipping: AbstractContextManager[None] = nullcontext()
-        if model is None and isinstance(self.source, InMemory):
-            skipping = skipping_layers(self.source, self.layer, index)
-        with skipping:
-            logits = run_model(model or self.model, ids, **options).logits
-        if not self.takes_index:
-            logits = logits[:, ::STRIDE]
-        return logits.flatten(0, 1)
+    name: str
+    widths: Widths
+    predicted_loss: float | None = None
 
 
-@dataclass(frozen=True)
-class LayerTrials:
-    """Trials that measure the loss of the model when units of one layer alone are removed."""
+class Judge(Protocol):
+    """A measurement of the loss of a changed model. The smallest loss is the best."""
 
-    masks: Masks  # each trial sets them and restores them
-    data: CalibrationData
-    probe: Probe
-    spaces: Mapping[Key, Sequence[Space]]  # by layer and kind, because experts of one layer share their width
-
-    def losses(self) -> Losses:
-        """Return the losses of all trials. Losses that an earlier run has saved are not measured again."""
-        store = self._store()
-        losses: Losses = {}
-        if store is not None:
-            losses = _saved_losses(store)
-
-        if not losses.keys() >= self.spaces.keys():
-            self._measure_(losses, store)
-
-        return {key: losses[key] for key in self.spaces}
-
-    def _store(self) -> Resume | None:
-        """Return the file of losses of this model and text, or None without a `checkpoint_dir`."""
-        config = self.data.config
-        folder = self.data.options.checkpoint_dir
-        if folder is None:
-            return None
-
-        refit = (config.refit, config.damping, config.error_feedback)
-        settings = (config.scored_by, refit, config.seed, SHARES, LAYER_TOKENS, STRIDE, TRIAL_TOKENS)
-        key = self.data.key(self.masks.model, settings, self.data.shares)
-        return Resume(Path(folder), key, f"losses-{key[:12]}")
-
-    def _measure_(self, losses: Losses, store: Resume | None) -> None:
-        """Add the missing losses, and save all losses after each layer."""
-        masks = self.masks
-        arch = masks.arch
-        method = self.data.method(masks.model, arch)
-        # A trial changes one layer, so no earlier layer has an error for error feedback to correct.
-        source = source_of(masks.model, arch, self.data.own_batches, fixed=True)
-
-        for layer in progress(range(arch.num_layers), desc="Measuring losses of single layers", unit="layer"):
-            with source.at(layer):
-                for key, spaces in self.spaces.items():
-                    if key[0] == layer and key not in losses:
-                        losses[key] = trial_losses(masks, candidates(masks, spaces, source, method), self.probe)
-                source.advance(layer)
-                self.probe.advance()
-            if store is not None:
-                store.save(layer + 1, {"losses": _rows(losses)})
-
-    def curves(self, losses: Losses) -> Curves:
-        """Return the mean loss of the model over the domains, by the number of units removed from a layer."""
-        shares = torch.tensor(self.data.shares)
-        last_layer = max(self.masks.arch.num_layers - 1, 1)
-
-        loss_by_unit: dict[Key, Tensor] = {}
-        for key, by_units in losses.items():
-            layer, _ = key
-            # Error feedback in later layers corrects part of an error, and a larger part of an error in an early
-            # layer. A trial does not show this, because it prunes one layer alone. No correction and twice the slope
-            # both measured worse (benchmarks/LOG.md).
-            remaining = 1 - self.data.config.feedback_share * (1 - layer / last_layer)
-            totals = {units: remaining * float(by_domain @ shares) for units, by_domain in by_units.items()}
-            loss_by_unit[key] = unit_losses(self.spaces[key][0].width, totals)
-
-        # Units beyond the last trial cost more than all measured units, so that they are removed last.
-        highest = 0.0
-        for key, values in loss_by_unit.items():
-            highest = max(highest, float((values / self._unit_params(key)).max()))
-        for key, values in loss_by_unit.items():
-            num_measured = max(losses[key], default=len(values))
-            values[num_measured:] += highest * self._unit_params(key)
-
-        curves = {}
-        for key, values in loss_by_unit.items():
-            curves[key] = [0.0] + values.double().cumsum(0).tolist()
-        return curves
-
-    def _unit_params(self, key: Key) -> int:
-        """Return the number of parameters of a unit of a kind of space in one layer."""
-        return sum(space.unit_params * space.scale for space in self.spaces[key])
+    def loss(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> float:
+        """Return the loss of a model that reads text with a tokenizer."""
+        ...
 
 
-def _saved_losses(store: Resume) -> Losses:
-    """Return the losses that an earlier run has saved."""
-    losses: Losses = {}
-    saved = store.load()
-    if saved is None:
-        return losses
-    for layer, name, by_units in saved.values["losses"]:
-        losses[layer, name] = {int(units): torch.tensor(by_domain) for units, by_domain in by_units.items()}
-    return losses
-
-
-def _rows(losses: Losses) -> list[tuple[int, str, dict[int, list[float]]]]:
-    """Return losses as values that JSON can store; see `_saved_losses`."""
-    rows = []
-    for (layer, name), by_units in losses.items():
-        rows.append((layer, name, {units: by_domain.tolist() for units, by_domain in by_units.items()}))
-    return rows
-
-
-def candidates(masks: Masks, spaces: Sequence[Space], source: Source, method: Method) -> Candidates:
-    """Return consumers with units of one kind of space in one layer removed. Experts of a layer share their width."""
-    by_units: dict[int, tuple[dict[Axis, Values], float]] = {}
-    for space in spaces:
-        dense, moments = calibrate(masks, source, method, space)
-        weights = [weight for weight, _ in dense]
-        scores = torch.stack(consumer_scores(method, space, weights, moments)).sum(0)
-
-        for units in _trial_units(space.width):
-            keep = best_units(scores, (space.width - units) * space.scale)
-            values = values_on_trial(masks, space, refit_consumers(method, space, keep, dense, moments))
-
-            all_values, error = by_units.get(units, ({}, 0.0))
-            all_values.update(values)
-            for axis, weight, own_moments in zip(space.consumers, weights, moments, strict=True):
-                change = weight - values[axis][0].float()
-                error += output_energy(change, replace(own_moments, energy=None)) * own_moments.count
-            by_units[units] = (all_values, error)
-    return by_units
-
-
-def _trial_units(width: int) -> list[int]:
-    """Return the numbers of units that the trials of a space remove, in rising order."""
-    numbers = {min(max(round(share * width), 1), width - 1) for share in SHARES}
-    return sorted(numbers - {0})
-
-
-def values_on_trial(
-    masks: Masks, space: Space, refitted: Sequence[tuple[Tensor, Tensor, Tensor | None]]
-) -> Mapping[Axis, Values]:
-    """Return the values of consumers with refitted columns, in the model's dtype. The model does not change."""
-    with masks.holding(masks.current(space.consumers)):
-        for axis, (columns, weight, bias) in zip(space.consumers, refitted, strict=True):
-            write_consumer_(masks.model, axis, columns, weight, bias)
-        return masks.current(space.consumers)
-
-
-def trial_losses(masks: Masks, by_units: Candidates, probe: Probe) -> dict[int, Tensor]:
-    """Return the losses by domain, shape `(domains,)`, by the number of units removed.
-
-    The loss is measured with the largest number of units removed. With a smaller number, it is proportional to the
-    energy of the outputs' error, because the divergence is quadratic in small changes.
-    """
-    largest = max(by_units, default=0)
-    if not largest:
-        return {}
-
-    values, largest_error = by_units[largest]
-    with masks.holding(values):
-        largest_loss = probe.losses()
-
-    losses = {}
-    for units, (_, error) in by_units.items():
-        share = 1.0
-        if largest_error:
-            share = error / largest_error
-        losses[units] = largest_loss * share
-    return losses
-
-
-def unit_losses(width: int, losses: Mapping[int, float]) -> Tensor:
-    """Return the loss that each unit of a space adds, shape `(width,)`, the cheapest units first.
-
-    The loss as a function of the units removed is a power law between two trials. The last exponent also applies
-    beyond the last trial. Up to the first trial the exponent is at least 1, or the first units would cost most. Units
-    are sorted up to the last trial, and again beyond it.
+class Trials:
+    """Trials on the model of a run. The model is dense again after each trial.
 
     Args:
-        width: The number of units.
-        losses: The loss of each trial, by the number of units removed, in rising order.
+        state: The state of the run.
+        judge: The measurement.
+        tokens: The approximate number of calibration tokens that prune the layers.
+        keep: A function from a number of tokens to the kept tokens and the tokenizer that has only these tokens. It is
+            needed for candidates with fewer tokens.
     """
-    if not losses:
-        return torch.zeros(width)
 
-    x = torch.tensor([float(units) for units in losses]).log()
-    # A loss that falls with a growing number of removed units is noise.
-    y = torch.tensor(list(losses.values())).clamp(min=1e-9).cummax(0).values.log()
-    slopes = torch.ones(1)
-    if len(x) > 1:
-        slopes = y.diff() / x.diff()
-    slopes = torch.cat([slopes[:1].clamp(min=1.0), slopes])
+    def __init__(
+        self,
+        state: RunState,
+        judge: Judge,
+        tokens: int,
+        keep: Callable[[int], tuple[Sequence[int], PreTrainedTokenizerBase]] | None = None,
+    ):
+        self.state = state
+        self.judge = judge
+        self.tokens = tokens
+        self.keep = keep
+        # The last model with fewer tokens, by its number of tokens.
+        self._smaller: dict[int, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}
 
-    units = torch.arange(1, width + 1).log()
-    segment = torch.bucketize(units, x)  # the first trial with at least this number of units
-    start = (segment - 1).clamp(min=0)
-    exponent = slopes[segment.clamp(max=len(slopes) - 1)]
-    total = (y[start] + exponent * (units - x[start])).exp()
+    def loss(self, widths: Widths) -> float:
+        """Return the loss of a shape, which is infinite if it is not a number."""
+        state = self.state
+        layer_widths = {name: width for name, width in widths.items() if name != VOCAB}
+        model = state.model
+        tokenizer = state.tokenizer
+        if VOCAB in widths:
+            model, tokenizer = self._with_tokens(widths[VOCAB])
 
-    increments = total.diff(prepend=torch.zeros(1))
-    num_measured = max(losses)
-    return torch.cat([increments[:num_measured].sort().values, increments[num_measured:].sort().values])
+        pruned: AbstractContextManager[None] = nullcontext()
+        if layer_widths:
+            pruned = temporarily_pruned(state.model, state.arch, state.data, layer_widths, self.tokens)
+        with pruned:
+            loss = broadcast_object(self.judge.loss(model, tokenizer))
+        return inf if isnan(loss) else loss
+
+    def _with_tokens(self, number: Width) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Return a copy of the model with fewer tokens. It shares its weights, so it is pruned with the model."""
+        assert self.keep is not None and isinstance(number, int)
+        if number not in self._smaller:
+            keep, tokenizer = self.keep(number)
+            smaller = copy_with_shared_weights(self.state.model)
+            drop_tokens_(smaller, self.state.arch, keep)
+            self._smaller = {number: (smaller, tokenizer)}
+        return self._smaller[number]
+
+
+class Divergence:
+    """The judge of shapes with the same tokens: KL(dense‖model) on text that is neither calibrated on nor held out."""
+
+    def __init__(self, state: RunState):
+        self.data = state.data
+        self.probe = Probe.of(state.model, state.arch, state.data)
+
+    def loss(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> float:
+        """Return the mean divergence over the domains in nats per token."""
+        return float(self.data.mean(self.probe.losses(model)))
+
+
+class HeldOutText:
+    """The judge of shapes with different tokens: held-out text, which each model reads with its own tokenizer.
+
+    The loss of a causal language model is the increase of its loss in nats per token of the dense model. For another
+    model, a piece has the loss 1 - cos, from the mean last hidden states of both models, and the loss is the mean over
+    pieces.
+    """
+
+    def __init__(self, state: RunState, tokenizer: PreTrainedTokenizerBase):
+        self.data = state.data
+        self.causal = state.arch.causal
+        tokens = HELDOUT_TOKENS // len(state.data.domains)
+        self.texts: dict[str, Text] = {}
+        for domain in state.data.domains:
+            text = Text.short(domain.probe_or_heldout, tokenizer, tokens)
+            if self.causal:
+                text = text.cut(positions_of(state.model))
+            self.texts[domain.name] = text
+
+        self.dense_losses = torch.zeros(len(self.texts))
+        self.dense_states: list[Tensor] = []
+        if self.causal:
+            self.dense_losses = self._losses(state.model, tokenizer)
+        else:
+            self.dense_states = self._states(state.model, tokenizer)
+
+    def loss(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> float:
+        """Return the mean loss of a smaller model over the domains."""
+        assert tokenizer is not None
+        if self.causal:
+            return float(self.data.mean(self._losses(model, tokenizer) - self.dense_losses))
+
+        losses = []
+        for states, dense_states in zip(self._states(model, tokenizer), self.dense_states, strict=True):
+            losses.append(1 - cosine_similarity(states, dense_states).mean())
+        return float(self.data.mean(torch.stack(losses)))
+
+    def _losses(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+        """Return the loss of each domain in nats per dense token, shape `(domains,)`."""
+        texts = {name: text.for_tokenizer(tokenizer, model) for name, text in self.texts.items()}
+        losses = []
+        for name, measured in measure_all(model, texts).items():
+            losses.append(totals(measured.loss).sum() / texts[name].tokens.sum())
+        return torch.stack(losses)
+
+    def _states(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
+        """Return the mean last hidden state of each row by domain, shape `(rows, channels)` each."""
+        max_length = int(min(positions_of(model) - 2, 4 * ROW))
+        by_domain = []
+        for text in self.texts.values():
+            documents = ["\n".join(strings) for strings in text.strings]
+            rows = [torch.tensor(ids[:max_length]) for ids in tokenizer(documents, verbose=False)["input_ids"]]
+            by_domain.append(embed(model, rows))
+        return by_domain

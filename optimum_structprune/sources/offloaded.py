@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..arch.inference import evaluating
 from ..arch.load import ModelInfo, describe
 from ..arch.meta import meta_model
 from ..arch.modules import layer_list
@@ -22,7 +23,6 @@ from ..arch.spec import HIDDEN, VOCAB, ArchSpec, Widths
 from ..config.pruning import StructPruneConfig
 from ..criteria import CRITERIA
 from ..errors import StructPruneError, capitalized
-from ..forward.metrics import evaluating
 from ..method.layers import Batch, InMemory, NotSequentialError
 from ..system.offloading import bring_in, put_back
 from ..system.stages import give_back_free_memory

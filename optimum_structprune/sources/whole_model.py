@@ -11,9 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..arch.hooks import observe_products
-from ..arch.inference import run_model
+from ..arch.inference import outputs_for, run_model
 from ..arch.spec import ArchSpec, Space
-from ..forward.metrics import outputs_for
 from ..method.calibrate import Moments
 from ..method.layers import Batch, Source
 from ..method.shrink import check_same

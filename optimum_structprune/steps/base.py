@@ -11,13 +11,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.inference import evaluating
 from ..arch.load import describe
 from ..arch.meta import dequantized, is_quantized, stays_packed
 from ..arch.spec import VOCAB, ArchSpec, Widths
 from ..config.pruning import StructPruneConfig
 from ..domains.manifest import Entry, Manifest
 from ..errors import InPlaceError
-from ..forward.metrics import evaluating
 from ..record.plan import Plan
 from ..record.report import Report
 from ..sources.data import CalibrationData
@@ -80,7 +80,7 @@ class RunState:
             dense_model = model
             model = deepcopy(model)
 
-        report = report or Report(arch.model_type, data.config.scored_by)
+        report = report or Report(model_type=arch.model_type, criterion=data.config.scored_by)
         return cls(
             model=model,
             arch=arch,

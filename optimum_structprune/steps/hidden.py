@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..arch.hooks import observe
+from ..arch.inference import outputs_for
 from ..arch.spec import HIDDEN, MODEL, ArchSpec, Axis, ResidualStream, Widths
-from ..forward.metrics import outputs_for
 from ..method.calibrate import Moments, mixed
 from ..method.layers import Batch, run_model
 from ..method.loop import best_units

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..arch.hooks import adding, observe
+from ..arch.inference import outputs_for, random_inputs
 from ..arch.load import describe
 from ..arch.spec import LAYER, MODEL, ArchSpec, Axis, Widths
 from ..config.pruning import REFITS, StructPruneConfig
 from ..criteria import criterion_of
-from ..forward.metrics import outputs_for, random_inputs
 from ..method.calibrate import Moments, mixed, output_energy
 from ..method.layers import MAX_DEVIATION, Batch, InMemory, equal, noise_like
 from ..method.loop import best_units, check_scores

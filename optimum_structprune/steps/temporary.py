@@ -15,6 +15,10 @@ from ..sources.data import CalibrationData, source_of
 from ..system.stages import progress
 
 
+# The approximate number of calibration tokens of a trial that divides a budget between tokens and layers.
+DIVISION_TOKENS = 8192
+
+
 @contextmanager
 def temporarily_pruned(
     model: PreTrainedModel, arch: ArchSpec, data: CalibrationData, widths: Widths, tokens: int

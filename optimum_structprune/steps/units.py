@@ -41,7 +41,8 @@ class ShrinkLayers(Step):
         # Ctrl-C must restore the model too.
         try:
             for number, round_goal in enumerate(rounds):
-                with state.report.timed(f"round {number + 1}"):
+                name = "pruning" if len(rounds) == 1 else f"round {number + 1}"
+                with state.report.timed(name):
                     method = state.data.method(model, arch)
                     source = source_of(model, arch, state.data.own_batches, state.config.feedback_share)
                     finished_layers = 0
@@ -70,9 +71,13 @@ def _layers_of_round(num_layers: int, number: int, num_rounds: int, finished_lay
 
     The bar counts the layers of all rounds, so that it shows the remaining time of the run.
     """
+    description = "Pruning"
+    if num_rounds > 1:
+        description += f", round {number + 1} of {num_rounds}"
+
     return progress(
         range(finished_layers, num_layers),
-        desc=f"Pruning, round {number + 1} of {num_rounds}",
+        desc=description,
         initial=number * num_layers + finished_layers,
         total=num_rounds * num_layers,
         unit="layer",

@@ -10,24 +10,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.inference import outputs_for, random_inputs
 from ..arch.spec import MODEL, VOCAB, Widths
 from ..config.pruning import StructPruneConfig
 from ..domains.load import load_domains
 from ..domains.manifest import Manifest, remember_text
 from ..domains.packing import USED
-from ..forward.metrics import expected_shares, outputs_for, random_inputs
+from ..measure.losses import expected_shares
 from ..method.shrink import check_same
 from ..record.figures import TrimResult
 from ..record.plan import Plan
 from ..vocabulary.amount import without_tokens
-from ..vocabulary.choose import Choice, VocabularyRequest, choose_tokens, rank_tokens
+from ..vocabulary.choose import Choice, Ranking, VocabularyRequest, choose_tokens, rank_tokens
 from .base import RunState, Step
-from .division import divide_budget
 from .resize import drop_tokens_
 
 
 # The number of positions at which the dense model predicts the next token.
-EXPECTED_TOKENS = 2**14
+EXPECTED_TOKENS = 2**12
 
 
 class TrimVocabulary(Step):
@@ -35,17 +35,19 @@ class TrimVocabulary(Step):
 
     Args:
         request: The tokens to choose from.
-        on_tokenizer: A function that gets the new tokenizer and the model before any token is removed. It may raise
-            if the measurements cannot be made with this tokenizer.
+        divide: A function that chooses the number of tokens if other spaces share the budget.
+        on_tokenizer: A function that gets the new tokenizer and the model before any token is removed.
     """
 
     def __init__(
         self,
         request: VocabularyRequest,
+        divide: Callable[[RunState, VocabularyRequest, Ranking], int],
         on_tokenizer: Callable[[PreTrainedTokenizerBase, PreTrainedModel], None] = lambda tokenizer, model: None,
     ):
         super().__init__({VOCAB: request.rows})
         self.request = request
+        self.divide = divide
         self.on_tokenizer = on_tokenizer
 
     def prune_(self, state: RunState, widths: Widths) -> Plan:
@@ -61,7 +63,7 @@ class TrimVocabulary(Step):
             ranking = rank_tokens(request, domains, held_out, _expected(state))
             number = request.number
             if number is None:
-                number = divide_budget(state, request, ranking)
+                number = self.divide(state, request, ranking)
             if number >= request.rows:
                 return Plan(state.arch.model_type, {})
             return self._cut_(state, choose_tokens(request, ranking, number, domains))
@@ -113,7 +115,7 @@ def config_of_the_rest(request: VocabularyRequest, state: RunState) -> StructPru
 
 
 def _expected(state: RunState) -> Tensor | None:
-    """Return the share of each token in the predictions of the dense model, over 16,384 tokens of text.
+    """Return the share of each token in the predictions of the dense model, over 4,096 tokens of text.
 
     Returns:
         The shares, shape `(rows,)`. None if the model does not predict tokens, or if the config does not set domains,

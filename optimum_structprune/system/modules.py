@@ -24,8 +24,11 @@ def transformer_folder(folder: Path) -> Path:
     Raises:
         StructPruneError: If the folder holds several models.
     """
-    modules = _modules(folder)
+    for path in ("", *_paths(folder)):
+        if _is_model(folder / path):
+            return folder / path
 
+    modules = _modules(folder)
     if any(str(module.get("type")).rpartition(".")[2] in ROUTERS for module in modules):
         parts = [path.parent.name for path in sorted(folder.glob(f"*/{CONFIG}")) if _is_model(path.parent)]
         raise StructPruneError(
@@ -33,13 +36,6 @@ def transformer_folder(folder: Path) -> Path:
             f"({', '.join(parts) or 'its folder'}), and put the result in its place. Do not remove tokens, because "
             "all models use the same token ids."
         )
-
-    if (folder / CONFIG).is_file():
-        return folder
-
-    for path in _paths(folder):
-        if path and _is_model(folder / path):
-            return folder / path
     return folder
 
 

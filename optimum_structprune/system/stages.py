@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import logging
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
+
+from ..errors import capitalized
 
 
 if TYPE_CHECKING:
@@ -24,10 +26,11 @@ ANNOUNCEMENTS = {
     "experts": "Removing experts",
     "languages": "Measuring languages",
     "layers": "Removing layers",
-    "other text": "Reading unseen text",
+    "unseen text": "Reading unseen text",
     "perplexity": "Measuring the model",
-    "recovery": "Training",
+    "recovery": "Recovering the model",
     "search": "Choosing widths",
+    "training": "Training",
     "vocabulary": "Choosing tokens",
     "writing": "Generating text",
 }
@@ -37,13 +40,17 @@ logger = logging.getLogger(__name__)
 # If no bar can be drawn, progress is logged when this many seconds have passed without a line.
 MAX_SILENT_SECONDS = 10.0
 _last_line = [perf_counter()]
-# The seconds by stage of the enclosing stages.
+# The labels of the iterations that log their progress now. The first one contains the others.
+_iterations: list[str] = []
+# The seconds by stage of the enclosing stages, and the announcement of the innermost stage.
 _enclosing: ContextVar[dict[str, float] | None] = ContextVar("enclosing", default=None)
+_announcement: ContextVar[str] = ContextVar("announcement", default=ANNOUNCEMENTS["perplexity"])
+_last_announcement = [""]
 
 
 @contextmanager
 def stage(name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
-    """Announce a stage the first time, and time it inside `with`.
+    """Announce a stage the first time and after other stages, and time it inside `with`.
 
     Args:
         name: The name of the stage.
@@ -56,11 +63,13 @@ def stage(name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
     if times is None:
         times = {}
 
-    if name not in times:
-        announcement = ANNOUNCEMENTS.get(name, name.capitalize())
+    announcement = ANNOUNCEMENTS.get(name, capitalized(name))
+    if name not in times or announcement != _last_announcement[0]:
+        _last_announcement[0] = announcement
         say(f"{announcement} …")
 
     token = _enclosing.set(times)
+    announcement_token = _announcement.set(announcement)
     total_at_start = sum(times.values())
     start = perf_counter()
 
@@ -68,6 +77,7 @@ def stage(name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
         yield
     finally:
         _enclosing.reset(token)
+        _announcement.reset(announcement_token)
         inner = sum(times.values()) - total_at_start
         times[name] = times.get(name, 0.0) + perf_counter() - start - inner
 
@@ -83,19 +93,22 @@ def say(line: str) -> None:
         tqdm.write(line, file=sys.stderr)
 
 
-def progress(iterable: Iterable[Any], **options: Any) -> Iterator[Any]:
+def progress(iterable: Iterable[Any], desc: str = "", note: Callable[[], str] = str, **options: Any) -> Iterator[Any]:
     """Iterate with the progress bar of transformers, or with lines of progress if there is no terminal.
 
     Args:
         iterable: The items.
+        desc: The label; by default the announcement of the stage.
+        note: A function that returns a remark for the end of the bar or of a line.
         options: Options of tqdm.
     """
+    desc = desc or _announcement.get()
     bars = _bars()
     is_terminal = getattr(sys.stderr, "isatty", bool)()
     in_notebook = "ipykernel" in sys.modules
     if bars is not None and (is_terminal or in_notebook):
-        return iter(bars.tqdm(iterable, **options))
-    return _lines(iterable, **options)
+        return _bar(bars.tqdm(iterable, desc=desc, **options), note)
+    return _lines(iterable, desc, note, **options)
 
 
 def _bars() -> Any:
@@ -107,21 +120,50 @@ def _bars() -> Any:
     return bars
 
 
+def _bar(bar: Any, note: Callable[[], str]) -> Iterator[Any]:
+    """Iterate over a bar, and show the note at its end."""
+    for item in bar:
+        yield item
+        bar.set_postfix_str(note(), refresh=False)
+
+
 def _lines(
-    iterable: Any, desc: str, total: int | None = None, initial: int = 0, unit: str = "step", **options: Any
+    iterable: Any,
+    desc: str,
+    note: Callable[[], str],
+    total: int | None = None,
+    initial: int = 0,
+    unit: str = "step",
+    **options: Any,
 ) -> Iterator[Any]:
-    """Iterate, and log the number of finished steps after `MAX_SILENT_SECONDS` without a line."""
+    """Iterate, and log the finished steps and the time left after `MAX_SILENT_SECONDS` without a line.
+
+    Inside another iteration, only steps that take longer than `MAX_SILENT_SECONDS` in all are logged.
+    """
     total = total or len(iterable)
     units = f"{unit}s"
     if unit.endswith("ch"):
         units = f"{unit}es"
 
-    for done, item in enumerate(iterable, start=initial + 1):
-        yield item
+    start = perf_counter()
+    last_line = start
+    if not _iterations:
+        last_line = _last_line[0]
 
-        silent = perf_counter() - _last_line[0]
-        if silent >= MAX_SILENT_SECONDS and done < total:
-            say(f"{desc}: {done} of {total} {units}")
+    _iterations.append(desc)
+    try:
+        for done, item in enumerate(iterable, start=initial + 1):
+            yield item
+
+            now = perf_counter()
+            if now - last_line >= MAX_SILENT_SECONDS and done < total:
+                last_line = now
+                parts = [f"{desc}: {done} of {total} {units}", note()]
+                seconds = (now - start) * (total - done) / (done - initial)
+                parts.append(f"about {readable_time(seconds)} left")
+                say(", ".join(filter(None, parts)))
+    finally:
+        _iterations.remove(desc)
 
 
 def give_back_free_memory() -> None:

@@ -25,6 +25,7 @@ from ..domains.manifest import Entry
 from ..domains.packing import Domain
 from ..domains.sources import resolve
 from ..errors import StructPruneError
+from ..system.stages import progress, say
 from .amount import VocabBudget
 from .count import MOST_COUNTED, has_words, language_shares, note_missing_words, shares_of, text_shares
 from .languages import script, scripts_in, scripts_of
@@ -302,7 +303,7 @@ def _text_shares(
     named_text = torch.zeros(vocabulary.size, dtype=torch.float64)
     general_text = torch.zeros(vocabulary.size, dtype=torch.float64)
     entries = []
-    for index, domain in enumerate(domains):
+    for index, domain in enumerate(progress(domains, desc="Counting tokens", unit="domain", leave=False)):
         shares, entry = text_shares(domain, config.seed, vocabulary.tokenizer, vocabulary.size, held_out, max_tokens)
         entries.append(entry)
         if index < num_named:
@@ -430,6 +431,7 @@ def choose_tokens(request: VocabularyRequest, ranking: Ranking, number: int, dom
     """
     vocabulary = request.vocabulary
     keep = request.keep(ranking.order, number)
+    say("Checking the smaller tokenizer …")
     smaller = vocabulary.smaller(keep)
     vocabulary.check(smaller, keep, _texts(vocabulary, domains))
 

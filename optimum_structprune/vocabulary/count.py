@@ -18,6 +18,7 @@ from ..config.domains import written_by_model
 from ..domains.manifest import COUNTED, Entry
 from ..domains.packing import Domain, tokenised
 from ..domains.sources import documents
+from ..system.stages import progress
 from .languages import CHOOSING, texts
 
 
@@ -80,7 +81,7 @@ def text_shares(
 def language_shares(codes: Sequence[str], tokenizer: PreTrainedTokenizerBase, size: int) -> Tensor:
     """Return the share of each token in languages of equal weight, shape `(size,)`, in fp64."""
     shares = torch.zeros(size, dtype=torch.float64)
-    for code in codes:
+    for code in progress(codes, desc="Counting words", unit="language", leave=False):
         lines = _lines(code)
         rows = tokenizer([text for text, _ in lines], add_special_tokens=False, verbose=False)["input_ids"]
         ids = torch.tensor(list(chain.from_iterable(rows)))

@@ -1,23 +1,19 @@
-"""Measure the cost of text in 30 languages, in bits per byte or in tokens, and find the scripts of tokens."""
+"""Sample text in 30 languages, and the scripts of tokens."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
-from math import ceil, inf, log
+from math import ceil
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from ..arch.meta import positions_of
 from ..domains.packing import tokenize_with_prefix
-from ..errors import warn
-from ..forward.metrics import row_losses
 from .tokens import Vocabulary
 
 
@@ -25,10 +21,6 @@ from .tokens import Vocabulary
 # The second file is for the choice of tokens.
 SAME = "languages"
 CHOOSING = "samples"
-# A model knows a language if the text costs at most this many times the bits of its best language.
-MAX_KNOWN_RATIO = 2.0
-# The number of tokens in all languages together that measure the dense model.
-MEASURED_TOKENS = 4096
 # The maximum number of characters in an opening.
 OPENING_LENGTH = 16
 SENTENCE_ENDS = re.compile(r"(?<=[.?!。？！।])\s*")
@@ -80,98 +72,6 @@ def samples_of(tokenizer: PreTrainedTokenizerBase, codes: Sequence[str], longest
     rows = ceil(len(ids) / longest)
     row_length = len(ids) // rows
     return torch.tensor(ids[: rows * row_length]).view(rows, row_length)
-
-
-def cost_by_language(
-    model: PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase,
-    codes: Collection[str],
-    max_tokens: float = inf,
-) -> dict[str, float]:
-    """Return the bits per byte of text by language, or its number of tokens if `model` is None.
-
-    Languages are measured in the order of `codes`, on at most `max_tokens` tokens in all. Text that is longer than the
-    positions of the model is skipped.
-    """
-    ids_by_code = tokens_by_language(tokenizer)
-    if model is None:
-        return {code: len(ids_by_code[code]) for code in codes}
-
-    costs: dict[str, float] = {}
-    tokens = 0
-    for code in codes:
-        ids = ids_by_code[code]
-        tokens += len(ids)
-
-        if len(ids) <= positions_of(model) and tokens <= max_tokens:
-            nats = float(row_losses(model, [torch.tensor(ids)]).sum())
-            costs[code] = nats / log(2) / len(texts()[code].encode())
-
-    return costs
-
-
-def costs_before(
-    model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase, codes: Collection[str]
-) -> dict[str, dict[str, Any]]:
-    """Measure the dense model by language.
-
-    The languages to keep come first. The other languages follow by their number of tokens, up to `MEASURED_TOKENS`. No
-    language is measured if all texts are longer than the positions of the model.
-
-    Args:
-        model: The dense model, or None to count tokens instead.
-        tokenizer: Its tokenizer.
-        codes: The codes of the languages to keep.
-    """
-    lengths = {code: len(ids) for code, ids in tokens_by_language(tokenizer).items()}
-    order = sorted(lengths, key=lambda code: (code not in codes, lengths[code]))
-    max_tokens = max(MEASURED_TOKENS, sum(lengths[code] for code in codes))
-    costs = cost_by_language(model, tokenizer, order, max_tokens)
-
-    skipped = sorted(set(codes) - set(costs))
-    if skipped and model is not None:
-        warn(
-            f"The sample text of {', '.join(skipped)} has more tokens than the model has positions "
-            f"({positions_of(model):.0f}), so the model is not measured in these languages."
-        )
-
-    languages = {}
-    for code, cost in costs.items():
-        languages[code] = {"before": cost, "wanted": code in codes}
-
-    if model is not None:
-        known_codes = known_languages(costs)
-        for code, figures in languages.items():
-            figures["known"] = code in known_codes
-    return languages
-
-
-def with_costs_after(
-    languages: Mapping[str, Mapping[str, Any]], model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, dict[str, Any]]:
-    """Add the costs of the smaller model in the languages to keep and the languages that the dense model knows."""
-    codes = [code for code, figures in languages.items() if figures["wanted"] or figures.get("known", True)]
-    costs = cost_by_language(model, tokenizer, codes)
-
-    with_costs = {}
-    for code, figures in languages.items():
-        with_costs[code] = dict(figures, after=costs.get(code))
-    return with_costs
-
-
-def known_languages(bits: Mapping[str, float]) -> set[str]:
-    """Return the languages whose text costs at most `MAX_KNOWN_RATIO` times the bits of the best language.
-
-    `bits` are the bits per byte by language. All languages have the same text, so the total bits are compared. If none
-    was measured, none is known.
-    """
-    if not bits:
-        return set()
-
-    totals = {code: per_byte * len(texts()[code].encode()) for code, per_byte in bits.items()}
-    limit = MAX_KNOWN_RATIO * min(totals.values())
-
-    return {code for code, total in totals.items() if total <= limit}
 
 
 def scripts_of(vocabulary: Vocabulary, tokens: Iterable[int]) -> Counter[str]:

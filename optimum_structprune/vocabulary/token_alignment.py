@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.token_space import named_ids
 from ..domains.manifest import ids_in
 from ..errors import StructPruneError
-from ..forward.metrics import outputs_for
-from ..method.devices import rows_at_once
-from ..method.layers import input_device
 from .tokens import Vocabulary
-
-
-# On a CPU, the number of positions whose probabilities are computed together.
-POSITIONS_AT_ONCE = 64
-# On a CPU, the number of texts in a forward pass.
-TEXTS_AT_ONCE = 1
-FP32_BYTES = 4
 
 
 class AlignedToken(NamedTuple):
@@ -43,7 +32,7 @@ class AlignedToken(NamedTuple):
 
 
 class AlignedChunk(NamedTuple):
-    """Consecutive positions of `TokenAlignment.divergence`, with index tensors on the device of the logits."""
+    """Consecutive positions of a text, with index tensors on the device of the logits."""
 
     dense: slice  # the counted dense tokens of the positions, with the token before them
     rows: Tensor  # the dense token of each position, relative to the start of `dense`, shape `(positions,)`
@@ -120,7 +109,7 @@ class TokenAlignment:
         in_order = keep == sorted(set(keep) - {-1})
         if not in_order or keep[-1] >= dense_size:
             raise StructPruneError(
-                f"The dense model has a vocabulary of {dense_size} tokens and the model one of {size}, and by the "
+                f"The original model has a vocabulary of {dense_size} tokens and the model one of {size}, and by the "
                 "same ids they mean other tokens, which cannot be compared. Pass the model that was pruned."
             )
 
@@ -160,7 +149,7 @@ class TokenAlignment:
         for token, counts in zip(ids, is_counted, strict=True):
             parts = self.spellings[token]
             if not parts:
-                raise StructPruneError(f"The token {token} of the dense model cannot be spelled without itself.")
+                raise StructPruneError(f"The token {token} of the original model cannot be spelled without itself.")
 
             row = -1
             if counts:
@@ -176,37 +165,6 @@ class TokenAlignment:
             if counts:
                 node = self.nodes.get(parts, -1)
         return aligned
-
-    def divergence(self, logits: Tensor, dense: Tensor, rows: Tensor, nodes: Tensor) -> Tensor:
-        """Compute the KL divergence of the next-token distributions of a dense and a smaller model.
-
-        The divergence is summed over the parts of each dense token. Where a shorter dense token may have ended, a part
-        is weighted by the probability that it did not end, because the dense model has no prediction after its end.
-
-        Args:
-            logits: The logits of the smaller model, shape `(positions, size)`.
-            dense: The dense logits of the counted dense tokens, shape `(tokens, dense_size)`.
-            rows: The `AlignedToken.row` of the next token at each position, ascending, shape `(positions,)`.
-            nodes: The `AlignedToken.node` of the next token at each position, shape `(positions,)`.
-
-        Returns:
-            The divergence of each counted dense token in nats, shape `(tokens,)`, fp32.
-        """
-        device = logits.device
-        # The probabilities of a large vocabulary take much memory, so only some positions are computed together.
-        positions = rows_at_once(device, FP32_BYTES * (self.size + dense.shape[1]), POSITIONS_AT_ONCE)
-        all_rows, chunks = self.chunks(rows, nodes, positions, device)
-
-        divergences: list[Tensor] = []
-        for values, chunk in zip(logits.split(positions), chunks, strict=True):
-            probabilities = dense[chunk.dense].to(device).float().softmax(-1)
-            target, weight = self.next_part(probabilities, chunk)
-            log_probabilities = values.float().log_softmax(-1)
-            terms = torch.special.xlogy(target, target) - target * log_probabilities
-            divergences.append(weight * terms.sum(-1))
-
-        total = logits.new_zeros(len(dense), dtype=torch.float32)
-        return total.index_add(0, all_rows, torch.cat(divergences))
 
     def chunks(
         self, rows: Tensor, nodes: Tensor, positions: int, device: torch.device
@@ -303,68 +261,3 @@ def _spelling(vocabulary: Vocabulary, token: int, new_ids: dict[int, int], unkno
     if occurs_in_text and unknown is not None:
         return (unknown,)
     return ()
-
-
-@torch.no_grad()
-def divergence_from_dense(
-    alignment: TokenAlignment,
-    dense: PreTrainedModel,
-    model: PreTrainedModel,
-    texts: Sequence[Sequence[int]],
-    contexts: Iterable[int],
-) -> Tensor:
-    """Compute the KL divergence from a dense model to a model with fewer tokens, summed over each text.
-
-    Args:
-        alignment: The alignment of both vocabularies.
-        dense: The dense model.
-        model: The model with fewer tokens.
-        texts: The dense token ids of each text.
-        contexts: The number of tokens at the beginning of each text that are context only.
-
-    Returns:
-        The sums in nats, shape `(texts,)`, fp64, on the CPU.
-    """
-    pairs = list(zip(texts, contexts, strict=True))
-    bytes_of_text = FP32_BYTES * max(map(len, texts)) * (alignment.size + len(alignment.spellings))
-    batch_size = rows_at_once(input_device(model), bytes_of_text, TEXTS_AT_ONCE)
-
-    sums: list[Tensor] = []
-    for start in range(0, len(pairs), batch_size):
-        batch = pairs[start : start + batch_size]
-        sums += _batch_divergences(alignment, dense, model, batch)
-    return torch.stack(sums).cpu()
-
-
-def _batch_divergences(
-    alignment: TokenAlignment,
-    dense: PreTrainedModel,
-    model: PreTrainedModel,
-    batch: Sequence[tuple[Sequence[int], int]],
-) -> list[Tensor]:
-    """Return the divergence of each text of a batch of dense token ids and numbers of context tokens."""
-    aligned: list[Tensor] = []
-    for ids, context in batch:
-        is_counted = [place >= context for place in range(len(ids))]
-        aligned.append(torch.tensor(alignment.align(ids, is_counted)))
-
-    # Texts are padded at the end, which does not change the predictions of a causal model.
-    inputs = pad_sequence([tokens[:, 0] for tokens in aligned], batch_first=True)
-    dense_inputs = pad_sequence([torch.tensor(ids) for ids, _ in batch], batch_first=True)
-    logits = outputs_for(model, inputs)
-    dense_logits = outputs_for(dense, dense_inputs)
-
-    sums: list[Tensor] = []
-    for number, (ids, context) in enumerate(batch):
-        # The logits at a position predict the next token.
-        targets = aligned[number][1:]
-        targets_counted = targets[:, 1] >= 0
-        places = targets_counted.nonzero()[:, 0].to(logits.device)
-        divergence = alignment.divergence(
-            logits[number, places],
-            dense_logits[number, context - 1 : len(ids) - 1],
-            targets[targets_counted, 1],
-            targets[targets_counted, 2],
-        )
-        sums.append(divergence.double().sum())
-    return sums

@@ -378,6 +378,8 @@ def _within_budget(
 
 def _spaces_with_cache(config: StructPruneConfig, arch: ArchSpec, legal: LegalWidths, budget: Budget) -> LegalWidths:
     """Return the spaces whose units reduce the cache."""
+    # Not every space may have widths of its own in each layer, so each space gets one width here.
+    config = replace(config, allocation="uniform", skip_layers=())
     cache_spaces = {}
     for name, sizes in legal.items():
         smallest = smallest_widths(config, arch, {name: sizes})

@@ -12,6 +12,10 @@ from ..config.pruning import StructPruneConfig
 from ..errors import StructPruneError
 
 
+# The number of removals in a training whose config has one round.
+REMOVALS = 4
+
+
 def round_widths(config: StructPruneConfig, arch: ArchSpec, widths: Widths) -> list[Widths]:
     """Return the widths after each round. Every round keeps the same share of units; the last widths are `widths`."""
     rounds: list[Widths] = []
@@ -67,7 +71,8 @@ def removal_steps(
     """Return the training steps after which units are removed.
 
     Args:
-        config: The config. Its `rounds` is the number of removals unless `interval` is set.
+        config: The config. Its `rounds` is the number of removals unless `interval` is set. One round stands for
+            `REMOVALS` removals if there is an `end`.
         start: The first step, or a share of all steps.
         end: The last step, or a share of all steps. None stands for a single removal.
         interval: The number of steps between two removals, the argument `every` of the callback.
@@ -100,13 +105,11 @@ def removal_steps(
     num_steps = end_step - start_step
     if interval is not None:
         return list(range(start_step, end_step + 1, interval))
-    if num_steps > 0 and config.rounds == 1:
-        raise StructPruneError(
-            f"`end={end!r}` divides the removal over the steps {start_step} to {end_step}, but `rounds=1` removes "
-            "everything at once. Set `rounds` to 4 or more, set `every`, or remove `end`."
-        )
 
-    count = min(config.rounds, num_steps + 1)
+    rounds = config.rounds
+    if rounds == 1:
+        rounds = REMOVALS
+    count = min(rounds, num_steps + 1)
     return [start_step + round(num_steps * index / max(count - 1, 1)) for index in range(count)]
 
 

@@ -240,8 +240,8 @@ def test_the_files_of_a_saved_model_do_not_need_the_package(saved):
 def test_a_model_with_differing_layers_is_pruned_again(saved):
     _, model, pruner = saved
     original_widths = widths_of(model)
-    assert pruner.report.widths == original_widths
-    assert 0.29 < pruner.report.sparsity < 0.31
+    assert pruner.result.report.widths == original_widths
+    assert 0.29 < pruner.result.report.sparsity < 0.31
 
     settings = config(sparsity=0.3, targets=("mlp", "attention"), allocation="sensitivity", round_to=1)
     pruner = StructPruner(settings)
@@ -249,7 +249,7 @@ def test_a_model_with_differing_layers_is_pruned_again(saved):
     for name, by_layer in original_widths.items():
         for layer, width in by_layer.items():
             assert widths[name][layer] <= width
-    assert pruner.report.sparsity == pytest.approx(0.3, abs=0.02)
+    assert pruner.result.report.sparsity == pytest.approx(0.3, abs=0.02)
 
 
 def test_a_model_with_differing_layers_becomes_uniform(saved):

@@ -1,6 +1,7 @@
 """Token ids in a config refer to the same tokens after vocabulary trimming, whatever the names of the fields."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +16,11 @@ from optimum_structprune.arch.token_space import counted_from, holds_token_ids, 
 
 
 # Fields whose names end like this may hold token ids.
-SUSPECTS = re.compile(r"\w*(id|ids|idx|idxs|index|indexes|indices|token|tokens|map|lang|langs)")
+SUSPECTS = re.compile(r"\w*(id|ids|idx|idxs|index|indexes|indices|token|tokens|map|lang|langs|to_text)")
 # Fields with such names that hold something else, grouped by their content.
 NO_TOKEN_IDS = {
     "the number of tokens or languages": (
-        "default_num_delay_tokens default_num_lookahead_tokens n_cls_tokens n_langs num_cls_tokens "
+        "_num_audio_tokens default_num_delay_tokens default_num_lookahead_tokens n_cls_tokens n_langs num_cls_tokens "
         "num_detection_tokens num_global_tokens num_group_tokens num_image_tokens num_query_tokens "
         "num_register_tokens num_visual_indicator_tokens pred_num_mask_tokens max_new_tokens max_text_tokens "
         "t2u_max_new_tokens vocoder_num_langs prompt_lookup_num_tokens"
@@ -37,10 +38,12 @@ NO_TOKEN_IDS = {
     "entries of another vocabulary": (
         "audio_stream_bos_id audio_stream_eos_id codebook_eos_token_id codebook_pad_token_id codec_bos_id "
         "codec_eos_token_id codec_nothink_id codec_pad_id codec_think_bos_id codec_think_eos_id subs_pad_id "
-        "t2u_bos_token_id t2u_decoder_start_token_id t2u_eos_token_id t2u_pad_token_id tag_pad_id"
+        "t2u_bos_token_id t2u_decoder_start_token_id t2u_eos_token_id t2u_pad_token_id tag_pad_id char_to_id "
+        "t2u_lang_code_to_id vocoder_lang_code_to_id"
     ),
     "languages and prompts by number": "default_prompt_id lang_id",
     "other names of fields": "attribute_map",
+    "whether a text is continued": "condition_on_prev_tokens",
     "numbers of clusters, and of atoms per token": "num_centroids max_atoms_per_token",
     "seconds of audio, by number": "max_initial_timestamp_index",
 }
@@ -77,8 +80,10 @@ def number_fields(kind):
 
 def suspicious_fields():
     """Return the fields of all configs of transformers that may hold token ids by their names."""
-    names = {"max_initial_timestamp_index", "lang_to_id", "text_decoder_lang_to_code_id"}
+    names = {"max_initial_timestamp_index", "text_decoder_lang_to_code_id"}
     names.update(vars(GenerationConfig()))
+    for path in Path(transformers.__file__).parent.glob("models/*/*.py"):
+        names.update(re.findall(r"\bgeneration_config\.(\w+)", path.read_text("utf-8")))
     for kind in config_classes():
         names.update(number_fields(kind))
     return {name for name in names if SUSPECTS.fullmatch(name)}
@@ -167,6 +172,13 @@ def test_a_field_that_refers_to_a_removed_token_is_refused_by_its_name():
     with pytest.raises(StructPruneError, match="`boundary_id` of the LlamaConfig names the token 2"):
         trimmed_config({"boundary_id": 2})
     assert trimmed_config({"boundary_id": 2}, only_shapes=True).boundary_id == 2
+
+
+def test_the_texts_of_tokens_by_id_are_renumbered():
+    # SeamlessM4T v2 spells the tokens of its text, and looks up each letter in a vocabulary of letters.
+    trimmed = trimmed_config({"id_to_text": {"0": "a", "1": "bc", "5": "d"}, "char_to_id": {"a": 1, "b": 2}})
+    assert trimmed.id_to_text == {"0": "bc", "2": "d"}
+    assert trimmed.char_to_id == {"a": 1, "b": 2}
 
 
 def test_a_map_of_the_vocabulary_loses_the_removed_words():

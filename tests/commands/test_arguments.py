@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from optimum_structprune import DomainConfig, RecoveryConfig, RunOptions, StructPruneConfig, StructPruneError
+from optimum_structprune.arch.spec import WHOLE_MODEL
 from optimum_structprune.commands.arguments import (
     GROUPS,
     domain,
@@ -20,7 +21,10 @@ from optimum_structprune.commands.arguments import (
     run_options,
     setting,
 )
+from optimum_structprune.commands.cli import main
 from optimum_structprune.commands.flags import COMMANDS as ALL_COMMANDS
+from optimum_structprune.config.fields import field_help
+from optimum_structprune.criteria.registry import CRITERIA
 
 
 DECLARE = {command.name: command.declare for command in ALL_COMMANDS}
@@ -109,8 +113,9 @@ def test_every_field_has_a_help_and_an_entry_in_the_docstring(config_class):
     entries = re.findall(r"^        (\w+): ", docstring, re.M)
     assert entries == [field.name for field in fields(config_class)]
 
-    for field in fields(config_class):
-        assert re.fullmatch("[A-Z].*[.]", field.metadata["help"]), field.name
+    sentences = field_help(config_class)
+    for name in entries:
+        assert re.fullmatch("[A-Z].*[.]", sentences[name]), name
 
 
 @pytest.mark.parametrize(("line", "message"), [
@@ -142,7 +147,7 @@ def test_an_odd_value_of_any_flag_is_accepted_or_refused_in_a_sentence(value):
 
 
 def help_of(name):
-    return next(field.metadata["help"] for field in fields(StructPruneConfig) if field.name == name)
+    return field_help(StructPruneConfig)[name]
 
 
 def test_the_help_is_grouped_and_quotes_the_help_of_the_fields():
@@ -156,16 +161,39 @@ def test_the_help_is_grouped_and_quotes_the_help_of_the_fields():
     texts = parts[2::2]
     flags = {title: re.findall(r"^  (--[\w-]+)", text, re.M) for title, text in zip(titles, texts, strict=True)}
 
-    assert list(flags)[2:] == list(GROUPS)
-    assert len(flags["most used"]) == 11
-    assert "--width" in flags["most used"]
-    assert {"--error-feedback", "--refit"} <= set(flags["for experts"])
+    titles = [title for title in GROUPS if title != "dry run"]
+    assert list(flags)[2:] == titles
+    assert len(flags["most used"]) == 12
+    assert {"--budget", "--width"} <= set(flags["most used"])
+    assert flags["loading the model"] == ["--trust-remote-code", "--attn-implementation"]
+    assert flags["method"] == ["--refit", "--error-feedback"]
     assert "--widths" not in output
     assert help_of("error_feedback") in one_line
     assert "(default: 0.5)" in one_line
 
     names = [field.name for field in fields(RecoveryConfig)]
     assert f"NAME is {', '.join(names[:-1])} or {names[-1]}. Repeatable." in one_line
+
+
+def test_the_help_of_spaces_and_criteria_names_the_legal_values():
+    words = set(re.findall(r"`(\w+)`", help_of("criterion")))
+    assert words == set(CRITERIA.names())
+
+    kinds = {"mlp", "attention", *WHOLE_MODEL}
+    assert set(re.findall(r"`(\w+)`", help_of("targets"))) == kinds | {"sparsity", "budget"}
+
+
+@pytest.mark.parametrize("command", ALL_COMMANDS, ids=lambda command: command.name)
+def test_the_help_of_a_command_shows_its_examples(command, capsys):
+    """`tests/test_docs.py` runs the examples."""
+    with pytest.raises(SystemExit) as end:
+        main([command.name, "--help"])
+
+    assert not end.value.code
+    printed = capsys.readouterr().out
+    assert command.examples
+    for example in command.examples:
+        assert f"\n  {example}\n" in printed
 
 
 SHORT_SPELLINGS = [

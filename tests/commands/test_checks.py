@@ -123,7 +123,6 @@ FLAG_ERRORS = [
 ]
 # Command lines that contradict the config of the model, and a part of the error message.
 CONFIG_ERRORS = [
-    ("plan model --width mlp=24 --offload disk", "`--offload` changes the memory that `--cost` counts. Add `--cost`"),
     ("plan other-kind --width mlp=4", "'xglm' is not described"),
     (f"{PRUNE} --width mpl=24", "has no space 'mpl' to prune. Did you mean 'mlp'?"),
     (f"{PRUNE} --width vocab=2", "The tokenizer is of the kind WordLevel"),

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from shutil import copyfile
 
 import pytest
 from helpers import error_line, own_family, save_desk, save_with_tokenizer
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from optimum_structprune import StructPruner, disable_heterogeneous, enable_heterogeneous
 from optimum_structprune.arch import family
+from optimum_structprune.commands import register_structprune
 from optimum_structprune.commands.cli import main
 
 
@@ -99,6 +101,18 @@ def test_commands_read_a_non_uniform_model_of_a_user_family(folder, tmp_path, ca
         enable_heterogeneous()
         line += text + ["--arch", str(family_file), "--device", "cpu"]
         assert main(line) == 0, capsys.readouterr().err
+
+
+def test_optimum_cli_runs_with_two_copies_of_the_package_on_the_path(tmp_path):
+    copy = tmp_path / "optimum" / "commands" / "register"
+    copy.mkdir(parents=True)
+    copyfile(register_structprune.__file__, copy / "register_structprune.py")
+
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.argv = ['optimum-cli', 'structprune', '--help']; "
+        "from optimum.commands.optimum_cli import main; main()"
+    )
+    assert "commands:" in run_code(code)
 
 
 def run_code(code):

@@ -6,12 +6,13 @@ from unittest.mock import patch
 
 import pytest
 from filelock import FileLock, Timeout
-from helpers import error_line, save_desk
-from models import build, config, tokenizer
+from helpers import error_line, save_desk, save_with_tokenizer
+from models import build, config, real_text_model, tokenizer
 from transformers import AutoModelForCausalLM, Trainer
 
 from optimum_structprune import Recovery, StructPruner
 from optimum_structprune.commands.cli import main
+from optimum_structprune.measure.languages import cost_by_language
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +165,35 @@ def test_a_training_after_pruning_reads_the_text_of_the_saved_config(folder, int
     saved = read_json(folder / "general" / "structprune_config.json")
     assert pruning.general_text is not None
     assert pruning.general_text == saved["general_text"]
+
+
+def test_too_little_training_text_is_refused_before_the_pruning(folder, capsys):
+    line = prune_command(folder, folder / "model", folder / "small-text")
+
+    assert main(line + ["--recovery-tokens", "200000"]) == 2
+
+    assert "more than 4 passes" in error_line(capsys)
+    assert not (folder / "small-text").exists()
+
+
+@pytest.mark.slow
+def test_prune_reports_the_languages_of_the_recovered_model(tmp_path, capsys):
+    dense, words = real_text_model()
+    save_with_tokenizer(dense, tmp_path / "model", words)
+    output = tmp_path / "out"
+    line = ["prune", str(tmp_path / "model"), str(output), "--width", "mlp=256", "--languages", "en", "--json"]
+    line += ["--domain", "math=builtin:math", "--num-samples", "6", "--seq-length", "32", "--general-share", "0"]
+    training = "{tokens: 960, answer_share: 0.0, training: {disable_tqdm: true, learning_rate: 0.0003}}"
+    (tmp_path / "run.yaml").write_text(f"recovery: {training}\n")
+
+    assert main([*line, "--config", str(tmp_path / "run.yaml"), "--device", "cpu"]) == 0
+
+    printed = json.loads(capsys.readouterr().out)
+    recovered = AutoModelForCausalLM.from_pretrained(output)
+    assert printed["recovery"]["kept_step"]
+    cost = cost_by_language(recovered, words, ["en"], ["en"])["en"]
+    for report in (printed, read_json(output / "report.json")):
+        assert report["languages"]["en"]["cost"]["pruned"] == pytest.approx(cost)
 
 
 def test_code_of_the_teacher_runs_only_with_the_flag(folder, interrupted_training, capsys):

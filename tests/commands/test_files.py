@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_structprune import StructPruneError
 from optimum_structprune.commands.loading import Loading, usable_device, weights_bytes
+from optimum_structprune.errors import reason_of
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,7 @@ def assert_refused(folder, message):
         Loading().model_and_tokenizer(str(folder))
 
     assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def test_a_complete_model_loads(dense):
@@ -108,6 +110,44 @@ def test_a_damaged_file_of_weights_is_refused_by_name(copy):
 
     (copy / "model.gguf").write_bytes(b"GGUF\x03")
     assert_refused(copy / "model.gguf", "model.gguf is a GGUF file")
+
+
+class Executed:
+    """A pickled object that makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.folder),))
+
+
+def test_a_pickle_with_code_is_refused_without_advice_to_run_it(copy, tmp_path):
+    (copy / "model.safetensors").unlink()
+    folder = tmp_path / "executed"
+    torch.save({"model.norm.weight": torch.ones(2), "other": Executed(folder)}, copy / "pytorch_model.bin")
+
+    message = assert_refused(copy, "a file holds Python objects besides tensors, which could run code. Pass a")
+
+    assert "weights_only" not in message
+    assert not folder.exists()
+
+
+def test_a_tokenizer_with_code_names_the_flag(copy):
+    path = copy / "tokenizer_config.json"
+    fields = {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    (copy / "own.py").write_text("from transformers import PreTrainedTokenizerFast as Own\n")
+
+    assert_refused(copy, "runs code of its own. Read it, and pass --trust-remote-code.$")
+
+
+def test_a_long_error_of_a_library_ends_with_a_sentence():
+    sentence = "The file has an unknown header. "
+
+    assert reason_of(ValueError(sentence * 20)) == (sentence * 9).rstrip(". ")
+    assert reason_of(ValueError("word " * 100)).endswith("word …")
+    assert reason_of(KeyError()) == "KeyError"
 
 
 def test_an_odd_value_in_a_config_is_refused_with_the_message_of_transformers(copy):

@@ -92,7 +92,7 @@ def test_several_models_are_compared_with_the_dense_one(folder, capsys):
     assert "evaluation" not in models[dense]
     twin_domain = models[twin]["evaluation"]["domains"]["a"]
     small_domain = models[small]["evaluation"]["domains"]["a"]
-    assert twin_domain["perplexity"]["dense"] == twin_domain["perplexity"]["pruned"]
+    assert twin_domain["perplexity"]["original"] == twin_domain["perplexity"]["pruned"]
     assert twin_domain["divergence"]["pruned"] == pytest.approx(0, abs=1e-6)
 
     assert main(["evaluate", small_path] + flags) == 0

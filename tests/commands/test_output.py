@@ -61,15 +61,13 @@ def test_every_command_prints_its_result_as_text_or_as_one_json_document(folder,
 
     for name, line in lines.items():
         json_file = tmp_path / f"{name}.json"
-        file_flags = []
-        if name in ("plan", "evaluate"):
-            file_flags = ["--json", str(json_file)]
+        file_flags = ["--json", str(json_file)]
         assert main(line + file_flags) == 0, name
         printed = capsys.readouterr()
         assert printed.out.strip(), name
         assert not printed.out.startswith("{"), name
         assert "%|" not in printed.err, name
-        assert ("Round 1 …" in printed.err) == (name == "prune")
+        assert ("Pruning …" in printed.err) == (name == "prune")
 
         overwrite = []
         if name in ("prune", "export", "recover"):
@@ -82,9 +80,9 @@ def test_every_command_prints_its_result_as_text_or_as_one_json_document(folder,
         assert "%|" not in printed.err, name
         assert "…" not in printed.err, name
 
-        if file_flags:
+        if not overwrite:
             assert json.loads(json_file.read_text()) == values
-        if overwrite:
+        else:
             assert values["output"] == line[2]
         if name == "inspect":
             assert values["spaces"]["attention"] == {"units": [4], "parameters": 6144, "legal": [1, 2, 4]}
@@ -144,8 +142,6 @@ def test_bars_are_off_without_a_terminal_and_the_switches_are_restored(fails, mo
     if fails:
         expected_code = 2
         expected_output = ""
-    level = output.logging.getLogger("transformers.training_args").level
-
     for errors, quiet in [(Terminal(), False), (Terminal(), True), (io.StringIO(), False)]:
         printed = io.StringIO()
         monkeypatch.setattr(sys, "stderr", errors)
@@ -161,7 +157,6 @@ def test_bars_are_off_without_a_terminal_and_the_switches_are_restored(fails, mo
             bars = enabled and errors.isatty() and not quiet
             assert switches_inside.pop() == (bars, not bars, bars)
             assert read_switches() == switches_before
-            assert output.logging.getLogger("transformers.training_args").level == level
 
         set_switches(True)
         assert ("a library prints" in errors.getvalue()) is not quiet
@@ -224,7 +219,7 @@ def test_a_reader_that_stops_early_is_no_error():
     process = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
 
     assert process.stdout == "0\n"
-    assert process.stderr == ""
+    assert process.stderr == "Loading libraries …\n"
 
 
 @pytest.mark.parametrize(("error", "message"), [

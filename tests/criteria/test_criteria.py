@@ -224,7 +224,7 @@ def test_scores_choices_and_weights_use_the_same_statistics(options):
     small = pruner.prune_model(model, tokenizer())
 
     for layer in (0, 1):
-        units = pruner.plan.keep[layer, "mlp"]
+        units = pruner.result.plan.keep[layer, "mlp"]
         assert units == tuple(range(40 - len(units), 40))
         weight = model.model.layers[layer].mlp.down_proj.weight[:, units]
         expected = weight * torch.tensor(units)

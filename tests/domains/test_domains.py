@@ -323,8 +323,8 @@ def test_a_manifest_is_saved_with_the_model(saved):
     manifest = Manifest.load(folder / "out")
 
     assert manifest == Manifest.load(folder / "out" / "calibration_manifest.json")
-    assert manifest.uses() == pruner.manifest.uses()
-    assert manifest.versions == pruner.manifest.versions
+    assert manifest.uses() == pruner.result.manifest.uses()
+    assert manifest.versions == pruner.result.manifest.versions
     assert [entry.name for entry in manifest.with_use(CALIBRATED)] == ["a", "b"]
     assert manifest.domains[0].origin["source"] == "a.jsonl", "records name files without their folders"
     assert manifest.domains[1].origin["source"] == "memory:list"
@@ -344,7 +344,7 @@ def test_a_manifest_is_reproducible_and_depends_on_the_seed(saved):
 
 def test_shared_documents_are_an_overlap(saved):
     _, pruner = saved
-    manifest = pruner.manifest
+    manifest = pruner.result.manifest
     entry = manifest.domains[0]
 
     assert manifest.overlaps("elsewhere", [document_hash("new")]) == []
@@ -358,7 +358,7 @@ def test_shared_documents_are_an_overlap(saved):
 
 def test_a_shared_name_or_source_is_an_overlap(saved, monkeypatch):
     folder, pruner = saved
-    manifest = pruner.manifest
+    manifest = pruner.result.manifest
     monkeypatch.chdir(folder)
 
     for source in ("a", "a.jsonl", str(folder / "a.jsonl"), DomainConfig("z", "a.jsonl")):

@@ -255,20 +255,20 @@ def test_a_model_is_pruned_on_its_generated_text(caplog):
     pruned = pruner.prune_model(MODEL, TOKENIZER)
 
     assert pruned.config.intermediate_size == 1024
-    entry = pruner.manifest.domains[0]
+    entry = pruner.result.manifest.domains[0]
     assert entry.origin["source"] == "self:math"
     assert entry.calibration_tokens == 2 * 32
 
     # Generation is announced and timed separately from reading.
-    seconds = pruner.report.seconds
+    seconds = pruner.result.report.seconds
     assert seconds["writing"] > 0
     assert seconds["domains"] > 0
-    stages = ["Reading text …", "Generating text …", "Measuring the model …", "Reading unseen text …", "Round 1 …"]
+    stages = ["Reading text …", "Generating text …", "Measuring the model …", "Reading unseen text …", "Pruning …"]
     assert [line for line in caplog.messages if "…" in line] == stages
 
     caplog.clear()
     pruner.prune_model(MODEL, TOKENIZER)
-    assert "writing" not in pruner.report.seconds
+    assert "writing" not in pruner.result.report.seconds
     assert "Generating text …" not in caplog.messages
 
 
@@ -296,7 +296,7 @@ def pruning_config(domains, **fields):
 
 def calibration_tokens(pruner):
     """Return the number of calibration tokens of each domain."""
-    return {entry.name: entry.calibration_tokens for entry in pruner.manifest.with_use(CALIBRATED)}
+    return {entry.name: entry.calibration_tokens for entry in pruner.result.manifest.with_use(CALIBRATED)}
 
 
 def test_a_config_without_domains_has_built_in_general_text():
@@ -363,7 +363,7 @@ def test_a_fifth_of_the_calibration_tokens_is_generated(tmp_path):
     pruned = pruner.prune_model(MODEL, TOKENIZER)
 
     assert calibration_tokens(pruner) == {"general": 2 * 24, "own": 8 * 24}
-    entries = {entry.name: entry for entry in pruner.manifest.with_use(CALIBRATED)}
+    entries = {entry.name: entry for entry in pruner.result.manifest.with_use(CALIBRATED)}
     assert entries["general"].origin["source"] == "self:any"
     assert pruner.config is OWN_TEXT_CONFIG
     assert pruner.result.config == replace(OWN_TEXT_CONFIG, general_text="self:any")
@@ -400,7 +400,7 @@ def test_a_model_without_useful_generated_text_is_pruned_on_the_domains(caplog, 
     with caplog.at_level(logging.WARNING):
         pruner.prune_model(MODEL, TOKENIZER)
 
-    names = [entry.name for entry in pruner.manifest.with_use(CALIBRATED)]
+    names = [entry.name for entry in pruner.result.manifest.with_use(CALIBRATED)]
     assert names == ["own"], "the failed generation has not used up the iterator"
     assert "only the configured domains are used: self:any" in caplog.text
 
@@ -411,4 +411,4 @@ def test_no_text_is_read_in_addition_to_inputs():
 
     pruner.prune_model(build("llama-tied"), tokenizer(), inputs={"ids": torch.arange(240).view(10, 24) % 60})
 
-    assert [entry.name for entry in pruner.manifest.domains] == ["ids"]
+    assert [entry.name for entry in pruner.result.manifest.domains] == ["ids"]

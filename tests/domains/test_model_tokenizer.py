@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from optimum_structprune import DomainConfig, StructPruner, evaluate, export_gguf, prune_model, recover
 from optimum_structprune.commands.cli import main
 from optimum_structprune.domains.manifest import check_tokens, has_files, remember_text, tokenizer_of
-from optimum_structprune.domains.packing import Passages, check_reads_any_text
+from optimum_structprune.domains.packing import check_reads_any_text
 from optimum_structprune.errors import StructPruneError
 from optimum_structprune.evaluation.heldout import read_heldout
-from optimum_structprune.forward.metrics import row_losses, sample_losses
+from optimum_structprune.measure.text import Text
 
 
 # The special tokens first, and all words in the opposite order.
@@ -215,33 +215,33 @@ def test_the_same_tokenizer_reads_the_same_tokens():
     ):
         samples = read_samples(own_tokenizer, texts)
 
-        rows = Passages(list(samples), own_tokenizer).rows(own_tokenizer, model)
+        text = Text.of(samples, own_tokenizer).for_tokenizer(own_tokenizer, model)
 
-        assert torch.stack(rows).equal(samples)
-        assert row_losses(model, rows) / 39 == pytest.approx(sample_losses(model, samples), rel=1e-9)
+        assert torch.stack(text.rows).equal(samples)
+        assert text.tokens.tolist() == [39] * len(samples)
 
 
 def test_an_incomplete_character_is_left_out():
     text = "日本語とé" * 20
     samples = read_samples(TOKENIZER, [text], seq_length=12)
 
-    passages = Passages(list(samples), TOKENIZER)
+    original = Text.of(samples, TOKENIZER)
 
     assert len(samples) > 2
-    assert all(piece in text for (piece,) in passages.texts)
+    assert all(piece in text for (piece,) in original.strings)
     complete_texts = [TOKENIZER.decode(row[1:], errors="ignore").replace("\ufffd", "") for row in samples]
-    assert passages.bytes == sum(len(complete_text.encode()) for complete_text in complete_texts)
-    assert any(len(row) < 12 for row in passages.rows(TOKENIZER, MODEL))
+    assert original.bytes == sum(len(complete_text.encode()) for complete_text in complete_texts)
+    assert any(len(row) < 12 for row in original.for_tokenizer(TOKENIZER, MODEL).rows)
 
 
 def test_documents_in_another_tokenizer_are_separated_by_eos():
     samples = read_samples(TOKENIZER, TEXTS, seq_length=120)
     small_model, small_tokenizer = with_tokens(MODEL, TOKENIZER, list(range(300)))
-    passages = Passages(list(samples), TOKENIZER)
+    original = Text.of(samples, TOKENIZER)
 
-    rows = passages.rows(small_tokenizer, small_model)
+    rows = original.for_tokenizer(small_tokenizer, small_model).rows
 
-    for row, sample, texts in zip(rows, samples, passages.texts, strict=True):
+    for row, sample, texts in zip(rows, samples, original.strings, strict=True):
         assert row[0] == small_tokenizer.bos_token_id
         assert len(row) > len(sample)
         assert (row == small_tokenizer.eos_token_id).sum() == len(texts) - 1
@@ -250,15 +250,15 @@ def test_documents_in_another_tokenizer_are_separated_by_eos():
 
 
 def test_text_is_refused_without_enough_positions_or_a_first_token():
-    passages = Passages(list(read_samples(TOKENIZER, TEXTS)), TOKENIZER)
+    original = Text.of(read_samples(TOKENIZER, TEXTS), TOKENIZER)
 
     short_config = deepcopy(MODEL.config)
     short_config.max_position_embeddings = 30
     with pytest.raises(StructPruneError, match="40 tokens of the model's own .* 30 positions. Use `seq_length=30`"):
-        passages.rows(TOKENIZER, type(MODEL)(short_config))
+        original.for_tokenizer(TOKENIZER, type(MODEL)(short_config))
 
     _, bare_tokenizer = with_tokens(MODEL, TOKENIZER, list(range(300)))
     bare_tokenizer.bos_token = None
     bare_tokenizer.eos_token = None
     with pytest.raises(StructPruneError, match="neither a BOS nor an EOS token"):
-        passages.rows(bare_tokenizer, MODEL)
+        original.for_tokenizer(bare_tokenizer, MODEL)

@@ -172,7 +172,7 @@ def test_choices_ignore_reported_text_and_reports_ignore_text_of_choices():
     assert same_weights(state.model, state_of_other_heldout.model)
     assert state.report.domains != state_of_other_heldout.report.domains
     for name, domain in state.report.domains.items():
-        assert domain.perplexity.dense == state_of_other_probe.report.domains[name].perplexity.dense
+        assert domain.perplexity.original == state_of_other_probe.report.domains[name].perplexity.original
 
 
 def test_the_manifest_names_the_documents_of_a_choice():

@@ -530,7 +530,7 @@ def test_texts_longer_than_the_maximum_of_the_tokenizer_cause_no_warning(caplog,
     ({"source": []}, "The domain 'd' is empty[.]"),
     ({"source": ["", " \n"]}, "The domain 'd' is empty[.]"),
     ({"source": iter(())}, "The domain 'd' is empty; a generator yields its text only once[.]"),
-    ({"source": [" ".join(WORDS)]}, "4000 tokens in 1 documents.*only one of the two. Add documents"),
+    ({"source": [" ".join(WORDS)]}, "`seq_length` is .* 4000 tokens in 1 documents.*only one of the two. Add"),
     ({"source": numbered_documents(), "seq_length": 1}, "`seq_length` must be at least 2, got 1"),
     ({"domains": [DomainConfig(n, TEXTS) for n in "abc"], "num_samples": 2}, "=2` .* 3 domains.* at least 3[.]"),
 ], ids=["none", "blank", "spent", "one document", "prefix alone", "few samples"])  # fmt: skip
@@ -539,20 +539,26 @@ def test_text_without_samples_is_refused(fields, message):
         load_domains(replace(config_of(fields.pop("source", TEXTS)), **fields), tokenizer())
 
 
-@pytest.mark.parametrize(("num_samples", "needed_tokens"), [(60, "1020"), (10**12, r"\d{14}")])
-@pytest.mark.parametrize("other_domains", [[], [DomainConfig("b", numbered_documents(), weight=3)]])
-def test_too_little_text_states_a_possible_number_of_samples(num_samples, needed_tokens, other_domains):
-    settings = replace(config_of(TEXTS), domains=[DomainConfig("d", numbered_documents(20))] + other_domains)
-    message = "'d' has 200 tokens in 20 documents.* take .*num_samples="
-    if not other_domains:
-        message = f"'d' has 200 tokens in 20 documents.* take {needed_tokens}.*num_samples="
+@pytest.mark.parametrize(("num_samples", "other_domains"), [
+    (60, []),
+    (10**12, []),
+    (60, [DomainConfig("b", numbered_documents(), weight=3)]),
+])  # fmt: skip
+def test_a_domain_with_too_little_text_has_fewer_samples_and_its_weight(num_samples, other_domains):
+    domains = [DomainConfig("d", numbered_documents(20)), *other_domains]
+    settings = replace(config_of(TEXTS), domains=domains, num_samples=num_samples)
+    with pytest.warns(UserWarning, match="The domain 'd' has 200 tokens in 20 documents, which are") as warnings:
+        small, *others = load_domains(settings, tokenizer())
 
-    with pytest.raises(StructPruneError, match=message) as raised:
-        load_domains(replace(settings, num_samples=num_samples), tokenizer())
+    count = int(re.search(r"which are (\d+) calibration samples", str(warnings[0].message))[1])
+    assert len(small.samples) == count > 1
+    assert small.weight == (0.25 if others else 1)
+    documents = set(small.documents) | set(small.heldout_documents)
+    assert len(documents) == len(small.documents) + len(small.heldout_documents) <= 20
 
-    largest = int(re.search(r"Set `num_samples=(\d+)`", str(raised.value))[1])
-    assert f"in a recovery `tokens={largest * settings.seq_length}`." in str(raised.value)
-    domains = load_domains(replace(settings, num_samples=largest), tokenizer())
-    assert sum(len(domain.samples) for domain in domains) == largest
-    with pytest.raises(StructPruneError):
-        load_domains(replace(settings, num_samples=largest + 1 + 4 * len(other_domains)), tokenizer())
+    # One more sample is not possible.
+    if not others:
+        with pytest.warns(UserWarning, match=f"which are {count} calibration samples instead of {count + 1}"):
+            load_domains(replace(settings, num_samples=count + 1), tokenizer())
+    else:
+        assert len(others[0].samples) == 45

@@ -48,6 +48,24 @@ def test_no_built_in_question_accepts_an_answer_without_content():
             assert not question.pattern.search(text), question.prompt
 
 
+def test_no_built_in_opening_accepts_any_word_as_its_continuation():
+    for question in read_questions():
+        for text in ("zorp blim tock", "once upon a time there was"):
+            assert not question.continuation_pattern.search(text), question.opening
+
+
+@pytest.mark.parametrize(("prompt_words", "correct", "incorrect"), [
+    ("four animals", ["bird", "a mouse", "elephants"], ["cats", "the one", "rather", "run"]),
+    ("three colours", ["blue", "and yellow", "gray."], ["and", "car", "red"]),
+])  # fmt: skip
+def test_openings_of_lists_accept_correct_continuations(prompt_words, correct, incorrect):
+    (question,) = (item for item in read_questions() if prompt_words in item.prompt)
+    for text in correct:
+        assert question.continuation_pattern.search(text), text
+    for text in incorrect:
+        assert not question.continuation_pattern.search(text), text
+
+
 @pytest.mark.parametrize(("prompt_words", "correct", "incorrect"), [
     ("capital of France", ["Paris.", "It is **Paris**, on the Seine."], ["Lyon", "Parisian food is good"]),
     ("2 + 3?", ["5", "2 + 3 = 5.", "It is five.", "It equals **5**"], ["2 + 3 = 6", "It is 5 + 1", "is 5.5", "is 15"]),
@@ -189,7 +207,7 @@ def test_a_model_without_a_chat_template_continues_openings():
 
     evaluation = evaluate(MODEL, base_tokenizer, answers="builtin", max_new_tokens=2, limit=5)
     prompts = [question.prompt for question in evaluation.answers.questions]
-    assert prompts == [question.prompt for question in questions[:5]]
+    assert prompts == [question.opening for question in questions[:5]], "the report shows the text that was read"
     assert "answers correct" in str(evaluation)
     assert " of 5" in str(evaluation)
 
@@ -237,27 +255,27 @@ def test_the_divergence_on_answers_counts_removed_tokens():
 def test_a_run_that_reads_little_text_has_no_short_check():
     for tokens in (0, 4095):
         check = ShortCheck(TOKENIZER, tokens)
-        check.ask("dense", MODEL)
+        check.ask("original", MODEL)
         check.ask("pruned", MODEL)
         assert check.result() is None
 
 
 def test_a_short_check_continues_an_earlier_one_with_the_same_questions(monkeypatch):
     check = ShortCheck(TOKENIZER, 4096)
-    check.ask("dense", MODEL)
+    check.ask("original", MODEL)
     check.ask("pruned", MODEL)
     result = check.result()
     assert len(result.questions) == 16
-    assert result.models == ["dense", "pruned"]
+    assert result.models == ["original", "pruned"]
 
     later_check = ShortCheck(TOKENIZER, 10**9)
     later_check.ask("recovered", MODEL)
-    assert later_check.result(result).models == ["dense", "pruned", "recovered"]
+    assert later_check.result(result).models == ["original", "pruned", "recovered"]
     assert later_check.result(AnswersResult(result.questions[:3])).models == ["recovered"]
 
     monkeypatch.setattr(answers, "continuations", lambda *args: 1 / 0)
-    with pytest.warns(UserWarning, match="no answers of the dense model: division"):
-        later_check.ask("dense", MODEL)
+    with pytest.warns(UserWarning, match="no answers of the original model: division"):
+        later_check.ask("original", MODEL)
     assert later_check.result() is None
 
 
@@ -265,7 +283,7 @@ def test_a_short_check_continues_an_earlier_one_with_the_same_questions(monkeypa
 def test_a_model_that_does_not_predict_the_next_token_is_not_asked(case):
     check = ShortCheck(TOKENIZER, 10**9)
 
-    check.ask("dense", build(case))
+    check.ask("original", build(case))
 
     assert check.result() is None
 

@@ -19,7 +19,10 @@ from optimum_structprune.commands.cli import main
 from optimum_structprune.domains.manifest import Entry
 from optimum_structprune.domains.packing import document_numbers
 from optimum_structprune.evaluation.heldout import read_heldout
-from optimum_structprune.forward.metrics import compare, margin_of_error, sample_losses
+from optimum_structprune.margins import margin_of_error
+from optimum_structprune.measure.losses import means
+from optimum_structprune.measure.losses import measure as measure_text
+from optimum_structprune.measure.text import Text
 
 
 MODEL = build("llama-tied", 0)
@@ -48,26 +51,27 @@ def test_a_comparison_equals_its_definition(batch_size):
     log_probs = predicted_log_probs(MODEL, samples)
     dense_log_probs = predicted_log_probs(DENSE, samples)
 
-    losses, (divergence, agreement) = compare(MODEL, DENSE, samples, batch_size)
+    measured = measure_text(MODEL, Text(list(samples)), DENSE, tokens=60 * batch_size)
 
-    for name, predicted in (("model", log_probs), ("dense", dense_log_probs)):
+    for losses, predicted in ((measured.loss, log_probs), (measured.other, dense_log_probs)):
         expected_loss = float(cross_entropy(predicted.flatten(0, 1), targets))
-        assert float(losses[name].mean()) == pytest.approx(expected_loss, rel=1e-5)
-    assert losses["model"].mean().exp() == pytest.approx(perplexity(MODEL, samples), rel=1e-6)
+        assert float(means(losses).mean()) == pytest.approx(expected_loss, rel=1e-5)
+    assert means(measured.loss).mean().exp() == pytest.approx(perplexity(MODEL, samples), rel=1e-6)
 
     expected_divergence = (dense_log_probs.exp() * (dense_log_probs - log_probs)).sum(-1).mean()
+    divergence = float(torch.cat(measured.kl).mean())
     assert divergence == pytest.approx(float(expected_divergence), rel=1e-4)
     assert divergence > 0
 
     is_same_token = log_probs.argmax(-1) == dense_log_probs.argmax(-1)
-    assert agreement == pytest.approx(float(is_same_token.float().mean()))
-    assert agreement < 1
+    assert torch.stack(measured.agrees).equal(is_same_token.double())
+    assert not is_same_token.all()
 
 
 def test_an_evaluation_against_the_dense_model_has_all_figures(folder):
     domain = DomainConfig("a", str(folder / "a.jsonl"))
     samples = read_heldout(domain, tokenizer(), 24, 4).samples
-    losses, (divergence, agreement) = compare(MODEL, DENSE, samples)
+    measured = measure_text(MODEL, Text(list(samples)), DENSE)
 
     evaluation = evaluate(MODEL, tokenizer(), [domain], dense=DENSE, seq_length=24, num_samples=4)
 
@@ -75,25 +79,24 @@ def test_an_evaluation_against_the_dense_model_has_all_figures(folder):
     assert "KL" in str(evaluation)
     result = evaluation.domains["a"]
     assert result.tokens == 4 * 23
-    assert result.perplexity.by_model() == {
-        "dense": float(losses["dense"].mean().exp()),
-        "pruned": float(losses["model"].mean().exp()),
+    assert result.perplexity.values == {
+        "original": float(means(measured.other).mean().exp()),
+        "pruned": float(means(measured.loss).mean().exp()),
     }
-    assert result.divergence.pruned == divergence
-    assert result.agreement.pruned == agreement
+    assert result.divergence.pruned == float(torch.cat(measured.kl).mean())
+    assert result.agreement.pruned == float(torch.cat(measured.agrees).mean())
 
 
 def test_an_evaluation_of_one_model_has_its_perplexity(folder):
     domain = DomainConfig("a", str(folder / "a.jsonl"))
     samples = read_heldout(domain, tokenizer(), 24, 4).samples
-    losses, _ = compare(MODEL, DENSE, samples)
-    expected_perplexity = float(losses["model"].mean().exp())
+    expected_perplexity = perplexity(MODEL, samples)
 
     domain_fields = {"name": "a", "source": domain.source}
     evaluation = evaluate(MODEL, tokenizer(), [domain_fields], seq_length=24, num_samples=4)
 
     result = evaluation.domains["a"]
-    assert result.perplexity.by_model() == {"pruned": pytest.approx(expected_perplexity, rel=1e-9)}
+    assert result.perplexity.values == {"pruned": pytest.approx(expected_perplexity, rel=1e-9)}
     assert result.divergence is None
     assert "KL" not in str(evaluation)
     assert str(evaluation).endswith("Samples have 24 tokens, each begins with '<s>'.")
@@ -115,13 +118,15 @@ def test_calibration_text_causes_a_warning(tmp_path, folder):
     messages = [str(warning.message) for warning in recorded]
     assert [message for message in messages if "domain" in message] == evaluation.warnings
     assert [warning.split("'")[1] for warning in evaluation.warnings] == ["same", "copy"]
-    num_documents = len(pruner.manifest.domains[0].documents)
+    num_documents = len(pruner.result.manifest.domains[0].documents)
     assert 0 < num_documents < 40
     assert f"{num_documents} of 40 documents were calibrated on" in evaluation.warnings[0]
     assert evaluation.warnings[0] in str(evaluation)
 
     with pytest.warns(UserWarning, match="calibrated on"):
-        evaluate(pruned, tokenizer(), [same_documents, other_documents], seq_length=24, manifest=pruner.manifest)
+        evaluate(
+            pruned, tokenizer(), [same_documents, other_documents], seq_length=24, manifest=pruner.result.manifest
+        )
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -130,7 +135,7 @@ def test_calibration_text_causes_a_warning(tmp_path, folder):
 
 def losses_by_sample(model, samples):
     """Return the loss of each sample, measured one by one."""
-    return torch.stack([sample_losses(model, sample[None])[0] for sample in samples])
+    return torch.cat([means(measure_text(model, Text([sample])).loss) for sample in samples])
 
 
 def test_the_margin_of_a_perplexity_is_the_margin_over_documents():
@@ -196,17 +201,17 @@ def test_models_with_different_vocabularies_are_compared_per_token_of_the_dense_
     # The small model lacks tokens of the text, so its predictions differ.
     assert result.divergence.pruned > 1e-2
     # It needs more tokens for the same text.
-    perplexities = result.perplexity.by_model()
-    assert perplexities["pruned"] > perplexities["dense"]
+    perplexities = result.perplexity.values
+    assert perplexities["pruned"] > perplexities["original"]
 
-    bits = result.bits_per_byte.by_model()
-    for name in ("pruned", "dense"):
+    bits = result.bits_per_byte.values
+    for name in ("pruned", "original"):
         assert bits[name] == pytest.approx(log(perplexities[name], 2) * 117 / num_bytes, rel=1e-6)
     assert f"{bits['pruned']:.3f}" in str(evaluation)
 
     # Without the dense model, the perplexity is also per token of the dense tokenizer.
     single = evaluate(SMALL_MODEL, SMALL_TOKENIZER, [MATH], dense_tokenizer=TEXT_TOKENIZER, **MATH_SIZE)
-    assert single.domains["a"].perplexity.by_model() == {"pruned": pytest.approx(perplexities["pruned"])}
+    assert single.domains["a"].perplexity.values == {"pruned": pytest.approx(perplexities["pruned"])}
 
 
 def test_a_damaged_model_diverges_further():
@@ -247,7 +252,7 @@ def test_the_command_evaluates_each_model_with_its_own_tokenizer(tmp_path, capsy
     assert main(["evaluate", models[0], "--against", models[1]] + options) == 0
     evaluation = json.loads(output.read_text())["models"]["pruned"]["evaluation"]
     domain = evaluation["domains"]["a"]
-    assert domain["perplexity"]["pruned"] == pytest.approx(domain["perplexity"]["dense"], rel=1e-6)
+    assert domain["perplexity"]["pruned"] == pytest.approx(domain["perplexity"]["original"], rel=1e-6)
     # The same ids are different tokens, so outputs cannot be compared.
     assert "divergence" not in domain
     assert "agreement" not in domain
@@ -303,16 +308,16 @@ def test_an_encoder_equals_itself_and_differs_from_another(encoders):
         assert not evaluation.warnings
         assert all(domain.perplexity is None for domain in evaluation.domains.values())
 
-    identical_text, identical_pairs = (domain.vectors for domain in identical.domains.values())
+    identical_text, identical_pairs = identical.domains.values()
     assert identical_text.cosine.pruned == pytest.approx(1)
     assert identical_text.neighbours.pruned == 1
-    assert identical_pairs.retrieval.dense == identical_pairs.retrieval.pruned
+    assert identical_pairs.retrieval.original == identical_pairs.retrieval.pruned
     assert identical_pairs.texts == 24
 
-    different_text, different_pairs = (domain.vectors for domain in different.domains.values())
+    different_text, different_pairs = different.domains.values()
     assert different_text.cosine.pruned < 0.99
     assert 0 <= different_text.neighbours.pruned < 1
-    assert different_pairs.retrieval.dense == identical_pairs.retrieval.dense
+    assert different_pairs.retrieval.original == identical_pairs.retrieval.original
     assert 0 <= different_pairs.retrieval.pruned <= 1
 
     assert "cosine, a" in str(different)
@@ -344,7 +349,7 @@ def test_the_command_compares_several_encoders(encoders, capsys, monkeypatch):
     for name in ("small", "smaller"):
         domains = record["models"][name]["evaluation"]["domains"]
         assert list(domains) == ["a", f"pairs {files[0]}", "pairs yy", f"pairs {files[2]}"]
-        assert all("vectors" in domain for domain in domains.values())
+        assert all("texts" in domain for domain in domains.values())
 
 
 # --- errors
@@ -365,7 +370,7 @@ def test_invalid_arguments_are_refused(encoders):
         (llama, {"domains": [text, text]}, "Two domains are named 'a'"),
         (llama, {"seq_length": 65}, "seq_length=65 is longer than the model's 64 positions"),
         (llama, {"num_samples": 0}, "`num_samples` must be at least 1, got 0"),
-        (llama, {"dense": wide_llama}, "vocabulary of 96, and the dense model has one of 100. Pass the dense"),
+        (llama, {"dense": wide_llama}, "vocabulary of 96, and the original model has one of 100. Pass the original"),
         (narrow_llama, {}, "token id 95, vocabulary 9"),
     ):
         with pytest.raises(StructPruneError, match=message):
@@ -379,7 +384,7 @@ def test_invalid_comparisons_of_encoders_are_refused(encoders):
     defaults = {"domains": [DomainConfig("a", str(encoders / "a.jsonl"))], "seq_length": 48}
 
     for model, options, message in (
-        (bert, {}, "BertForMaskedLM does not predict the next token. .* and a dense model of the same kind"),
+        (bert, {}, "BertForMaskedLM does not predict the next token. .* and an original model of the same kind"),
         (bert, {"dense": llama}, "BertForMaskedLM does not predict"),
         (llama, {"dense": bert}, "BertForMaskedLM does not predict"),
         (bert, {"dense": bert, "answers": "builtin"}, "Only its vectors of text can be compared"),

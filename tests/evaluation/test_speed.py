@@ -10,7 +10,7 @@ from models import build, token_ids
 from optimum_structprune import Speed, StructPruneError, measure_speed
 from optimum_structprune.evaluation.speed import cache_per_token, spread
 from optimum_structprune.forward.generation import cache_bytes, read_prompt, write_tokens
-from optimum_structprune.record.speed import Spread
+from optimum_structprune.record.report import Spread
 
 
 SHORT = {"prompts": (8,), "new_tokens": 3, "repeats": 2}

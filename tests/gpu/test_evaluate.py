@@ -11,7 +11,7 @@ from models import build, documents, token_ids, tokenizer
 
 from optimum_structprune import DomainConfig, StructPruneError, evaluate
 from optimum_structprune.evaluation.speed import measure_speed
-from optimum_structprune.forward.metrics import perplexity
+from optimum_structprune.measure.losses import perplexity
 from optimum_structprune.method.calibrate import Moments
 
 

@@ -21,7 +21,7 @@ def prune_with(settings):
     def work(model):
         pruner = StructPruner(settings)
         small = pruner.prune_model(model, inputs=inputs)
-        units = {str(key): list(units) for key, units in pruner.plan.keep.items()}
+        units = {str(key): list(units) for key, units in pruner.result.plan.keep.items()}
         return {"keep": units, "weights": weights(small)}
 
     return work
@@ -100,7 +100,7 @@ def test_a_vocabulary_trimming_for_a_language_is_the_same(count, with_channels):
         return {
             "tokens": small.config.vocab_size,
             "weights": weights(small),
-            "languages": pruner.report.to_dict()["languages"],
+            "languages": pruner.result.report.to_dict()["languages"],
         }
 
     # The figures of a language are measured on few words, so a small difference is large in them.
@@ -134,7 +134,7 @@ def test_an_interrupted_pruning_resumes_with_the_same_weights(tmp_path, count):
 
         pruner = StructPruner(settings, options)
         small = pruner.prune_model(model, tokenizer())
-        assert pruner.report.resumed
+        assert pruner.result.report.resumed
         return weights(small)
 
     assert_same_on_gpus(work, lambda: build("llama-untied"), count)
@@ -183,6 +183,6 @@ def test_a_pruning_of_a_model_with_an_encoder_has_the_same_figures(case):
         space = next(space.kind for space in describe(model).spaces if "mlp" in space.kind)
         pruner = StructPruner(config(widths={space: 24}))
         small = pruner.prune_model(model, tokenizer())
-        return {"weights": weights(small), "domains": pruner.report.to_dict()["domains"]}
+        return {"weights": weights(small), "domains": pruner.result.report.to_dict()["domains"]}
 
     assert_same_on_gpus(work, lambda: build(case), 2)

@@ -1,5 +1,6 @@
 """A recovery trains the same weights on simulated GPUs as on the CPU."""
 
+from contextlib import nullcontext
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import torch
 from accelerate.utils import DistributedType
 from gpu.compare import assert_same_on_gpus, on_gpu, spread, weights
 from gpu.simulator import simulated_gpus
-from helpers import recovery_config
+from helpers import failing, recovery_config
 from models import build, config, real_text_model, token_ids, tokenizer
 from transformers import Trainer, TrainingArguments, default_data_collator
 
@@ -80,6 +81,22 @@ def test_a_recovery_with_the_teacher_on_a_device_of_its_own_trains_the_same(name
     assert_same_on_gpus(recover, lambda: student_and_teacher("llama-untied"), 2, place, tolerance=1e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_model_returns_to_its_device(fails, monkeypatch):
+    """The Trainer trains on the first GPU."""
+    if fails:
+        monkeypatch.setattr(Trainer, "train", failing(Trainer.train, 1, KeyboardInterrupt()))
+    student, teacher = student_and_teacher("llama-tied")
+    with simulated_gpus(2):
+        student = student.to("cuda:1")
+        recovery = Recovery(recovery_config(**RECOVERY))
+        expected = pytest.raises(KeyboardInterrupt) if fails else nullcontext()
+        with expected:
+            recovery.recover_model(student, tokenizer(), teacher.to("cuda:1"))
+        assert devices_of(student) == [torch.device("cuda:1")]
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_loaded_teacher_is_on_as_many_devices_as_the_student(tmp_path, count):
     """If a student needs two GPUs, the first GPU does not have enough memory for both models."""
@@ -108,7 +125,7 @@ def test_a_recovery_with_a_trimmed_vocabulary_trains_the_same(place):
     def work(models):
         student, teacher = models
         recovery = Recovery(recovery_config(**RECOVERY))
-        recovered = recovery.recover_model(student, pruner.tokenizer, teacher, teacher_tokenizer=reader)
+        recovered = recovery.recover_model(student, pruner.result.tokenizer, teacher, teacher_tokenizer=reader)
         return weights(recovered)
 
     assert_same_on_gpus(work, lambda: (deepcopy(pruned), deepcopy(dense)), 2, place, tolerance=1e-3)

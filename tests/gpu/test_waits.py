@@ -7,7 +7,7 @@ import pytest
 import torch
 from gpu.compare import assert_same
 from gpu.simulator import simulated_gpus
-from helpers import batches, random_plan, shrunk
+from helpers import aligned_divergence, batches, random_plan, shrunk
 from models import build, config, token_ids, tokenizer
 
 import optimum_structprune
@@ -72,14 +72,14 @@ def aligned_batch(count):
 @pytest.mark.parametrize("count", [40, 400])
 def test_the_divergence_across_vocabularies_copies_indices_once(count):
     alignment, logits, dense_logits, rows, nodes = aligned_batch(count)
-    expected = alignment.divergence(logits, dense_logits, rows, nodes)
+    expected = aligned_divergence(alignment, logits, dense_logits, rows, nodes)
 
     with simulated_gpus() as gpus:
         logits = logits.cuda()
         dense_logits = dense_logits.cuda()
-        first = alignment.divergence(logits, dense_logits, rows, nodes)
+        first = aligned_divergence(alignment, logits, dense_logits, rows, nodes)
         copies_of_first = gpus.copies_in(ALIGNMENT)
-        second = alignment.divergence(logits, dense_logits, rows, nodes)
+        second = aligned_divergence(alignment, logits, dense_logits, rows, nodes)
 
         assert_same(first, expected)
         assert_same(second, expected)
@@ -88,7 +88,7 @@ def test_the_divergence_across_vocabularies_copies_indices_once(count):
         assert copies_of_first <= 4
         assert gpus.copies_in(ALIGNMENT) - copies_of_first == 1
 
-        alignment.divergence(logits, dense_logits, rows.cuda(), nodes.cuda())
+        aligned_divergence(alignment, logits, dense_logits, rows.cuda(), nodes.cuda())
         assert gpus.waits_in(ALIGNMENT) == 1
 
 

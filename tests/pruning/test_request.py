@@ -18,7 +18,7 @@ from optimum_structprune.criteria import CRITERIA, register_criterion
 from optimum_structprune.domains.sources import documents as read
 from optimum_structprune.dryrun import dry_run
 from optimum_structprune.errors import InPlaceError, StructPruneError
-from optimum_structprune.forward.metrics import perplexity
+from optimum_structprune.measure.losses import perplexity
 from optimum_structprune.pruning.request import DRY_RUN, resolve_request, without_effect
 from optimum_structprune.saving.gguf_file import export_gguf
 
@@ -124,7 +124,7 @@ def test_a_good_request_reads_the_text():
 
 
 @pytest.mark.parametrize(("fields", "message"), [
-    ({"allocation": "sensitivity"}, "measures losses of the dense model"),
+    ({"allocation": "sensitivity"}, "measures losses of the original model"),
     ({"recovery": unread_recovery()}, "a Trainer trains already"),
     ({"widths": {"layer": 1}}, "'layer' belongs to the whole model"),
     ({"widths": {"hidden": 24}}, "'hidden' belongs to the whole model"),
@@ -297,6 +297,18 @@ def test_a_compiled_model_is_refused():
     model = torch.compile(build("llama-tied"), backend="eager")
     with pytest.raises(StructPruneError, match="_orig_mod"):
         prune_model(model, config(), inputs={"a": IDS})
+
+
+def test_a_model_that_is_compiled_in_place_is_refused():
+    whole_model = build("llama-tied")
+    whole_model.compile(backend="eager")
+    one_layer = build("llama-tied")
+    one_layer.model.layers[1].compile(backend="eager")
+
+    for model in (whole_model, one_layer):
+        with pytest.raises(StructPruneError, match="`model` is compiled. Pass `copy.deepcopy"):
+            prune_model(model, config(), inputs={"a": IDS})
+        prune_model(deepcopy(model), config(), inputs={"a": IDS})
 
 
 def test_a_model_from_inference_mode_is_not_pruned_in_place():

@@ -10,26 +10,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optimum_structprune import StructPruneError
-from optimum_structprune.forward.metrics import margin_of_error
-from optimum_structprune.record.figures import DomainResult, Figure, LanguageResult, mean_ratio, perplexity_result
+from optimum_structprune.margins import margin_of_error
+from optimum_structprune.record.figures import Figure, LanguageResult, TextResult, mean_ratio, perplexity_result
 from optimum_structprune.record.report import CurvePoint, RecoveryReport, Report
 from optimum_structprune.written import to_json
 
 
 numbers = st.none() | st.floats(0.1, 1e6) | st.just(inf)
 figures = st.builds(Figure, numbers, numbers, numbers, st.none() | st.floats(0, 9))
-languages = st.builds(LanguageResult, figures, st.booleans(), st.none() | st.booleans())
-domains = st.builds(DomainResult, figures, st.none() | figures, tokens=st.integers(0, 99), documents=st.integers(0, 9))
+languages = st.builds(LanguageResult, cost=figures, wanted=st.booleans(), known=st.none() | st.booleans())
+domains = st.builds(TextResult, figures, st.none() | figures, tokens=st.integers(0, 99), documents=st.integers(0, 9))
 recoveries = st.none() | st.builds(
     RecoveryReport,
-    st.integers(0, 99),
+    tokens=st.integers(0, 99),
     domains=st.dictionaries(st.text(), domains, max_size=2),
     curve=st.lists(st.builds(CurvePoint, st.integers(0, 99), st.floats(0, 9)), max_size=3),
 )
 reports = st.builds(
     Report,
-    st.text(),
-    st.text(),
+    model_type=st.text(),
+    criterion=st.text(),
     widths=st.dictionaries(st.text(), st.dictionaries(st.integers(-1, 9), st.integers(1, 9), max_size=3), max_size=2),
     domains=st.dictionaries(st.text(), domains, max_size=3),
     languages=st.dictionaries(st.sampled_from(["de", "fr"]), languages),
@@ -46,13 +46,13 @@ def test_a_report_is_unchanged_after_a_conversion_to_json(report):
 
 
 @pytest.mark.parametrize(("values", "message"), [
-    ({"criterion": "obs"}, "lacks the field 'model_type'"),
-    ({"model_type": "llama", "criterion": "obs", "speed": 1}, "unknown field 'speed'"),
-    ({"model_type": 3, "criterion": "obs"}, "model_type must be of type str, got 3"),
-    ({"model_type": "llama", "criterion": "obs", "domains": []}, "domains must be an object, got list"),
-    ({"model_type": "llama", "criterion": "obs", "domains": {"a": {"tokens": "x"}}}, "a: tokens must be of type int"),
-    ({"model_type": "llama", "criterion": "obs", "widths": {"mlp": {"x": 3}}}, "widths: mlp: invalid literal"),
-    ([], "must be an object, got list"),
+    ({"criterion": "obs"}, "needs the field `model_type`"),
+    ({"model_type": "llama", "criterion": "obs", "speed": 1}, "has no field 'speed'"),
+    ({"model_type": 3, "criterion": "obs"}, "`model_type` must be a string, got 3"),
+    ({"model_type": "llama", "criterion": "obs", "domains": []}, "`domains` must be a mapping to TextResult"),
+    ({"model_type": "llama", "criterion": "obs", "domains": {"a": {"tokens": "x"}}}, "a: `tokens` must be a whole"),
+    ({"model_type": "llama", "criterion": "obs", "widths": {"mlp": {"x": 3}}}, "mlp must have layer indices as keys"),
+    ([], r"must be a mapping of fields, got \[\]"),
 ])  # fmt: skip
 def test_an_invalid_report_is_refused(values, message):
     with pytest.raises(StructPruneError, match=message):
@@ -71,16 +71,19 @@ def test_a_report_of_an_earlier_version_counts_as_missing(tmp_path):
 
 
 def test_the_ratio_compares_the_last_model_with_the_first():
-    assert Figure(10.0, 15.0).ratio == 1.5
-    assert Figure(10.0, 15.0, 12.0).ratio == 1.2
-    assert Figure(None, 15.0, 12.0).ratio == 0.8
-    assert Figure(10.0, inf).ratio == inf
-    assert Figure(pruned=3.0).ratio is None
-    assert Figure().ratio is None
+    def ratio(**values):
+        return Figure.of(values).ratio
+
+    assert ratio(original=10.0, pruned=15.0) == 1.5
+    assert ratio(original=10.0, pruned=15.0, recovered=12.0) == 1.2
+    assert ratio(pruned=15.0, recovered=12.0) == 0.8
+    assert ratio(original=10.0, pruned=inf) == inf
+    assert ratio(pruned=3.0) is None
+    assert ratio() is None
 
 
 def test_a_margin_that_is_not_a_number_is_missing():
-    assert Figure.of({"dense": 1.0, "pruned": 2.0}, nan).margin is None
+    assert Figure.of({"original": 1.0, "pruned": 2.0}, nan).margin is None
 
 
 @pytest.mark.parametrize("count", [2, 4, 9])
@@ -102,10 +105,10 @@ def test_a_perplexity_and_its_margin_follow_from_the_losses():
     dense = torch.rand(40, dtype=torch.float64)
     pruned = dense + torch.rand(40, dtype=torch.float64)
 
-    result = perplexity_result({"dense": dense, "pruned": pruned}, 400)
+    result = perplexity_result({"original": dense, "pruned": pruned}, 400)
 
     ratio = float((pruned - dense).mean().exp())
-    assert result.perplexity.dense == pytest.approx(float(dense.mean().exp()))
+    assert result.perplexity.original == pytest.approx(float(dense.mean().exp()))
     assert result.perplexity.ratio == pytest.approx(ratio)
     assert result.perplexity.margin == pytest.approx(ratio * margin_of_error(pruned - dense))
     assert result.tokens == 400
@@ -114,5 +117,5 @@ def test_a_perplexity_and_its_margin_follow_from_the_losses():
     single = perplexity_result({"pruned": pruned}, 400).perplexity
     assert single.margin == pytest.approx(float(pruned.mean().exp()) * margin_of_error(pruned))
 
-    wide = perplexity_result({"dense": dense, "pruned": pruned}, 400, spread=0.5)
+    wide = perplexity_result({"original": dense, "pruned": pruned}, 400, spread=0.5)
     assert wide.perplexity.margin > result.perplexity.margin

@@ -67,6 +67,12 @@ def test_the_reasons_name_the_figures():
     )
 
 
+def test_the_figure_of_a_single_domain_is_named_once():
+    report = results.report([1.75], margin=0.04, unseen_ratio=1.5, asked=results.answers())
+
+    assert judge(report).reasons == ["1.75× ± 0.04 on the calibration domains"]
+
+
 @pytest.mark.parametrize(("shares", "expected"), [
     ((0.985, 0.991), Level.READY),  # multilingual-e5-small, 60% smaller; the text has no removed token
     ((0.916, 0.928), Level.TEST_FIRST),  # the same model, which chose the tokens itself
@@ -114,7 +120,7 @@ def test_the_documentation_states_the_limits():
 def test_answers_without_the_original_model_are_not_counted():
     answers = results.answers()
     for question in answers.questions:
-        del question.answers["dense"]
+        del question.answers["original"]
 
     verdict = judge(results.report([1.0], asked=answers))
 
@@ -138,7 +144,7 @@ def test_languages_that_got_worse_are_named():
     costs = {"en": 1.0, "el": 3.0, "de": 2.0, "fr": 1.5, "es": 1.4, "nl": 9.0}
     report = results.report([1.0], asked=results.answers())
     for code, cost in costs.items():
-        report.languages[code] = LanguageResult(Figure(1.0, cost), known=code != "nl")
+        report.languages[code] = LanguageResult(cost=results.cost(cost), known=code != "nl")
     assert str(judge(report)) == "ready to use; Greek, German, French and 1 more got worse"
 
     for code, text in (
@@ -151,7 +157,7 @@ def test_languages_that_got_worse_are_named():
         report.languages[code].wanted = False
 
     # Removed channels make all text worse, so only languages that are worse than the worst domain are named.
-    report.domains["domain 0"].bits_per_byte = Figure(1.0, 1.45)
+    report.domains["domain 0"].bits_per_byte = results.cost(1.45)
     assert str(judge(report)).endswith("; Greek, German, French got worse")
 
 
@@ -162,7 +168,7 @@ def test_a_training_is_judged_against_the_original_model():
     report.recovery = results.recovery((1.4, 1.03), answers=results.answers())
     assert judge(report).level == Level.READY
 
-    report.recovery = results.recovery((1.4, 1.03), has_dense=False, kept_step=4)
+    report.recovery = results.recovery((1.4, 1.03), has_original=False, kept_step=4)
     assert judge(report).level == Level.RECOVER
     assert judge(report).advice == "needs a longer recovery before use"
 
@@ -171,11 +177,11 @@ def test_a_trained_model_is_not_judged_by_the_answers_before_the_training():
     report = results.report([1.4], asked=results.answers(kept=10))
 
     report.recovery = results.recovery((1.4, 1.03), kept_step=4)
-    assert report.latest_answers is None
+    assert report.latest().answers is None
     assert "answers were not checked" in str(judge(report))
 
     report.recovery = results.recovery((1.4, 1.4), kept_step=0)
-    assert report.latest_answers is report.answers
+    assert report.latest().answers is report.answers
 
 
 def test_a_training_is_judged_on_unseen_text():
@@ -197,6 +203,6 @@ def test_a_model_is_not_ready_if_its_unseen_text_is_built_in():
 
 def test_a_domain_with_an_infinite_perplexity_makes_a_model_unusable():
     report = results.report([1.0])
-    report.domains["domain 0"].perplexity = Figure.of({"dense": 10.0, PRUNED: inf})
+    report.domains["domain 0"].perplexity = Figure.of({"original": 10.0, PRUNED: inf})
 
     assert judge(report).level == Level.UNUSABLE

@@ -4,15 +4,15 @@ from itertools import chain, islice
 
 import pytest
 import torch
-from helpers import on_one_rank, on_two_ranks, save_with_tokenizer
+from helpers import aligned_divergence, on_one_rank, on_two_ranks, save_with_tokenizer
 from models import config, real_text_model
 from recovery.test_attach import printed_divergences
 from transformers import Trainer, TrainingArguments
 
 from optimum_structprune import StructPruner, attach_teacher
 from optimum_structprune.domains.sources import builtin_documents
-from optimum_structprune.recovery.aligned_batches import AlignedCollator, align_document, join_documents
-from optimum_structprune.recovery.samples import pad_samples
+from optimum_structprune.measure.batches import aligned_sample, pad_samples
+from optimum_structprune.recovery.aligned_batches import AlignedCollator
 from optimum_structprune.vocabulary.token_alignment import TokenAlignment
 
 
@@ -23,7 +23,7 @@ def trimmed():
     settings = config(widths={"vocab": 320}, seq_length=48, num_samples=8)
     pruner = StructPruner(settings)
     student = pruner.prune_model(dense, reader)
-    return dense, reader, student, pruner.tokenizer
+    return dense, reader, student, pruner.result.tokenizer
 
 
 def make_features(tokenizer, count=6, length=40):
@@ -134,7 +134,8 @@ def test_the_loss_is_the_divergence_from_the_teachers_tokens(trimmed, tmp_path):
             is_taught = batch["teacher_labels"][number, 1:width] != -100
             aligned_rows = batch["align_rows"][number, 1:length]
             is_counted = aligned_rows >= 0
-            divergence = alignment.divergence(
+            divergence = aligned_divergence(
+                alignment,
                 logits[is_counted],
                 dense_logits[is_taught],
                 aligned_rows[is_counted],
@@ -154,14 +155,14 @@ def test_the_loss_is_the_divergence_from_the_teachers_tokens(trimmed, tmp_path):
 
 def test_rows_of_packed_documents_are_numbered_consecutively():
     alignment = TokenAlignment([(0,), (1,), (2,), (0, 1), (1, 2, 0)], 3)
-    first = align_document(alignment, [2, 3, 4], [True, True, True])
+    first = aligned_sample({"input_ids": [2, 3, 4], "labels": [2, 3, 4]}, alignment)
     assert first["input_ids"] == [2, 0, 1, 1, 2, 0]
     assert first["align_rows"] == [-1, 0, 0, 1, 1, 1]
     assert first["labels"] == [-100, 0, 1, 1, 2, 0]
     assert first["teacher_labels"] == [-100, 3, 4]
 
-    second = align_document(alignment, [1, 0, 3], [True, False, True])
-    joined = join_documents([first, second])
+    sample = {"input_ids": [2, 3, 4, 1, 0, 3], "labels": [2, 3, 4, 1, -100, 3], "position_ids": [0, 1, 2, 0, 1, 2]}
+    joined = aligned_sample(sample, alignment)
     assert joined["align_rows"] == [-1, 0, 0, 1, 1, 1, -1, -1, 2, 2]
     assert joined["position_ids"] == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3]
     assert joined["teacher_position_ids"] == [0, 1, 2, 0, 1, 2]

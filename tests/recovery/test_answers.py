@@ -15,11 +15,12 @@ from transformers import TrainerCallback
 from optimum_structprune import DomainConfig, Recovery, StructPruneError, prune_model, recover
 from optimum_structprune.evaluation.answers import read_questions
 from optimum_structprune.forward.generation import sampled_continuations
+from optimum_structprune.measure.batches import SampleCollator
 from optimum_structprune.recovery import answers as module
 from optimum_structprune.recovery.answers import AnswerFile, Answers, prompts_per_batch, write_answers
-from optimum_structprune.recovery.measure import measure_samples
+from optimum_structprune.recovery.measure import measure_all
 from optimum_structprune.recovery.prompts import OPENING_TOKENS, builtin_prompts, prompts_of, read_prompts
-from optimum_structprune.recovery.samples import SampleCollator, SamplePacker, text_sample
+from optimum_structprune.recovery.samples import SamplePacker, text_sample
 from optimum_structprune.recovery.teacher import Teacher
 from optimum_structprune.vocabulary.token_alignment import TokenAlignment
 
@@ -237,16 +238,15 @@ def test_packed_conversations_in_fewer_tokens_have_the_same_divergence_as_single
         """Measure the divergence in one sample of all conversations."""
         length = sum(len(prompt) + len(answer) for prompt, answer in conversations)
         samples = list(SamplePacker(length, counts_prompts=False).conversations(conversations))
-        return measure_samples(student, samples, SampleCollator(alignment, 64), teacher, accelerator)
+        return measure_all(student, {"a": samples}, teacher, accelerator)["a"]
 
     packed = measure(pairs)
     singles = [measure([pair]) for pair in pairs]
-    tokens = sum(single["tokens"] for single in singles)
-    for name in ("kl", "loss", "teacher"):
-        expected = sum(single["tokens"] * single[name] for single in singles) / tokens
-        torch.testing.assert_close(packed[name], expected, atol=1e-5, rtol=1e-5)
-    assert packed["tokens"].tolist() == [9]
-    assert packed["kl"] > 0.01
+    for name in ("kl", "loss", "other"):
+        expected = torch.cat([torch.cat(getattr(single, name)) for single in singles])
+        torch.testing.assert_close(torch.cat(getattr(packed, name)), expected, atol=1e-5, rtol=1e-5)
+    assert [len(values) for values in packed.kl] == [9]
+    assert packed.kl[0].mean() > 0.01
 
 
 class EvaluationLosses(TrainerCallback):

@@ -22,6 +22,8 @@ from optimum_structprune.config.recovery import LEARNING_RATES
 from optimum_structprune.domains.load import texts_of
 from optimum_structprune.domains.manifest import JUDGED, TRAINED, Manifest
 from optimum_structprune.errors import StructPruneError
+from optimum_structprune.measure.languages import cost_by_language
+from optimum_structprune.record.report import REPORT_NAME, Report
 from optimum_structprune.recovery.adapter import adapted, lora_config
 from optimum_structprune.recovery.text import TextStream, text_config, validation_text
 from optimum_structprune.recovery.training import NothingGainedWarning
@@ -47,7 +49,7 @@ def test_recovery_closes_most_of_the_gap_on_a_trained_model(tmp_path, monkeypatc
         divergence = report.domains[name].divergence
         assert divergence.recovered < share * divergence.pruned
     perplexity = report.domains["stories"].perplexity
-    assert perplexity.dense < perplexity.recovered
+    assert perplexity.original < perplexity.recovered
     assert report.kept_step
     assert report.tokens == pytest.approx(52_000, rel=0.02)
     assert report.seconds > 0
@@ -136,6 +138,64 @@ class Spoiler(TrainerCallback):
 
 
 @pytest.mark.slow
+class Recorder(TrainerCallback):
+    """Collects the logs of a Trainer, as the integrations of `report_to` do."""
+
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_training_shows_its_steps_tokens_and_divergence(pruned, terminal, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    monkeypatch.setattr("optimum_structprune.system.stages.MAX_SILENT_SECONDS", 0)
+    recorder = Recorder()
+    training = {"logging_steps": 1, "eval_steps": 4, "save_steps": 4, "disable_tqdm": None}
+    recovery = Recovery(recovery_config(training=training), callbacks=[recorder])
+    recovery.recover_model(deepcopy(pruned), tokenizer(), build("llama-tied"))
+
+    printed = capsys.readouterr()
+    lines = re.split(r"[\r\n]+", printed.err)
+    assert printed.out == ""
+    assert "{" not in printed.err
+    assert "train_runtime" not in printed.err
+
+    losses = [logs["kl"] for logs in recorder.logs if "kl" in logs]
+    assert len(losses) == 10
+    training_lines = [line for line in lines if line.startswith("Training:")]
+    pattern = r"\d of 10 steps, (\d+) tokens, KL ([\d.]+), about"
+    if terminal:
+        pattern = r"\d/10 .*?(\d+) tokens, KL ([\d.]+)"
+    shown = re.findall(pattern, "\n".join(training_lines))
+    assert shown
+    for tokens, loss in shown:
+        # A step has two samples of 24 tokens. Its loss is logged after it was counted.
+        number = int(tokens) // 48 - 1
+        assert float(loss) == pytest.approx(sum(losses[:number]) / number, abs=1e-4)
+
+    evaluations = [line for line in lines if re.fullmatch(r"Step \d+ of 10: validation KL [\d.]+", line)]
+    assert len(evaluations) == 3
+    assert any(line.startswith("Evaluating the checkpoint:") for line in lines)
+    assert any("train_runtime" in logs for logs in recorder.logs), "callbacks get every log"
+
+
+def test_the_bar_of_an_interrupted_training_ends(pruned, capsys, monkeypatch):
+    """Otherwise the next message would stand behind the bar."""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr(Recorder, "on_log", failing(Recorder.on_log, 2, KeyboardInterrupt()))
+    recovery = Recovery(recovery_config(training={"logging_steps": 1, "disable_tqdm": None}), callbacks=[Recorder()])
+    with pytest.raises(KeyboardInterrupt) as caught:
+        recovery.recover_model(deepcopy(pruned), tokenizer(), build("llama-tied"))
+
+    assert caught.tb is not None
+    last_line = re.split(r"\r", capsys.readouterr().err)[-1]
+    assert last_line.startswith("Training:")
+    assert last_line.endswith("\n")
+
+
 def test_a_nan_loss_stops_the_training_and_restores_the_best_checkpoint(pruned):
     spoiler = Spoiler(step=5)
     recovery = Recovery(recovery_config(training={"save_steps": 2}, **FULL), callbacks=[spoiler])
@@ -245,6 +305,45 @@ def test_a_pruned_model_is_saved_with_the_text_of_its_recovery(tmp_path):
     assert entries == Manifest.seen_by(model).with_use(TRAINED)
 
 
+def test_too_little_training_text_is_refused_before_the_pruning():
+    model = build("llama-tied")
+    original = deepcopy(model)
+    domains = [DomainConfig("a", documents())]
+    pruner = StructPruner(config(domains=domains, recovery=recovery_config(domains=None, tokens=200_000)))
+
+    with pytest.raises(StructPruneError, match="'a' has .* more than 4 passes"):
+        pruner.prune(model, tokenizer(), inplace=True)
+    assert same_weights(model, original)
+
+
+def test_the_languages_of_a_recovered_model_are_measured_again(tmp_path):
+    dense, words = real_text_model()
+    result = StructPruner(config(widths={"mlp": 800}, languages=("en",))).prune(dense, words)
+    result.save(tmp_path / "pruned")
+    recovery = Recovery(recovery_config(training={"learning_rate": 1e-3}), pruned=tmp_path / "pruned")
+
+    # Another teacher, so that even a short training is a gain.
+    with torch.no_grad():
+        dense.get_output_embeddings().weight.mul_(4)
+    recovered = recovery.recover_model(result.model, words, dense)
+    recovery.save(recovered, tmp_path / "out", words)
+
+    before = Report.load(tmp_path / "pruned" / REPORT_NAME).languages["en"].cost
+    after = Report.load(tmp_path / "out" / REPORT_NAME).languages["en"].cost
+    assert after.original == before.original
+    assert after.pruned != before.pruned
+    assert after.pruned == pytest.approx(cost_by_language(recovered, words, ["en"], ["en"])["en"])
+
+
+@pytest.mark.parametrize(("answer_share", "text_samples"), [(0.0, 20), (0.5, 10), (1.0, 0)])
+def test_the_manifest_does_not_count_answers_as_text_of_domains(pruned, answer_share, text_samples):
+    recovery = Recovery(recovery_config(tokens=20 * 24, answer_share=answer_share))
+    recovery.recover_model(pruned, tokenizer(), build("llama-tied", seed=1))
+
+    tokens = sum(entry.calibration_tokens for entry in recovery.entries if entry.use == TRAINED)
+    assert tokens == text_samples * 24
+
+
 def test_unseen_text_is_measured_and_excluded_from_the_training(pruned):
     recovery = Recovery(recovery_config(answer_share=0.0))
     recovered = recovery.recover_model(pruned, tokenizer(), build("llama-tied", seed=1))
@@ -252,7 +351,7 @@ def test_unseen_text_is_measured_and_excluded_from_the_training(pruned):
     report = recovery.report
     assert report.unseen.source == "built-in"
     assert "unseen text (built-in)" in str(report)
-    assert list(report.unseen.perplexity.by_model()) == ["dense", "pruned", "recovered"]
+    assert list(report.unseen.perplexity.values) == ["original", "pruned", "recovered"]
     assert report.unseen.divergence
 
     training_documents = set()
@@ -279,7 +378,7 @@ def prune_recover_and_evaluate(make_source):
         recovered=recovered,
         second_model=second_model,
         evaluation=evaluation,
-        report=pruner.report,
+        report=pruner.result.report,
     )
 
 
@@ -410,7 +509,7 @@ def test_samples_follow_the_weights_of_domains_and_exclude_heldout_documents():
     second_stream = stream_of(recovery_config(domains=domains, seed=3))
     assert list(second_stream.samples(20)) == samples
 
-    entries = stream.entries()
+    entries = stream.entries(20)
     token_counts = {entry.name: entry.calibration_tokens for entry in entries}
     assert token_counts == {"a": 15 * 24, "b": 5 * 24}
 
@@ -489,7 +588,7 @@ def test_validation_documents_are_excluded_from_training():
 
     stream.documents["a"].clear()
     list(stream.samples(4))
-    assert not set(validation_documents) & set(stream.entries()[0].documents)
+    assert not set(validation_documents) & set(stream.entries(4)[0].documents)
 
 
 # --- adapters: the trained weights of a model, and the merged model

@@ -9,10 +9,11 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from helpers import failing, logits, recovery_config, same_weights, unread
-from models import build, full_disk, tokenizer
+from models import build, config, documents, full_disk, tokenizer
 from transformers import Trainer
 
 from optimum_structprune import DomainConfig, StructPruneError, recover
+from optimum_structprune.recovery.recover import Recovery
 from optimum_structprune.system.fingerprint import fingerprint
 
 
@@ -109,6 +110,21 @@ def test_a_checkpoint_of_another_training_is_refused(pruned, finished_run):
         recover(with_changed_weight(pruned), tokenizer(), settings(folder), resume=True)
     with pytest.raises(StructPruneError, match="teacher None there and  here"):
         recover(model, tokenizer(), settings(folder), build("llama-tied"), resume=True)
+
+
+def test_a_checkpoint_of_a_training_on_other_text_is_refused(pruned, tmp_path):
+    """A recovery without domains reads the text of the pruning."""
+    recovery = settings(tmp_path, domains=None, tokens=96, seed=0)
+    pruning = config(domains=[DomainConfig("stories", documents())])
+    Recovery(recovery, pruning).recover_model(deepcopy(pruned), tokenizer())
+
+    for fields, message in (
+        ({"domains": [DomainConfig("code", documents())]}, "domains .*stories.* there and .*code.* here"),
+        ({"domains": pruning.domains, "seed": 5}, "pruning_seed 0 there and 5 here"),
+    ):
+        training = Recovery(recovery, config(**fields))
+        with pytest.raises(StructPruneError, match=message):
+            training.recover_model(deepcopy(pruned), tokenizer(), resume=True)
 
 
 def test_without_a_complete_checkpoint_there_is_nothing_to_resume(pruned, folder):

@@ -24,20 +24,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from optimum_structprune import DomainConfig, StructPruner, dry_run, export_uniform
 from optimum_structprune.commands.saved import result_lines
 from optimum_structprune.domains.manifest import Manifest
-from optimum_structprune.record.evaluation import Evaluation
 from optimum_structprune.record.figures import (
     Answer,
     AnsweredQuestion,
     AnswersResult,
-    DomainResult,
     SizeResult,
+    TextResult,
     TrimResult,
 )
-from optimum_structprune.record.report import DenseModel, Report
-from optimum_structprune.record.speed import Speed, Spread, Timing
-from optimum_structprune.record.summary import loss_table
+from optimum_structprune.record.report import Evaluation, OriginalModel, Report, Speed, Spread, Timing
 from optimum_structprune.record.table import escaped
 from optimum_structprune.record.verdict import judge
+from optimum_structprune.record.view import View
 from optimum_structprune.saving.card import model_card
 from optimum_structprune.written import LIST_NAME, replace_text, to_json, written_files
 
@@ -81,14 +79,14 @@ def test_the_card_agrees_with_the_records(desk):
     assert card.data.base_model is None
 
     rows = tables(card.text)
-    dense = report.dense.parameters
+    dense = report.original.parameters
     pruned = report.pruned.parameters
     assert rows["Size"][2] == ["FFN channels per layer", "40", "24", "-40.0%"]
     assert rows["Size"][3] == ["parameters", f"{dense:,}", f"{pruned:,}", f"{pruned / dense - 1:+.1%}"]
     assert "FFN channels: 40 → 24 (-40.0%) in each of 2 layers." in card.text
 
     loss_rows = []
-    for row in loss_table(report)[1:]:
+    for row in View(report).losses[1:]:
         loss_rows.append([escaped(cell) for cell in row])
     assert rows["Losses"][2:] == loss_rows
 
@@ -113,10 +111,10 @@ def folder_of_report(desk, tmp_path):
     (out / "calibration_manifest.json").write_text(json.dumps(manifest))
 
     report = results.report({"a": inf})
-    report.dense = SizeResult(20, 10, 80)
+    report.original = SizeResult(20, 10, 80)
     report.pruned = SizeResult(10, 5, 40)
     report.widths = {"mlp": {0: 3, 1: 4}}
-    report.dense_widths = {"mlp": 8}
+    report.original_widths = {"mlp": 8}
     report.save(out / "report.json")
     return out, report
 
@@ -143,13 +141,13 @@ def test_licence_base_model_and_data_sets_come_from_the_hub_or_the_report(desk, 
     assert unlicensed.data.license is None
     assert "Unknown: the card of gone names no licence" in unlicensed.text
 
-    report.model = DenseModel("owner/model", base_model="maker/model", license="mpl-2.0")
+    report.model = OriginalModel("owner/model", base_model="maker/model", license="mpl-2.0")
     report.save(out / "report.json")
     recorded = ModelCard(model_card(out, "out", slim))
     assert recorded.data.base_model == "maker/model"
     assert recorded.data.license == "mpl-2.0"
 
-    report.model = DenseModel()
+    report.model = OriginalModel()
     report.save(out / "report.json")
     cache_folder = "/home/me/hub/models--owner--model/snapshots/0123"
     cached = ModelCard(model_card(out, "out", slim, cache_folder))
@@ -233,18 +231,20 @@ def card_of(result, place, words):
     replace_text(dense / LIST_NAME, to_json({"files": {"README.md": ""}}))
 
     answer = Answer(words, right=True, loops=False, stopped=True)
-    questions = [AnsweredQuestion(words, words, {"dense": answer, words: answer})]
-    domains = {words: DomainResult(results.figure(1.5), tokens=9, documents=90)}
+    questions = [AnsweredQuestion(words, words, {"original": answer, words: answer})]
+    domains = {words: TextResult(results.figure(1.5), tokens=9, documents=90)}
     report = Report.load(folder / "report.json")
     report.model.name = str(dense)
     report.answers = AnswersResult(questions)
     report.domains = domains
     report.trimmed = TrimResult(9, 0.1, {words: 3}, unreadable={words: 1}, scripts={words: 1})
     report.widths["vocab"] = {-1: 5}
-    report.dense_widths["vocab"] = 14
+    report.original_widths["vocab"] = 14
     report.save(folder / "report.json")
 
-    evaluation = Evaluation(words, words, prefix=words, domains=domains, calibrated=[], warnings=[words])
+    evaluation = Evaluation(
+        model=words, original=words, prefix=words, domains=domains, calibrated=[], warnings=[words]
+    )
     evaluation.save(folder / "evaluation.json")
 
     timing = Timing([1.0], 1.0, Spread(1.0, 1.0, 1.0))

@@ -37,15 +37,15 @@ def test_the_records_of_the_pruning_are_exported(pruner, folder, tmp_path):
 
     out = tmp_path / "out"
     padding = export_uniform(model, out)
-    assert padding.dense == pruner.report.dense.parameters
+    assert padding.dense == pruner.result.report.original.parameters
     added = padding.after - padding.before
     share = added / (padding.dense - padding.before)
     assert f"adds {added:,} zero parameters" in str(padding)
     assert f"{share:.1%} of the parameters that pruning had removed" in str(padding)
 
     assert all((out / name).is_file() for name in recovery_files)
-    assert Plan.load(out / "pruning_plan.json") == pruner.plan
-    assert Manifest.load(out) == pruner.manifest
+    assert Plan.load(out / "pruning_plan.json") == pruner.result.plan
+    assert Manifest.load(out) == pruner.result.manifest
     assert StructPruneConfig.from_pretrained(out).widths == pruner.config.widths
     report = Report.load(out / "report.json")
     assert report.pruned.parameters == padding.before == model.num_parameters()

@@ -4,6 +4,8 @@ import json
 import re
 from itertools import islice, pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import gguf
 import numpy as np
@@ -384,6 +386,27 @@ def test_the_command_prune_writes_a_file_next_to_its_folder(tmp_path, monkeypatc
     assert main(command + ["--gguf", "q8_0"]) == 2
     assert "this is a cohere2 model" in capsys.readouterr().err
     assert not Path("other").exists()
+
+
+def test_the_space_for_the_folder_and_the_file_is_checked_before_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_with_tokenizer(build("llama-tied"), "model", byte_tokenizer())
+    Path("text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    options = "--width mlp=32 --device cpu --text text.jsonl --general-share 0 --num-samples 4 --seq-length 16 --quiet"
+    arguments = [*options.split(), "--gguf", "f32"]
+
+    # Another process fills the disk during the run.
+    no_space = StructPruneError("There is no space left.")
+    monkeypatch.setattr("optimum_structprune.commands.export.export_gguf", Mock(side_effect=no_space))
+    assert main(["prune", "model", "small", *arguments]) == 2
+    assert "There is no space left. The model is saved in small." in capsys.readouterr().err
+    model_bytes = Path("small/model.safetensors").stat().st_size
+
+    # There is space for the folder alone. Weights that cannot be read show that the check comes first.
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1.5 * model_bytes))
+    Path("model/model.safetensors").write_bytes(b"")
+    assert main(["prune", "model", "other", *arguments]) == 2
+    assert "other takes about" in capsys.readouterr().err
 
 
 def case_id(value):

@@ -10,8 +10,8 @@ import results
 from models import build, config, tokenizer
 
 from optimum_structprune import Evaluation, StructPruner, write_report
-from optimum_structprune.record.figures import AnswersResult, DomainResult
-from optimum_structprune.record.report import CurvePoint, DenseModel, RecoveryReport, Report
+from optimum_structprune.record.figures import AnswersResult, TextResult
+from optimum_structprune.record.report import CurvePoint, OriginalModel, RecoveryReport, Report
 from optimum_structprune.saving.page import PAGE_NAME, page, write_page_or_warn
 
 
@@ -24,6 +24,13 @@ OVERFLOWING = """() => [...document.querySelectorAll("body *")]
     .filter(element => !element.parentElement.closest(".table, pre, svg"))
     .filter(element => element.getBoundingClientRect().right > innerWidth + 1)
     .map(element => element.outerHTML.slice(0, 120))"""
+# Tables that are wider than their box, and labels beyond the edges of their chart.
+CUT = """() => [...document.querySelectorAll(".table")].filter(box => box.scrollWidth > box.clientWidth)
+    .concat([...document.querySelectorAll("svg text")].filter(text => {
+        const chart = text.ownerSVGElement.getBoundingClientRect();
+        const label = text.getBoundingClientRect();
+        return label.left < chart.left || label.right > chart.right;
+    })).filter(element => element.getClientRects().length).map(element => element.outerHTML.slice(0, 120))"""
 EMPTY = """() => [...document.querySelectorAll("main > *")].filter(element => element.children.length)
     .filter(element => element.getBoundingClientRect().width < 20 || element.getBoundingClientRect().height < 20)
     .map(element => element.outerHTML.slice(0, 120))"""
@@ -36,18 +43,20 @@ def folder(tmp_path_factory):
     fields = {"widths": None, "sparsity": 0.25, "allocation": "sensitivity", "round_to": 1, "rounds": 2}
     pruner = StructPruner(config(**fields))
     model = pruner.prune_model(build("llama-tied"), tokenizer())
-    report = pruner.report
+    report = pruner.result.report
     report.domains[HOSTILE] = report.domains.pop(next(iter(report.domains)))
-    report.answers = AnswersResult([results.question({"dense": True, "pruned": False}, prompt=HOSTILE)])
+    report.answers = AnswersResult([results.question({"original": True, "pruned": False}, prompt=HOSTILE)])
     pruner.save(model, folder, tokenizer())
 
-    curve = [CurvePoint(number, 1 / number) for number in (120, 240, 480)]
-    domains = {HOSTILE: DomainResult(results.figure(1.8, 1.2))}
-    recovery = RecoveryReport(480, 20, 3.0, domains, kept_step=20, curve=curve, answers=report.answers)
+    curve = [CurvePoint(number, 1 / number) for number in (120_000, 240_000, 480_000)]
+    domains = {HOSTILE: TextResult(results.figure(1.8, 1.2))}
+    recovery = RecoveryReport(
+        tokens=480_000, steps=20, seconds=3.0, domains=domains, kept_step=20, curve=curve, answers=report.answers
+    )
     recovery.save(folder / "recovery_report.json")
 
-    domains = {name: DomainResult(results.figure(1.5), documents=90) for name in ("far", "near")}
-    evaluation = Evaluation(str(folder), "dense", domains=domains, calibrated=[], shared=["near"])
+    domains = {name: TextResult(results.figure(1.5), documents=90) for name in ("far", "near")}
+    evaluation = Evaluation(model=str(folder), original="big", domains=domains, calibrated=[], shared=["near"])
     evaluation.save(folder / "evaluation.json")
     write_report(folder)
     return folder
@@ -102,7 +111,7 @@ def sparse_folder(folder, tmp_path):
     sparse_folder = shutil.copytree(folder, tmp_path / "few")
     report = Report.load(folder / "report.json")
     report.domains[HOSTILE].perplexity = results.figure(inf)
-    report.model = DenseModel()
+    report.model = OriginalModel()
     report.answers = None
     report.save(sparse_folder / "report.json")
     for name in ("evaluation.json", "recovery_report.json", "calibration_manifest.json"):
@@ -117,14 +126,14 @@ def test_the_page_omits_everything_that_was_not_recorded(folder, sparse_folder):
         assert part in (folder / PAGE_NAME).read_text()
 
     assert "ORIGINAL is the original model" in text
-    assert "ORIGINAL" not in page(sparse_folder, dense="big")
+    assert "ORIGINAL" not in page(sparse_folder, original="big")
     assert "Warning: the perplexity is infinite on" in text
 
 
 def test_answers_of_a_later_evaluation_count_in_the_verdict(sparse_folder):
     assert "answers were not checked" in page(sparse_folder)
 
-    evaluation = Evaluation("few", answers=results.answers(kept=3, asked=4, correct=4))
+    evaluation = Evaluation(model="few", answers=results.answers(kept=3, asked=4, correct=4))
     evaluation.save(sparse_folder / "evaluation.json")
     text = page(sparse_folder)
     assert "answers were not checked" not in text
@@ -140,7 +149,7 @@ def test_an_error_in_the_page_is_a_warning_and_the_model_is_saved(tmp_path, monk
     out = tmp_path / "small"
     pruner = StructPruner(config())
     model = pruner.prune_model(build("llama-tied"), tokenizer())
-    monkeypatch.setattr("optimum_structprune.saving.page.view_of", lambda *values: 1 / 0)
+    monkeypatch.setattr("optimum_structprune.saving.page.content", lambda *values: 1 / 0)
     pruner.save(model, out)
     assert not (out / PAGE_NAME).exists(), "only `write_report` writes the page of a save from Python"
 
@@ -164,7 +173,7 @@ def browser():
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1100, 400])
+@pytest.mark.parametrize("width", [1100, 390])
 def test_a_browser_shows_the_whole_page(width, scheme, folder, browser, tmp_path):
     tab = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
     complaints = []
@@ -175,6 +184,7 @@ def test_a_browser_shows_the_whole_page(width, scheme, folder, browser, tmp_path
 
     assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert tab.evaluate(OVERFLOWING) == []
+    assert tab.evaluate(CUT) == []
     assert tab.evaluate(EMPTY) == []
     for name in PARTS:
         assert tab.get_by_role("heading", name=name, exact=True).is_visible(), name

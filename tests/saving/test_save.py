@@ -88,9 +88,9 @@ def test_the_records_say_whether_weights_have_changed_since_they_were_measured(c
     report = Report.load(out / "report.json")
     assert report.pruned.bytes == sum(tensor.nbytes for tensor in load_file(out / "model.safetensors").values())
     if not is_changed:
-        assert report.pruned.bytes == pruner.report.pruned.bytes
+        assert report.pruned.bytes == pruner.result.report.pruned.bytes
     assert report.changed == is_changed
-    assert not pruner.report.changed
+    assert not pruner.result.report.changed
 
     warning_text = " ".join(str(warning.message) for warning in recwarn)
     card = (out / "README.md").read_text()

@@ -12,7 +12,8 @@ from models import build, config, documents, three_layers, tokenizer
 
 from optimum_structprune import DomainConfig, RunOptions, StructPruner
 from optimum_structprune.arch.load import describe
-from optimum_structprune.search import sensitivity, trials
+from optimum_structprune.measure.probe import Probe
+from optimum_structprune.search import layer_trials, sensitivity
 
 
 @pytest.fixture(scope="module")
@@ -37,21 +38,21 @@ def prune_copy(model, options=None, **fields):
 def test_the_shape_with_the_smallest_trial_loss_is_chosen(model, tmp_path):
     pruner, small = prune_copy(model, sparsity=0.3, round_to=4, allocation="sensitivity")
 
-    shapes = pruner.report.shapes
+    shapes = pruner.result.report.shapes
     assert len(shapes) > 1
     assert [shape for shape in shapes if shape["chosen"]] == [min(shapes, key=lambda shape: shape["loss"])]
-    assert pruner.report.sparsity > 0.27
+    assert pruner.result.report.sparsity > 0.27
     pruner.save(small, tmp_path / "out", tokenizer=tokenizer())
 
 
 def test_the_default_targets_are_spaces_of_the_model():
     pruner, _ = prune_copy(build("olmoe"), sparsity=0.3, allocation="sensitivity")
-    assert set(pruner.plan.widths()) == {"mlp"}
+    assert set(pruner.result.plan.widths()) == {"mlp"}
 
 
 @pytest.mark.parametrize("best", [0, 2])
 def test_widths_by_layer_are_chosen_only_if_their_trial_loss_is_smaller(model, best, monkeypatch):
-    measure = trials.Probe.losses
+    measure = Probe.losses
     # The losses of two domains in the trial of each shape.
     trial_losses = [torch.tensor([1.0, 1.0]) for _ in range(3)]
     trial_losses[best] = torch.tensor([1.0, 0.5])
@@ -62,10 +63,10 @@ def test_widths_by_layer_are_chosen_only_if_their_trial_loss_is_smaller(model, b
             return measure(self)
         return next(remaining_losses)
 
-    monkeypatch.setattr(trials.Probe, "losses", losses)
+    monkeypatch.setattr(Probe, "losses", losses)
     pruner, small = prune_copy(model, widths={"mlp": 24}, allocation="sensitivity", round_to=1)
 
-    shapes = pruner.report.shapes
+    shapes = pruner.result.report.shapes
     assert [shape["proposed_by"] for shape in shapes] == ["each layer", "halfway", "one width"]
     assert shapes[best]["chosen"]
     assert small.config.is_heterogeneous == (best == 0)
@@ -157,7 +158,7 @@ def test_a_budget_of_the_cache_is_met(model):
 
     num_heads = 0
     for layer in range(3):
-        num_heads += len(pruner.plan.keep.get((layer, "attention"), range(4)))
+        num_heads += len(pruner.result.plan.keep.get((layer, "attention"), range(4)))
     # Each head has a key and a value of 4 numbers with 4 bytes.
     bytes_per_head = 2 * 4 * 4
     assert 260 - bytes_per_head < num_heads * bytes_per_head <= 260
@@ -171,11 +172,11 @@ def test_losses_are_measured_once_for_all_targets(model, tmp_path, monkeypatch):
     rows = json.loads(path.read_text())["values"]["losses"]
     assert {(layer, name) for layer, name, _ in rows} == set(product(range(3), ("mlp", "attention")))
 
-    monkeypatch.setattr(trials, "trial_losses", Mock(side_effect=AssertionError("measured again")))
+    monkeypatch.setattr(layer_trials, "trial_losses", Mock(side_effect=AssertionError("measured again")))
     second, _ = prune_copy(model, sparsity=0.2, **fields)
-    assert second.plan == first.plan
+    assert second.result.plan == first.result.plan
     sparser, _ = prune_copy(model, sparsity=0.5, **fields)
-    assert sparser.plan != first.plan
+    assert sparser.result.plan != first.result.plan
 
     # Other text or another refit needs new measurements.
     other_text = [DomainConfig(name="a", source=documents(seed=5)), DomainConfig(name="b", source=documents(seed=6))]
@@ -189,15 +190,15 @@ def test_losses_are_measured_once_for_all_targets(model, tmp_path, monkeypatch):
 def test_an_interrupted_run_resumes_at_the_next_layer(model, tmp_path, monkeypatch):
     fields = {"sparsity": 0.2, "round_to": 4, "allocation": "sensitivity"}
     options = RunOptions(checkpoint_dir=str(tmp_path))
-    measure = trials.trial_losses
+    measure = layer_trials.trial_losses
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trials, "trial_losses", failing(measure, 4, KeyboardInterrupt()))
+        patch.setattr(layer_trials, "trial_losses", failing(measure, 4, KeyboardInterrupt()))
         prune_copy(model, options, **fields)
 
     measurements = Mock(side_effect=measure)
-    monkeypatch.setattr(trials, "trial_losses", measurements)
+    monkeypatch.setattr(layer_trials, "trial_losses", measurements)
     resumed, _ = prune_copy(model, options, **fields)
     assert measurements.call_count == 4, "two trials of each of the two layers that are left"
 
     uninterrupted, _ = prune_copy(model, **fields)
-    assert resumed.plan == uninterrupted.plan
+    assert resumed.result.plan == uninterrupted.result.plan

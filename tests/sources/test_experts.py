@@ -87,9 +87,9 @@ def test_a_pruned_mixture_has_the_experts_and_channels_of_the_plan(case):
     pruner = StructPruner(config(widths={"expert": 3, "mlp": 24}, refit="none", rounds=2))
     small = pruner.prune_model(model, tokenizer())
 
-    plan = pruner.plan
+    plan = pruner.result.plan
     torch.testing.assert_close(logits(shrunk(model, describe(model), plan)), logits(small), atol=1e-6, rtol=0)
-    widths = {name: set(by_layer.values()) for name, by_layer in pruner.report.widths.items()}
+    widths = {name: set(by_layer.values()) for name, by_layer in pruner.result.report.widths.items()}
     assert widths == {"expert": {3}, "mlp": {24}}
 
     if case == "mixtral":

@@ -18,8 +18,8 @@ from optimum_structprune import StructPruneError, StructPruner, layer_device_map
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.meta import is_offloaded
 from optimum_structprune.arch.modules import layer_list
-from optimum_structprune.domains.packing import Domain
-from optimum_structprune.pruning.measure import Measure
+from optimum_structprune.measure.losses import measure_all
+from optimum_structprune.measure.text import Text
 from optimum_structprune.sources.offloaded import Offloaded
 from optimum_structprune.system.offloading import bring_in, weight_of
 
@@ -103,17 +103,17 @@ def test_an_offloaded_model_is_pruned_as_in_memory(case, place, tmp_path):
 
     assert is_offloaded(small)
     assert is_on_meta(layer_list(small, describe(small))[-1])
-    assert pruner.plan.to_dict() == expected_pruner.plan.to_dict()
+    assert pruner.result.plan.to_dict() == expected_pruner.result.plan.to_dict()
     for name, tensor in expected.state_dict().items():
         torch.testing.assert_close(weight_of(small, name), tensor, rtol=1e-5, atol=1e-5)
     for _ in range(2):  # the second pass reads the weights that the hooks offloaded after the first
         torch.testing.assert_close(logits(small), logits(expected), rtol=1e-4, atol=1e-5)
 
-    for name, domain in expected_pruner.report.domains.items():
-        perplexities = pruner.report.domains[name].perplexity.by_model()
-        assert perplexities == pytest.approx(domain.perplexity.by_model(), rel=1e-4)
-    assert pruner.report.dense == expected_pruner.report.dense
-    assert pruner.report.pruned == expected_pruner.report.pruned
+    for name, domain in expected_pruner.result.report.domains.items():
+        perplexities = pruner.result.report.domains[name].perplexity.values
+        assert perplexities == pytest.approx(domain.perplexity.values, rel=1e-4)
+    assert pruner.result.report.original == expected_pruner.result.report.original
+    assert pruner.result.report.pruned == expected_pruner.result.report.pruned
 
     pruner.save(small, tmp_path / "small", tokenizer())
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
@@ -182,13 +182,11 @@ def test_a_replaced_layer_is_freed_at_once(place, tmp_path):
 
 
 def test_text_of_two_lengths_is_measured_as_in_memory(tmp_path):
-    held_out = token_ids(4, 24)
-    unseen = list(token_ids(3, 40))
-    domains = [Domain("a", 1.0, held_out, held_out)]
-    assert {len(row) for row in unseen} == {40}
+    texts = {"a": Text(list(token_ids(4, 24))), "unseen": Text(list(token_ids(3, 40)))}
 
     def dense_losses(model):
-        return Measure(model, domains, describe(model), 480, unseen=unseen).dense_losses
+        measured = measure_all(model, texts, arch=describe(model))
+        return {name: torch.cat(losses.loss) for name, losses in measured.items()}
 
     expected = dense_losses(build("llama-untied"))
     losses = dense_losses(build_offloaded("llama-untied", "disk", tmp_path))

@@ -166,7 +166,7 @@ def test_removing_experts_without_tokens_changes_no_output(case, criterion):
     pruner = StructPruner(config(criterion=criterion, widths={"expert": 2}))
     small = pruner.prune_model(model, tokenizer())
 
-    kept_experts = {units for (_, name), units in pruner.plan.keep.items() if name == "expert"}
+    kept_experts = {units for (_, name), units in pruner.result.plan.keep.items() if name == "expert"}
     assert kept_experts == {(0, 3)}
     # Some processors sum the products of fewer experts in another order.
     torch.testing.assert_close(logits(small), logits(model), atol=1e-6, rtol=1e-6)

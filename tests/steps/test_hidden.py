@@ -71,7 +71,7 @@ def test_dead_channels_are_removed_first_and_no_output_changes(case, refit):
     pruner = StructPruner(config(widths={HIDDEN: WIDTH}, refit=refit))
     small = pruner.prune_model(model, tokenizer())
 
-    assert pruner.plan.keep == {(MODEL, HIDDEN): random_keep()}
+    assert pruner.result.plan.keep == {(MODEL, HIDDEN): random_keep()}
     torch.testing.assert_close(logits(small), logits(model), atol=1e-5, rtol=0)
 
 
@@ -101,7 +101,7 @@ def test_refit_lets_a_channel_stand_in_for_its_twin(case, monkeypatch):
     for refit in ("none", "least_squares"):
         pruner = StructPruner(config(widths={HIDDEN: WIDTH}, refit=refit))
         small = pruner.prune_model(model, tokenizer())
-        keep = list(pruner.plan.keep[MODEL, HIDDEN])
+        keep = list(pruner.result.plan.keep[MODEL, HIDDEN])
         with torch.no_grad():
             states = small.model(token_ids()).last_hidden_state
         errors[refit] = float((states - original[..., keep]).square().mean())
@@ -116,7 +116,7 @@ def test_norms_compensate_for_the_energy_of_removed_channels():
     plain = StructPruner(config(widths={HIDDEN: WIDTH}, refit="none")).prune_model(model, inputs=inputs)
     pruner = StructPruner(config(widths={HIDDEN: WIDTH}, refit="least_squares"))
     refitted = pruner.prune_model(model, inputs=inputs)
-    keep = list(pruner.plan.keep[MODEL, HIDDEN])
+    keep = list(pruner.result.plan.keep[MODEL, HIDDEN])
 
     domains = given_domains(inputs, 0.125)
     states = [model(domain.samples, output_hidden_states=True).hidden_states for domain in domains]
@@ -137,8 +137,8 @@ def test_all_spaces_in_one_run(tmp_path):
     pruner = StructPruner(config(widths=widths, rounds=2))
     small = pruner.prune_model(model, tokenizer())
 
-    assert {layer for layer, _ in pruner.plan.keep} == {MODEL, *pruner.plan.keep[MODEL, LAYER]}
-    reported = {name: set(by_layer.values()) for name, by_layer in pruner.report.widths.items()}
+    assert {layer for layer, _ in pruner.result.plan.keep} == {MODEL, *pruner.result.plan.keep[MODEL, LAYER]}
+    reported = {name: set(by_layer.values()) for name, by_layer in pruner.result.report.widths.items()}
     assert reported == {name: {width} for name, width in widths.items()}
 
     pruner.save(small, tmp_path / "out", tokenizer=tokenizer())
@@ -156,7 +156,7 @@ def test_in_place_keeps_parameters_ties_dtype_and_requires_grad():
     assert small is model
     assert small.config.hidden_size == WIDTH
     assert small.training
-    assert pruner.report.sparsity == pytest.approx(0.25, abs=0.02)
+    assert pruner.result.report.sparsity == pytest.approx(0.25, abs=0.02)
 
     parameters = dict(small.named_parameters())
     assert parameters.keys() == original.keys()

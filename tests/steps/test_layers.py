@@ -135,7 +135,7 @@ def test_a_layer_without_effect_is_removed_first(criterion):
 
     pruner = StructPruner(config(widths={LAYER: 4}, criterion=criterion))
     small = pruner.prune_model(model, tokenizer())
-    assert pruner.plan.keep == {(MODEL, LAYER): (0, 1, 3, 4)}
+    assert pruner.result.plan.keep == {(MODEL, LAYER): (0, 1, 3, 4)}
     torch.testing.assert_close(logits(small), logits(model), atol=1e-5, rtol=0)
 
 

@@ -6,8 +6,7 @@ import transformers
 from models import BART, GROUPED, PATCHES, PLAIN, T5, TOKENS, fewer_tokens, random_model, real_text_model
 
 from optimum_structprune import StructPruner
-from optimum_structprune.arch.inference import run_model
-from optimum_structprune.forward.metrics import outputs_of
+from optimum_structprune.arch.inference import outputs_of, run_model
 
 
 pytestmark = pytest.mark.nightly
@@ -148,12 +147,12 @@ def test_a_trimmed_model_reloads_and_computes_the_same_for_kept_tokens(auto, mod
     pruner.save(pruner.prune_model(model, reader), tmp_path / "small")
     reloaded = type(model).from_pretrained(tmp_path / "small").eval()
 
-    keep = torch.tensor(pruner.plan.keep[-1, "vocab"])
+    keep = torch.tensor(pruner.result.plan.keep[-1, "vocab"])
     assert len(keep) == 320
     assert reloaded.config.get_text_config().vocab_size == 320
     text = "The sum of 17 and 25 is 42, of course."
-    ids = pruner.tokenizer(text, return_tensors="pt")["input_ids"]
-    assert pruner.tokenizer.decode(ids[0]) == reader.decode(keep[ids[0]])
+    ids = pruner.result.tokenizer(text, return_tensors="pt")["input_ids"]
+    assert pruner.result.tokenizer.decode(ids[0]) == reader.decode(keep[ids[0]])
 
     expected = outputs_of(run_model(model, keep[ids]))
     if expected.shape[-1] == 400:

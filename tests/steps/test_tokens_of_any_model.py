@@ -33,13 +33,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from optimum_structprune import DomainConfig, StructPruneError, StructPruner, dry_run
+from optimum_structprune.arch.inference import outputs_of
 from optimum_structprune.arch.load import ModelInfo, describe
 from optimum_structprune.arch.meta import model_class
 from optimum_structprune.arch.modules import PROMPTS, TASK
 from optimum_structprune.arch.token_space import named_ids
 from optimum_structprune.commands.cli import main
 from optimum_structprune.domains.sources import builtin_documents
-from optimum_structprune.forward.metrics import outputs_of
 from optimum_structprune.method.layers import run_model
 from optimum_structprune.steps.resize import drop_tokens_
 from optimum_structprune.vocabulary.choose import VocabularyRequest
@@ -122,8 +122,8 @@ def test_a_trimmed_model_reloads_and_predicts_kept_tokens_as_before(name, model_
     assert type(reloaded) is type(model)
 
     extra_inputs = {kind: torch.randn(shape) for kind, shape in shapes.items()}
-    keep = torch.tensor(pruner.plan.keep[-1, "vocab"])
-    ids = pruner.tokenizer("The sum of 17 and 25 is 42, of course.", return_tensors="pt")["input_ids"]
+    keep = torch.tensor(pruner.result.plan.keep[-1, "vocab"])
+    ids = pruner.result.tokenizer("The sum of 17 and 25 is 42, of course.", return_tensors="pt")["input_ids"]
     dense = outputs(model, keep[ids], extra_inputs)
     small = outputs(reloaded, ids, extra_inputs)
 
@@ -134,7 +134,7 @@ def test_a_trimmed_model_reloads_and_predicts_kept_tokens_as_before(name, model_
     torch.testing.assert_close(small[output], expected)
 
     if shapes:
-        has_remark = "No loss was measured, because the model reads more" in str(pruner.report)
+        has_remark = "No loss was measured, because the model reads more" in str(pruner.result.report)
         assert has_remark == (output == "logits")
 
 
@@ -234,9 +234,9 @@ def test_a_quantized_model_is_trimmed_without_unpacking_its_layers(inplace):
     assert small.lm_head.weight.shape[0] == 320
     assert small.model.embed_tokens.weight.shape[0] == 320
 
-    keep = torch.tensor(pruner.plan.keep[-1, "vocab"])
+    keep = torch.tensor(pruner.result.plan.keep[-1, "vocab"])
     torch.testing.assert_close(small(ids).logits, packed_model()(keep[ids]).logits[..., keep])
-    assert pruner.report.domains
+    assert pruner.result.report.domains
 
 
 @pytest.mark.nightly
@@ -262,7 +262,7 @@ def test_a_model_packed_by_bitsandbytes_is_trimmed_saved_and_reloaded(bits, tmp_
     assert layer_type is not nn.Linear
 
     ids = torch.randint(0, 320, (2, 12))
-    keep = torch.tensor(pruner.plan.keep[-1, "vocab"])
+    keep = torch.tensor(pruner.result.plan.keep[-1, "vocab"])
     torch.testing.assert_close(reloaded(ids).logits, model(keep[ids]).logits[..., keep])
 
 
@@ -308,7 +308,7 @@ def test_tokens_that_sentence_transformers_uses_are_kept(tmp_path):
 
     pruner = StructPruner(fewer_tokens())
     pruner.save(pruner.prune_model(reranker_class.from_pretrained(dense), READER), tmp_path / "small")
-    keep = pruner.plan.keep[-1, "vocab"]
+    keep = pruner.result.plan.keep[-1, "vocab"]
     settings = json.loads((tmp_path / "small" / scores).read_text())
     assert keep[settings["true_token_id"]] == 397
     assert keep[settings["false_token_id"]] == 399
@@ -389,7 +389,7 @@ def test_languages_are_kept_and_a_translation_begins_with_the_forced_one(kind, t
 
     small = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
     small_reader = AutoTokenizer.from_pretrained(tmp_path)
-    keep = list(pruner.plan.keep[-1, "vocab"])
+    keep = list(pruner.result.plan.keep[-1, "vocab"])
     assert type(small_reader) is type(reader)
     assert len(small_reader) == len(reader) - 80
     assert len(keep) == len(reader) - 80
@@ -424,7 +424,7 @@ def test_letters_of_scripts_outside_the_languages_and_the_text_are_removed_first
     pruner = StructPruner(replace(settings, widths={"vocab": request.allowed.start + 80}))
     small = pruner.prune_model(model, reader)
 
-    small_reader = pruner.tokenizer
+    small_reader = pruner.result.tokenizer
     unknown = {code: reader.unk_token_id in small_reader(samples[code]).input_ids for code in codes}
     assert unknown == {"en": False, "ru": not has_russian, "el": True}
 
@@ -432,7 +432,7 @@ def test_letters_of_scripts_outside_the_languages_and_the_text_are_removed_first
     aligned = TokenAlignment.between(model, reader, small, small_reader).align(greek, [True] * len(greek))
     assert small_reader.unk_token_id in {part.token for part in aligned}
 
-    lines = str(pruner.report).splitlines()
+    lines = str(pruner.result.report).splitlines()
     remark = next(line for line in lines if line.startswith("Letters that can no longer be spelled"))
     assert "Greek" in remark
     assert ("Cyrillic" in remark) == (not has_russian)

@@ -19,14 +19,15 @@ from optimum_structprune.commands.cli import main
 from optimum_structprune.config.domains import DomainConfig
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.manifest import COUNTED
-from optimum_structprune.domains.packing import Passages, document_hash
+from optimum_structprune.domains.packing import document_hash
 from optimum_structprune.domains.sources import builtin_documents
 from optimum_structprune.errors import StructPruneError
-from optimum_structprune.forward.metrics import row_losses
-from optimum_structprune.pruning.measure import short_rows
+from optimum_structprune.measure.languages import cost_by_language
+from optimum_structprune.measure.losses import measure, totals
+from optimum_structprune.measure.text import Text
 from optimum_structprune.recovery.teacher import load_teacher
 from optimum_structprune.system.resume import Resume
-from optimum_structprune.vocabulary.languages import CHOOSING, cost_by_language, tokens_by_language
+from optimum_structprune.vocabulary.languages import CHOOSING, tokens_by_language
 
 
 READER = real_text_model()[1]
@@ -49,7 +50,7 @@ def prune(model=None, inputs=None, options=None, **fields):
 
 
 def kept_tokens(pruner):
-    return list(pruner.plan.keep[-1, "vocab"])
+    return list(pruner.result.plan.keep[-1, "vocab"])
 
 
 @torch.no_grad()
@@ -60,7 +61,7 @@ def logits(model, ids, columns=slice(None)):
 def assert_predicts_like_original(pruner, small, model):
     """Check that the trimmed model predicts the kept tokens as the original model does."""
     keep = kept_tokens(pruner)
-    ids = pruner.tokenizer(TEXT)["input_ids"]
+    ids = pruner.result.tokenizer(TEXT)["input_ids"]
     original_ids = [keep[token] for token in ids]
 
     torch.testing.assert_close(logits(small, ids), logits(model, original_ids, keep), atol=1e-5, rtol=0)
@@ -79,22 +80,22 @@ def test_trimming_removes_only_rows_of_tokens(trimmed):
 
     assert len(kept_tokens(pruner)) == 320
     assert small.config.vocab_size == 320
-    assert len(pruner.tokenizer) == 320
+    assert len(pruner.result.tokenizer) == 320
     assert model.config.vocab_size == 400
     assert len(READER) == 400
-    assert pruner.report.dense.parameters - pruner.report.pruned.parameters == 2 * 32 * 80
+    assert pruner.result.report.original.parameters - pruner.result.report.pruned.parameters == 2 * 32 * 80
     assert_predicts_like_original(pruner, small, model)
 
 
 def test_the_trimmed_tokenizer_is_saved_with_the_model(trimmed, tmp_path):
     _, pruner, small = trimmed
-    ids = pruner.tokenizer(TEXT)["input_ids"]
+    ids = pruner.result.tokenizer(TEXT)["input_ids"]
 
     with pytest.raises(StructPruneError, match="of 96 tokens, does not belong to .*which has 320 tokens"):
         pruner.save(small, tmp_path / "out", tokenizer())
-    for number, reader in enumerate((None, READER, pruner.tokenizer)):
+    for number, reader in enumerate((None, READER, pruner.result.tokenizer)):
         pruner.save(small, tmp_path / str(number), reader)
-        assert AutoTokenizer.from_pretrained(tmp_path / str(number)).decode(ids) == pruner.tokenizer.decode(ids)
+        assert AutoTokenizer.from_pretrained(tmp_path / str(number)).decode(ids) == pruner.result.tokenizer.decode(ids)
 
     card = (tmp_path / "1" / "README.md").read_text()
     assert "has a tokenizer of its own" in card
@@ -106,7 +107,7 @@ def test_the_trimmed_tokenizer_is_saved_with_the_model(trimmed, tmp_path):
 
 def test_the_report_counts_removed_tokens_by_script_and_reason(trimmed):
     _, pruner, _ = trimmed
-    report = pruner.report.trimmed
+    report = pruner.result.report.trimmed
 
     assert 0 < report.scripts["LATIN"] <= 80
     assert Counter(report.reason_of_each) == {name[0]: count for name, count in report.reasons.items()}
@@ -114,11 +115,11 @@ def test_the_report_counts_removed_tokens_by_script_and_reason(trimmed):
 
 def test_the_report_has_the_cost_of_a_known_language(trimmed):
     _, pruner, _ = trimmed
-    english = pruner.report.languages["en"]
+    english = pruner.result.report.languages["en"]
 
     assert english.known
     assert not english.wanted
-    assert english.cost.dense > 0
+    assert english.cost.original > 0
     assert english.cost.pruned > 0
 
 
@@ -135,17 +136,17 @@ def test_languages_to_keep_are_written_in_fewer_tokens_and_the_report_has_their_
     general, _ = prune(**fields)
     pruner, small = prune(**fields, languages=["de-DE,fi"])
 
-    general_tokens = tokens_by_language(general.tokenizer)
-    tokens = tokens_by_language(pruner.tokenizer)
+    general_tokens = tokens_by_language(general.result.tokenizer)
+    tokens = tokens_by_language(pruner.result.tokenizer)
     assert len(tokens["de"] + tokens["fi"]) < len(general_tokens["de"] + general_tokens["fi"])
 
-    languages = pruner.report.languages
+    languages = pruner.result.report.languages
     assert [code for code, language in languages.items() if language.wanted] == ["de", "fi"]
-    assert "Wanted languages (bits per byte): German " in str(pruner.report)
-    assert "Wanted languages" not in str(general.report)
+    assert "Wanted languages (bits per byte): German " in str(pruner.result.report)
+    assert "Wanted languages" not in str(general.result.report)
 
     costs = {code: language.cost.pruned for code, language in languages.items() if language.known or language.wanted}
-    assert costs == pytest.approx(cost_by_language(small, pruner.tokenizer, costs))
+    assert costs == pytest.approx(cost_by_language(small, pruner.result.tokenizer, costs, ["de", "fi"]))
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
@@ -154,7 +155,7 @@ def test_channels_are_calibrated_on_the_languages_to_keep_but_not_measured_on_th
     general, general_small = prune(**fields)
     pruner, small = prune(**fields, languages=["de_DE,fi", "DE"])
 
-    entries = pruner.manifest.with_use("calibrated on")
+    entries = pruner.result.manifest.with_use("calibrated on")
     weights = [entry.weight for entry in entries]
     assert weights == pytest.approx([0.45, 0.45, 0.1])
 
@@ -165,11 +166,11 @@ def test_channels_are_calibrated_on_the_languages_to_keep_but_not_measured_on_th
     assert languages.heldout_tokens == 0
     assert token_count - 48 < languages.calibration_tokens <= token_count
 
-    assert pruner.report.domains.keys() == {"math", "prose"}
-    assert general.report.domains.keys() == {"math", "prose"}
+    assert pruner.result.report.domains.keys() == {"math", "prose"}
+    assert general.result.report.domains.keys() == {"math", "prose"}
     assert not same_weights(small, general_small)
-    assert pruner.report.languages
-    assert not general.report.languages
+    assert pruner.result.report.languages
+    assert not general.result.report.languages
     pruner.save(small, tmp_path / "out")
 
 
@@ -188,11 +189,11 @@ def test_rows_without_a_token_are_removed_first_unless_a_config_names_them(tmp_p
         token_count = min(number - 2, 400)
         assert len(keep) == number
         assert small.config.vocab_size == number
-        assert len(pruner.tokenizer) == token_count
+        assert len(pruner.result.tokenizer) == token_count
         assert {463, 2, 450} <= set(keep)
         assert_predicts_like_original(pruner, small, model)
 
-        spellings = load_teacher(tmp_path / "dense", small, pruner.tokenizer).alignment.spellings
+        spellings = load_teacher(tmp_path / "dense", small, pruner.result.tokenizer).alignment.spellings
         assert len(spellings) == 464
         assert [spellings[token] for token in keep] == [(new,) for new in range(number)]
 
@@ -207,16 +208,16 @@ def test_no_token_is_removed_where_rows_without_a_token_meet_the_budget():
 
     pruner, small = prune(model, targets=("vocab",), widths=None, budget=budget)
     assert small.config.vocab_size == 448
-    assert pruner.tokenizer.get_vocab() == READER.get_vocab()
-    assert pruner.report.trimmed.tokens == 16
-    assert pruner.report.trimmed.respelled == 0
+    assert pruner.result.tokenizer.get_vocab() == READER.get_vocab()
+    assert pruner.result.report.trimmed.tokens == 16
+    assert pruner.result.report.trimmed.respelled == 0
     assert dry_run(model.config, pruner.result.config).widths == {"vocab": 448}
 
     # A joint budget compares channels with tokens, and these rows are no tokens.
     pruner, small = prune(model, **JOINT, budget={"parameters": 0.97})
     assert small.config.vocab_size < 464
-    assert pruner.report.trimmed.tokens == 464 - small.config.vocab_size
-    assert pruner.report.trimmed.respelled == 0
+    assert pruner.result.report.trimmed.tokens == 464 - small.config.vocab_size
+    assert pruner.result.report.trimmed.respelled == 0
 
 
 @pytest.mark.parametrize("fields", [
@@ -228,10 +229,10 @@ def test_tokens_are_pruned_together_with_other_spaces(fields):
     pruner, small = prune(**fields)
 
     vocab = fields["widths"]["vocab"]
-    planned = pruner.plan.widths()
+    planned = pruner.result.plan.widths()
     assert small.config.vocab_size == vocab
     assert pruner.result.config.widths == fields["widths"]
-    assert pruner.report.widths["vocab"] == {-1: vocab}
+    assert pruner.result.report.widths["vocab"] == {-1: vocab}
     assert sum(sum(widths.values()) for widths in planned.values()) > 320
 
 
@@ -240,8 +241,8 @@ def test_tokens_are_counted_in_the_calibration_documents_and_not_in_heldout_ones
     domain = DomainConfig(name="math", source=source)
     pruner, _ = prune(domains=[domain], widths={"vocab": 320, "mlp": 24})
 
-    counting = pruner.manifest.with_use(COUNTED)[0]
-    calibration = pruner.manifest.with_use("calibrated on")[0]
+    counting = pruner.result.manifest.with_use(COUNTED)[0]
+    calibration = pruner.result.manifest.with_use("calibrated on")[0]
     documents = {document_hash(text) for text in builtin_documents("math", 3)}
     heldout = set(calibration.heldout_documents)
     assert counting.heldout_documents == calibration.heldout_documents
@@ -292,7 +293,7 @@ def test_the_plan_command_predicts_the_sizes_and_the_text_of_trimmed_models(tmp_
     pruner, small = prune(model, widths={"vocab": size["tokens"]}, languages=["en", "de"], domains=domains)
     assert small.num_parameters() == size["parameters"]
     assert size["parameters"] == size["bytes"] // 4
-    assert 1 - pruner.report.trimmed.respelled == pytest.approx(size["math"])
+    assert 1 - pruner.result.report.trimmed.respelled == pytest.approx(size["math"])
 
     tokens_in_use = output["tokens_in_use"]
     assert max(tokens_in_use.values()) == tokens_in_use["all"]
@@ -370,9 +371,9 @@ def test_a_packed_model_and_a_resumed_run_lose_the_same_tokens(tmp_path, monkeyp
     resumed_run = prune(**fields, options=options)
 
     for pruner, small in (packed_run, first_run, resumed_run):
-        assert pruner.plan.keep == expected.plan.keep
+        assert pruner.result.plan.keep == expected.result.plan.keep
         assert same_weights(small, expected_model)
-        assert pruner.tokenizer.get_vocab() == expected.tokenizer.get_vocab()
+        assert pruner.result.tokenizer.get_vocab() == expected.result.tokenizer.get_vocab()
 
 
 @pytest.mark.slow
@@ -384,22 +385,22 @@ def test_the_original_model_teaches_in_its_own_tokens_during_a_run_and_later(tmp
     fields = {"recovery": training, "widths": {"vocab": 320, "mlp": 24}}
 
     pruner, small = prune(model, **fields)
-    report = pruner.report.recovery
-    assert report.domains["a"].perplexity.by_model().keys() == {"dense", "pruned", "recovered"}
+    report = pruner.result.report.recovery
+    assert report.domains["a"].perplexity.values.keys() == {"original", "pruned", "recovered"}
     for domain in report.domains.values():
         assert 0 < domain.divergence.recovered < domain.divergence.pruned
 
     with pytest.raises(StructPruneError, match="a vocabulary of 96 tokens and the model one of 320"):
-        recover(small, pruner.tokenizer, training, teacher=build("llama-tied"))
+        recover(small, pruner.result.tokenizer, training, teacher=build("llama-tied"))
     unknown = type(model)(model.config)  # a copy would carry the tokenizer of the first run
     unknown.load_state_dict(model.state_dict())
     with pytest.raises(StructPruneError, match="the tokenizer of one of them is not known"):
-        recover(deepcopy(small), pruner.tokenizer, training, teacher=unknown)
+        recover(deepcopy(small), pruner.result.tokenizer, training, teacher=unknown)
 
     # No folder has a tokenizer for a model in memory, but the run remembers the tokenizer of `model`.
     keep = kept_tokens(pruner)
     for teacher, teacher_tokenizer in ((tmp_path / "dense", None), (model, None), (unknown, READER)):
-        loaded = load_teacher(teacher, small, pruner.tokenizer, teacher_tokenizer)
+        loaded = load_teacher(teacher, small, pruner.result.tokenizer, teacher_tokenizer)
         assert [loaded.alignment.spellings[token] for token in keep] == [(new,) for new in range(320)]
         assert same_weights(loaded.model, model)
 
@@ -417,7 +418,9 @@ def test_a_training_of_rows_resumes_after_a_kill(tmp_path, monkeypatch):
     settings = recovery_config(domains=domains, training={"output_dir": str(tmp_path / "run"), "save_steps": 4})
 
     def train(resume=False):
-        return recover(deepcopy(small), pruner.tokenizer, settings, model, resume=resume, teacher_tokenizer=READER)
+        return recover(
+            deepcopy(small), pruner.result.tokenizer, settings, model, resume=resume, teacher_tokenizer=READER
+        )
 
     uninterrupted = train()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -432,15 +435,14 @@ def test_both_models_are_measured_on_the_same_text_per_dense_token():
     pruner, small = prune(model, widths={"vocab": 320, "mlp": 24})
 
     domain = load_domains(pruner.config, READER)[0]
-    rows = short_rows(domain.heldout, READER.eos_token_id, domain.samples.numel() // 8)[0]
-    heldout = torch.stack(rows)
-    text = Passages(list(heldout), READER)
-    small_rows = text.rows(pruner.tokenizer, small)
-    nats = float(row_losses(small, small_rows).sum())
-    assert sum(map(len, small_rows)) > heldout.numel()
+    text = Text.short(domain.heldout, READER, domain.samples.numel() // 8)
+    heldout = torch.stack(text.rows)
+    small_text = text.for_tokenizer(pruner.result.tokenizer, small)
+    nats = float(totals(measure(small, small_text).loss).sum())
+    assert sum(map(len, small_text.rows)) > heldout.numel()
 
-    measured = pruner.report.domains["math"]
-    assert measured.perplexity.dense == pytest.approx(perplexity(model, heldout), rel=1e-6)
+    measured = pruner.result.report.domains["math"]
+    assert measured.perplexity.original == pytest.approx(perplexity(model, heldout), rel=1e-6)
     assert measured.perplexity.pruned == pytest.approx(exp(nats / heldout[:, 1:].numel()), rel=1e-6)
     assert measured.bits_per_byte.pruned == pytest.approx(nats / log(2) / text.bytes, rel=1e-6)
 
@@ -458,17 +460,17 @@ def test_tokens_and_layers_share_one_budget(share, allocation):
     removed = set(range(400)) - set(kept_tokens(pruner))
     number = 400 - len(removed)
     assert small.config.vocab_size == number
-    assert len(pruner.tokenizer) == number
+    assert len(pruner.result.tokenizer) == number
     assert small.num_parameters() <= share * model.num_parameters()
     assert pruner.result.config.budget == budget
-    assert pruner.report.trimmed.tokens == len(removed)
-    assert f"Vocabulary: 400 → {number} entries; the removed ones are " in str(pruner.report)
+    assert pruner.result.report.trimmed.tokens == len(removed)
+    assert f"Vocabulary: 400 → {number} entries; the removed ones are " in str(pruner.result.report)
 
     removed_shares = []
     for domain in load_domains(pruner.config, READER):
         ids = domain.probe_or_heldout[:, 1:].flatten().tolist()
         removed_shares.append(sum(token in removed for token in ids) / len(ids))
-    assert pruner.report.trimmed.respelled == pytest.approx(sum(removed_shares) / 2)
+    assert pruner.result.report.trimmed.respelled == pytest.approx(sum(removed_shares) / 2)
 
 
 def test_a_budget_without_targets_trims_a_large_vocabulary(caplog):
@@ -480,7 +482,7 @@ def test_a_budget_without_targets_trims_a_large_vocabulary(caplog):
     assert pruner.result.config.targets is None
 
     explicit, explicit_small = prune(model, **fields, targets=("vocab", "mlp"))
-    assert pruner.plan.keep == explicit.plan.keep
+    assert pruner.result.plan.keep == explicit.result.plan.keep
     assert same_weights(small, explicit_small)
 
     outcome = dry_run(model.config, fewer_tokens(**fields))
@@ -512,13 +514,13 @@ def test_an_encoder_loses_unused_tokens_before_channels_and_used_tokens(share):
     removed = set(range(400)) - set(kept_tokens(pruner))
     loses_used_tokens = not removed.isdisjoint(READER(texts[0])["input_ids"])
     assert small.num_parameters() <= share * model.num_parameters()
-    assert pruner.report.trimmed.tokens == len(removed)
+    assert pruner.result.report.trimmed.tokens == len(removed)
     assert loses_used_tokens == (share < 0.75)
-    assert (pruner.report.trimmed.respelled > 0) == loses_used_tokens
+    assert (pruner.result.report.trimmed.respelled > 0) == loses_used_tokens
 
     loses_channels = small.config.intermediate_size < 160
     assert loses_channels == (share < 0.95)
-    assert ("FFN channels: " in str(pruner.report)) == loses_channels
+    assert ("FFN channels: " in str(pruner.result.report)) == loses_channels
 
 
 def test_a_joint_budget_out_of_reach_is_refused_before_a_model_is_unpacked():

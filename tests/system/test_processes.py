@@ -80,8 +80,8 @@ with across_processes():
         part = folder / f"{case}-{process_index()}"
         part.mkdir()
         save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, part / "weights")
-        (part / "plan").write_text(json.dumps(pruner.plan.to_dict()))
-        (part / "report").write_text(json.dumps(pruner.report.to_dict()))
+        (part / "plan").write_text(json.dumps(pruner.result.plan.to_dict()))
+        (part / "report").write_text(json.dumps(pruner.result.report.to_dict()))
 save_two_folders(folder / "saved" / "together")
 if rank == 0:
     saver.save(small, folder / "saved" / "first" / "small")
@@ -184,7 +184,7 @@ def assert_same_perplexity(perplexity, expected):
         assert perplexity is None
         return
 
-    assert perplexity.by_model() == pytest.approx(expected.by_model(), rel=1e-5)
+    assert perplexity.values == pytest.approx(expected.values, rel=1e-5)
     # The margin of a single document is unknown.
     if expected.margin is None:
         assert perplexity.margin is None
@@ -198,14 +198,14 @@ def test_two_processes_prune_like_one_process(case, launch):
 
     for rank in (0, 1):
         part = launch.folder / f"{case}-{rank}"
-        assert json.loads((part / "plan").read_text()) == pruner.plan.to_dict()
+        assert json.loads((part / "plan").read_text()) == pruner.result.plan.to_dict()
 
         weights = load_file(part / "weights")
         for name, tensor in model.state_dict().items():
             torch.testing.assert_close(weights[name], tensor, rtol=1e-5, atol=1e-5)
 
         report = Report.from_dict(json.loads((part / "report").read_text()))
-        for name, domain in pruner.report.domains.items():
+        for name, domain in pruner.result.report.domains.items():
             assert_same_perplexity(report.domains[name].perplexity, domain.perplexity)
 
 

@@ -167,7 +167,7 @@ def test_a_run_resumes_after_a_kill_at_any_write(case, after, tmp_path, monkeypa
                 pass
 
         resumed_model, pruner = prune(case, folder, **RUNS[case])
-        assert pruner.plan == expected_pruner.plan
+        assert pruner.result.plan == expected_pruner.result.plan
         assert same_weights(resumed_model, expected_model)
 
 

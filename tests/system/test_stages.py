@@ -13,9 +13,12 @@ from optimum_structprune.system import stages
 
 @pytest.fixture
 def run_stage(monkeypatch):
-    """Return a function that returns the output of a stage of ten steps of four seconds each."""
+    """Return a function that returns the output of a stage of ten steps of four seconds each.
 
-    def run(terminal):
+    A step of `seconds` runs inner iterations of as many seconds, and `options` are options of `progress`.
+    """
+
+    def run(terminal, seconds=0, **options):
         screen = io.StringIO()
         screen.isatty = lambda: terminal
         # The command line may have set another level in this process.
@@ -25,7 +28,9 @@ def run_stage(monkeypatch):
         monkeypatch.setattr(stages, "perf_counter", lambda: clock["seconds"])
 
         with stages.stage("pruning", {}):
-            for _ in stages.progress(range(10), desc="layers", unit="layer"):
+            for _ in stages.progress(range(10), unit="layer", mininterval=0, **options):
+                for _ in stages.progress(range(seconds), desc="inner"):
+                    clock["seconds"] += 1
                 clock["seconds"] += 4
         return screen.getvalue()
 
@@ -35,9 +40,39 @@ def run_stage(monkeypatch):
 
 
 def test_without_a_terminal_a_line_is_written_every_ten_seconds(run_stage):
-    lines = run_stage(terminal=False).splitlines()
+    lines = run_stage(terminal=False, desc="layers").splitlines()
 
-    assert lines == ["Pruning …", "layers: 3 of 10 layers", "layers: 6 of 10 layers", "layers: 9 of 10 layers"]
+    assert lines == [
+        "Pruning …",
+        "layers: 3 of 10 layers, about 28 s left",
+        "layers: 6 of 10 layers, about 16 s left",
+        "layers: 9 of 10 layers, about 4 s left",
+    ]
+
+
+@pytest.mark.parametrize(("seconds", "inner_lines"), [(6, 0), (12, 10), (25, 20)])
+def test_inner_iterations_write_lines_only_if_they_are_slow(seconds, inner_lines, run_stage):
+    """Otherwise their lines would take the place of the lines of the outer iteration."""
+    labels = [line.partition(":")[0] for line in run_stage(False, seconds).splitlines()]
+    assert labels.count("inner") == inner_lines
+    assert labels.count("Pruning") == 9, "the tenth layer is the last one"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_label_is_the_announcement_of_the_stage_and_a_note_follows(terminal, run_stage):
+    output = run_stage(terminal, note=lambda: "KL 0.25")
+    assert "Pruning: " in output
+    assert "KL 0.25" in output
+
+
+def test_a_stage_is_announced_again_after_another_stage(monkeypatch):
+    lines = []
+    monkeypatch.setattr(stages, "say", lines.append)
+    seconds = {}
+    for name in ("perplexity", "perplexity", "vocabulary", "perplexity", "measuring C4"):
+        with stages.stage(name, seconds):
+            pass
+    assert lines == ["Measuring the model …", "Choosing tokens …", "Measuring the model …", "Measuring C4 …"]
 
 
 def test_lines_are_written_above_an_active_bar(run_stage):
@@ -60,7 +95,7 @@ def test_a_bar_on_the_same_screen_is_cleared_before_a_line_and_drawn_again(monke
 
 
 def test_a_terminal_has_bars(run_stage):
-    output = run_stage(terminal=True)
+    output = run_stage(terminal=True, desc="layers")
 
     assert output.startswith("Pruning …")
     assert "layers: 100%" in output

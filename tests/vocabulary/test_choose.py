@@ -12,11 +12,12 @@ from optimum_structprune.arch.load import ModelInfo
 from optimum_structprune.config.pruning import LANGUAGES
 from optimum_structprune.domains.manifest import COUNTED
 from optimum_structprune.domains.packing import Domain, document_hash
+from optimum_structprune.measure.languages import cost_by_language
 from optimum_structprune.steps.resize import drop_tokens_
 from optimum_structprune.vocabulary import choose, count, languages
 from optimum_structprune.vocabulary.choose import VocabularyRequest, token_shares
 from optimum_structprune.vocabulary.count import language_shares, note_missing_words, text_shares
-from optimum_structprune.vocabulary.languages import CHOOSING, cost_by_language, script, texts, tokens_by_language
+from optimum_structprune.vocabulary.languages import CHOOSING, script, texts, tokens_by_language
 from optimum_structprune.vocabulary.tokens import Vocabulary, with_dependencies
 
 
@@ -187,12 +188,12 @@ def test_text_costs_fewer_tokens_and_bits_in_a_language_that_the_model_knows():
     assert tokens["en"] < tokens["fi"] < tokens["ta"]
 
     # The Tamil text is longer than the context of the model.
-    bits = cost_by_language(MODEL, READER, ["en", "de", "ta"])
+    bits = cost_by_language(MODEL, READER, ["en", "de", "ta"], ["en", "de", "ta"])
     assert list(bits) == ["en", "de"]
     assert languages.known_languages(bits) >= {"en"}
     assert languages.known_languages({"en": 1.0, "de": 3.0}) == {"en"}
 
-    bits_of_first_text = cost_by_language(MODEL, READER, ["en", "de"], max_tokens=tokens["en"] + 1)
+    bits_of_first_text = cost_by_language(MODEL, READER, ["en", "de"], ["en", "de"], tokens["en"] + 1)
     assert list(bits_of_first_text) == ["en"]
 
     context = MODEL.config.max_position_embeddings
@@ -200,7 +201,15 @@ def test_text_costs_fewer_tokens_and_bits_in_a_language_that_the_model_knows():
     assert sum(tokens[code] for code in readable) > 4096
     assert languages.costs_before(MODEL, READER, readable).keys() == readable
 
-    assert cost_by_language(None, READER, ["en", "ta"]) == {"en": tokens["en"], "ta": tokens["ta"]}
+    assert cost_by_language(None, READER, ["en", "ta"], []) == {"en": tokens["en"], "ta": tokens["ta"]}
+
+
+def test_a_language_that_is_not_kept_is_measured_on_the_beginning_of_its_text():
+    measured = languages.measured_texts(["de"])
+
+    assert measured["de"] == texts()["de"]
+    assert texts()["fi"].startswith(measured["fi"])
+    assert 2 * len(measured["fi"]) < len(texts()["fi"])
 
 
 def test_no_language_is_measured_if_the_model_has_few_positions():

@@ -144,6 +144,19 @@ def test_only_attention_shrinks_for_a_budget_of_the_cache(case):
         widths_of(settings, arch, model)
 
 
+def test_experts_have_no_part_in_a_budget_of_the_cache():
+    """All layers of this model must have the same number of experts, so no model has fewer in one layer alone."""
+    mixtral = build("mixtral")
+    arch = describe(mixtral)
+
+    settings = budget_config("cache_bytes_per_token", 0.8, targets=("expert", "attention"), skip_layers=[0])
+    assert widths_of(settings, arch, mixtral).keys() == {"attention"}
+
+    settings = budget_config("cache_bytes_per_token", 0.8, targets=("expert",), skip_layers=[0])
+    with pytest.raises(StructPruneError, match="targets=.'expert'.* do not change that. Target 'attention'"):
+        widths_of(settings, arch, mixtral)
+
+
 @pytest.mark.parametrize("case", ["deepseek_v3", "opt"])
 def test_only_fewer_layers_shrink_the_cache_of_rigid_attention(case):
     """The heads of these models share their cache or cannot be removed."""

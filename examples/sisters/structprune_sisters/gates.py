@@ -25,11 +25,13 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from optimum_structprune import StructPruneError, register_criterion
+from optimum_structprune.arch.inference import evaluating
 from optimum_structprune.arch.meta import is_offloaded
 from optimum_structprune.arch.spec import MODEL, ArchSpec, Space
 from optimum_structprune.config.pruning import REFITS, StructPruneConfig
 from optimum_structprune.criteria import per_unit
-from optimum_structprune.forward.metrics import TOKENS_AT_ONCE, divergence, evaluating
+from optimum_structprune.measure.kl import divergence
+from optimum_structprune.measure.predictions import LOSS_TOKENS
 from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.method.layers import run_model
 from optimum_structprune.sources.data import CalibrationData
@@ -317,10 +319,10 @@ def _backward(gated_logits: Tensor, dense_logits: Tensor, step: int) -> None:
     The divergence is computed for a few tokens at a time, to limit the memory for logits.
     """
     gradients = []
-    gated_parts = gated_logits.detach().split(TOKENS_AT_ONCE)
-    dense_parts = dense_logits.split(TOKENS_AT_ONCE)
+    gated_parts = gated_logits.detach().split(LOSS_TOKENS)
+    dense_parts = dense_logits.split(LOSS_TOKENS)
     for gated_part, dense_part in zip(gated_parts, dense_parts, strict=True):
-        loss = divergence(gated_part.requires_grad_(), dense_part) * len(gated_part)
+        loss = divergence(gated_part.requires_grad_(), dense_part).sum()
         value = float(loss.detach())
         if not isfinite(value):
             raise StructPruneError(

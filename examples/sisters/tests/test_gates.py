@@ -113,8 +113,8 @@ def test_channels_without_influence_on_the_predictions_are_removed(monkeypatch):
 
     _, pruner = prune(model)
 
-    assert not set(range(5, 20)) & set(pruner.plan.keep[0, "mlp"])
-    assert 7 not in pruner.plan.keep[1, "mlp"]
+    assert not set(range(5, 20)) & set(pruner.result.plan.keep[0, "mlp"])
+    assert 7 not in pruner.result.plan.keep[1, "mlp"]
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -167,7 +167,7 @@ def test_gates_scale_the_weights_only_with_the_folded_refit(refit):
         if space.name != "mlp":
             continue
         (axis,) = space.consumers
-        keep = pruner.plan.keep[space.layer, "mlp"]
+        keep = pruner.result.plan.keep[space.layer, "mlp"]
         weight, _ = read_consumer(model, axis)
         kept_weight = weight[:, units_to_columns(keep, axis, CPU)]
         scale = gates_by_space[space.layer, "mlp"][list(keep)].clamp(min=0).float()
@@ -181,7 +181,7 @@ def test_all_rounds_use_the_same_gates():
     model = build("llama-tied")
     _, pruner_of_one_round = prune(model, refit="none", rounds=1)
     _, pruner_of_two_rounds = prune(model, refit="none", rounds=2)
-    assert pruner_of_one_round.plan == pruner_of_two_rounds.plan
+    assert pruner_of_one_round.result.plan == pruner_of_two_rounds.result.plan
 
 
 DENSE = [
@@ -213,13 +213,13 @@ def test_gates_are_learned_on_every_dense_family(case, monkeypatch):
 
 def test_experts_may_remain_while_attention_is_pruned():
     _, pruner = prune(build("mixtral"), widths={"attention": 2})
-    assert [len(units) for units in pruner.plan.keep.values()] == [2, 2]
+    assert [len(units) for units in pruner.result.plan.keep.values()] == [2, 2]
 
 
 def test_gates_are_learned_in_bfloat16():
     pruned, pruner = prune(build("llama-tied").to(torch.bfloat16))
     assert pruned.dtype == torch.bfloat16
-    assert [len(units) for units in pruner.plan.keep.values()] == [24, 24]
+    assert [len(units) for units in pruner.result.plan.keep.values()] == [24, 24]
 
 
 def test_a_divergence_of_nan_is_reported():

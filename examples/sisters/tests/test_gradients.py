@@ -107,7 +107,7 @@ def test_taylor_removes_channels_without_influence_on_the_loss():
     pruner = StructPruner(config(criterion="taylor", rounds=2))
     pruned = pruner.prune_model(model, tokenizer())
 
-    kept_channels = pruner.plan.keep[0, "mlp"]
+    kept_channels = pruner.result.plan.keep[0, "mlp"]
     assert len(kept_channels) == 24
     assert not idle_channels & set(kept_channels)
     assert count_hooks(pruned) == 0

@@ -173,10 +173,10 @@ def test_the_criteria_prune_channels_and_groups(name, refit):
     pruner = StructPruner(config(criterion=name, refit=refit, widths={"mlp": 24, "attention": 2}, rounds=2))
     pruned = pruner.prune_model(model_with_idle_channels(), tokenizer())
 
-    kept_channels = pruner.plan.keep[0, "mlp"]
+    kept_channels = pruner.result.plan.keep[0, "mlp"]
     assert len(kept_channels) == 24
     assert not set(range(5, 20)) & set(kept_channels)
-    assert len(pruner.plan.keep[1, "attention"]) == 2
+    assert len(pruner.result.plan.keep[1, "attention"]) == 2
     assert count_hooks(pruned) == 0
 
 

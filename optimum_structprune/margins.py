@@ -1,0 +1,68 @@
+"""Margins of error of measured values: 90 % confidence intervals over documents."""
+
+from __future__ import annotations
+
+from math import nan
+from statistics import NormalDist
+
+from torch import Tensor
+
+
+# Margins over fewer documents than `MIN_DOCUMENTS` are wide, and over fewer than `MANY_DOCUMENTS` they are rough.
+MIN_DOCUMENTS = 5
+MANY_DOCUMENTS = 12
+# The quantiles of Student's t at 0.95 for few degrees of freedom, where `_student_t` would be off by more than 2 %.
+STUDENT_T = {1: 6.31, 2: 2.92}
+# The lower bound of the margin of a ratio, times the number of documents. The sample may miss rare documents.
+MIN_RELATIVE_MARGIN = 0.12
+# The relative spread of the loss between kinds of text.
+KINDS_DIFFER = 0.5
+# The relative spread of the loss between whole documents and their first tokens.
+PARTS_DIFFER = 0.25
+
+
+def margin_of_error(values: Tensor, documents: Tensor | None = None) -> float:
+    """Return the half-width of the 90 % confidence interval of a mean, or NaN for a single document.
+
+    It is t · s / √n plus a correction for skewed documents (Johnson, JASA 1978, 73:536), because a few documents may
+    have a large loss. t is the quantile of Student's distribution.
+
+    Args:
+        values: The values, shape `(values,)`.
+        documents: The number of each value's document, shape `(values,)`. Documents are independent. By default each
+            value has its own document.
+    """
+    deviations = values.double() - values.double().mean()
+    count = len(values)
+    if documents is not None:
+        # The contribution of each document to the mean. If all documents have the same number of values, it is the
+        # mean of the document.
+        index = documents.unique(return_inverse=True)[1].to(deviations.device)
+        sums = deviations.new_zeros(int(index.max()) + 1).index_add(0, index, deviations)
+        deviations = sums * len(sums) / count
+        count = len(sums)
+
+    if count < 2:
+        return nan
+
+    t = _student_t(count - 1)
+    third_moment = (deviations.pow(3).mean() / deviations.var()).nan_to_num(0.0, 0.0, 0.0).abs()
+    skewness = third_moment * (1 + 2 * t**2) / (6 * count)
+    return float(t * deviations.std() / count**0.5 + skewness)
+
+
+def _student_t(freedom: int) -> float:
+    """Return the quantile of Student's t at 0.95, expanded in 1/freedom (Abramowitz and Stegun 26.7.5)."""
+    z = NormalDist().inv_cdf(0.95)
+    expansion = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    return STUDENT_T.get(freedom, expansion)
+
+
+def margin_of_share(values: Tensor) -> float:
+    """Return the margin of error of a share.
+
+    If all values are the same, it is the largest share s that a sample of n values misses with a probability of 5 %,
+    (1 - s)^n = 0.05.
+    """
+    unseen_share = 1 - 0.05 ** (1 / len(values))
+    return max(margin_of_error(values), unseen_share)

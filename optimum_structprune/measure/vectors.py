@@ -1,0 +1,557 @@
+"""Compare the text embeddings of a pruned encoder with the embeddings of the original model."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import chain, groupby, islice, zip_longest
+from math import inf
+from random import Random
+from textwrap import wrap
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..arch.inference import evaluating, last_states
+from ..arch.meta import positions_of
+from ..arch.modules import PROMPTS, module_files
+from ..config.domains import DomainConfig, written_by_model
+from ..domains.manifest import JUDGED, Entry, Manifest
+from ..domains.packing import Domain, document_hash
+from ..domains.sources import documents
+from ..margins import MIN_DOCUMENTS, margin_of_error, margin_of_share
+from ..measure.text import Text
+from ..record.figures import ORIGINAL, PRUNED, Figure, TextResult
+from ..system.modules import MODULES
+from ..system.stages import progress
+from ..vocabulary.languages import texts as language_texts
+from .gaps import Gaps, fills_gaps
+
+
+SENTENCE_ENDS = re.compile(r"(?<=[.!?…।؟])\s+|(?<=[。！？])|\n+")  # in most scripts
+MOST_SENTENCES = 128  # per domain
+SENTENCE_LENGTH = 200  # characters; longer sentences are divided
+UNUSED_PER_TEXT = 8  # one of 8 unused documents is for evaluation
+NUM_NEIGHBOURS = 10  # neighbours of a text
+MOST_TOKENS = 256  # per text
+# A few sentences lose most of the cosine, and the measured sentences may contain none of them. Twice the usual margin,
+# and at least `COSINE_UNSEEN` divided by the number of documents, contain 9 of 10 values measured on other text.
+COSINE_SPREAD = 2
+COSINE_UNSEEN = 0.002
+# The prompt of the texts that are searched, by the usual names.
+DOCUMENT_PROMPTS = ("document", "passage", "corpus")
+
+
+def _cls(states: Tensor, start: int) -> Tensor:
+    return states[:, 0]
+
+
+def _last_token(states: Tensor, start: int) -> Tensor:
+    return states[:, -1]
+
+
+def _max(states: Tensor, start: int) -> Tensor:
+    return states[:, start:].amax(1)
+
+
+def _mean(states: Tensor, start: int) -> Tensor:
+    return states[:, start:].mean(1)
+
+
+def _weighted_mean(states: Tensor, start: int) -> Tensor:
+    weights = torch.arange(start + 1.0, states.shape[1] + 1).to(states)
+    return weights @ states[:, start:]
+
+
+# The pooling functions by the names of sentence-transformers, from states of shape `(texts, tokens, channels)` and the
+# first pooled token to vectors. Its other names divide the sum over tokens by another number, which changes no cosine.
+POOLING: Mapping[str, Callable[[Tensor, int], Tensor]] = {
+    "cls": _cls,
+    "lasttoken": _last_token,
+    "max": _max,
+    "weightedmean": _weighted_mean,
+}
+
+
+# The figures of vectors by name, by the name of a text; see `embedding_figures`.
+Figures = dict[str, dict[str, float]]
+
+
+class Texts(NamedTuple):
+    """Texts or other inputs, with the number of the document of each."""
+
+    texts: Sequence[str] | Tensor
+    documents: Sequence[int]
+
+    @classmethod
+    def one_each(cls, texts: Sequence[str] | Tensor) -> Texts:
+        """Return texts with a document of its own for each text."""
+        return cls(texts, range(len(texts)))
+
+
+class Pooling(NamedTuple):
+    """The settings by which sentence-transformers makes the vector of a text.
+
+    Attributes:
+        modes: The names of the ways to pool the hidden states; several vectors are concatenated.
+        prompt: The prompt before each text.
+        includes_prompt: Whether the tokens of the prompt are pooled.
+    """
+
+    modes: Sequence[str] = ("mean",)
+    prompt: str = ""
+    includes_prompt: bool = True
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Pooling:
+        """Read the pooling and the prompt from the module files of a model. Default to the mean without a prompt."""
+        files = module_files(model.config)
+        prompt = _prompt_in(files)
+        with suppress(Exception):  # of files that are missing, or that somebody has changed
+            # Other modules, such as SPLADE's, do not make one vector of the states.
+            modules = json.loads(files[MODULES])
+            path = next(module["path"] for module in modules if module["type"].endswith(".Pooling"))
+            config = json.loads(files[f"{path}/config.json"])
+            return cls(_modes_in(config), prompt, config.get("include_prompt", True))
+        return cls(prompt=prompt)
+
+    def vectors(self, states: Tensor, start: int) -> Tensor:
+        """Return vectors of shape `(texts, channels)` of states of shape `(texts, tokens, channels)`.
+
+        Args:
+            states: The hidden states.
+            start: The number of tokens of the prompt.
+        """
+        if self.includes_prompt:
+            start = 0
+        return torch.cat([POOLING.get(mode, _mean)(states, start) for mode in self.modes], 1)
+
+    def prompt_tokens(self, tokenizer: PreTrainedTokenizerBase | None) -> int:
+        """Return the number of tokens of the prompt, with the special tokens before it."""
+        if tokenizer is None or not self.prompt:
+            return 0
+        ids = tokenizer(self.prompt)["input_ids"]
+        return len(ids) - (ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id))
+
+
+def _modes_in(config: Mapping[str, Any]) -> list[str]:
+    """Return the names of the ways to pool in the config of a pooling module of any version."""
+    if "pooling_mode" not in config:
+        flags = [key for key, is_on in config.items() if key.startswith("pooling_mode_") and is_on]
+        return [re.sub("pooling_mode_|_tokens?$", "", flag) for flag in flags]
+
+    modes = config["pooling_mode"]
+    if isinstance(modes, str):
+        return [modes]
+    return list(modes)
+
+
+def _prompt_in(files: Mapping[str, str]) -> str:
+    """Return the prompt for texts: the default prompt, or else the prompt for documents."""
+    with suppress(Exception):  # of a file that is missing, or that somebody has changed
+        config = json.loads(files[PROMPTS])
+        prompts = config["prompts"]
+        names = [config.get("default_prompt_name")]
+        names += DOCUMENT_PROMPTS
+        for name in names:
+            if name in prompts:
+                return str(prompts[name])
+    return ""
+
+
+class Embeddings:
+    """Comparison of the vectors of a pruned and the original encoder, by domain and for one text in 30 languages.
+
+    The constructor computes the vectors of the original model and does not keep the model.
+
+    Args:
+        model: The original model.
+        texts: The texts by domain.
+        tokenizer: Its tokenizer; None for inputs that are not text.
+        languages: Whether the texts in 30 languages are compared.
+        pairs: The domains whose second half translates the first half.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        texts: Mapping[str, Texts | Sequence[str]],
+        tokenizer: PreTrainedTokenizerBase | None,
+        languages: bool,
+        pairs: Collection[str] = (),
+    ):
+        self.texts: dict[str, Texts] = {}
+        for name, domain_texts in texts.items():
+            if not isinstance(domain_texts, Texts):
+                domain_texts = Texts.one_each(domain_texts)
+            self.texts[name] = domain_texts
+        self.tokenizer = tokenizer
+        self.pairs = pairs
+
+        self.spoken: dict[str, Texts] = {}
+        if languages and tokenizer is not None:
+            for code, text in language_texts().items():
+                self.spoken[code] = Texts.one_each(sentences([text]).texts)
+
+        self.pooling = Pooling.of(model)
+        self.dense = self._vectors(model)
+        self.gaps = self._gaps(model)
+        self.dense_losses = self.losses(model)
+
+    def _gaps(self, model: PreTrainedModel) -> dict[str, Gaps]:
+        """Return the gaps in the texts of each domain, if the model fills gaps."""
+        if self.tokenizer is None or not fills_gaps(model, self.tokenizer):
+            return {}
+
+        gaps: dict[str, Gaps] = {}
+        for name, (texts, _) in self.texts.items():
+            if isinstance(texts, Tensor):
+                continue
+
+            if model.config.is_encoder_decoder and name in self.pairs:
+                half = len(texts) // 2
+                gaps[name] = Gaps(texts[:half], model, self.tokenizer, texts[half:])
+            else:
+                gaps[name] = Gaps(texts, model, self.tokenizer)
+        return gaps
+
+    def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+        """Encode the texts with another tokenizer from now on."""
+        self.tokenizer = tokenizer
+
+    def figures(self, model: PreTrainedModel) -> tuple[dict[str, TextResult], dict[str, TextResult]]:
+        """Compare the vectors of the pruned and the original model, by domain and by language.
+
+        The neighbours of a text are texts of all domains, without the texts of its own document.
+        """
+        vectors, spoken = self._vectors(model)
+        dense_vectors, dense_spoken = self.dense
+
+        by_domain = {}
+        for name, texts in self.texts.items():
+            further = _vectors_of_other_domains(vectors, name)
+            dense_further = _vectors_of_other_domains(dense_vectors, name)
+            result = embedding_figures(vectors[name], dense_vectors[name], further, dense_further, texts.documents)
+            by_domain[name] = result
+            if name in self.pairs:
+                result.retrieval = retrieval_figure(vectors[name], dense_vectors[name])
+
+        by_language = {}
+        for code, dense in dense_spoken.items():
+            none = dense[:0]
+            by_language[code] = embedding_figures(spoken[code], dense, none, none)
+        return by_domain, by_language
+
+    def losses(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        """Return the losses of a model in the gaps of each domain, shape `(texts,)`."""
+        if self.tokenizer is None:
+            return {}
+        return {name: gaps.losses(model, self.tokenizer) for name, gaps in self.gaps.items()}
+
+    def _vectors(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the vectors of a model by domain and by language, shape `(texts, channels)`."""
+        prompt_tokens = self.pooling.prompt_tokens(self.tokenizer)
+
+        # All texts are embedded in one call, which groups rows of the same length.
+        rows: list[Tensor] = []
+        sizes: list[int] = []
+        for group in chain(self.texts.values(), self.spoken.values()):
+            rows_of_group = rows_of(group.texts, self.tokenizer, model, self.pooling.prompt)
+            rows += rows_of_group
+            sizes.append(len(rows_of_group))
+
+        vectors = embed(model, rows, self.pooling, prompt_tokens).split(sizes)
+        number = len(self.texts)
+        by_domain = dict(zip(self.texts, vectors[:number], strict=True))
+        by_language = dict(zip(self.spoken, vectors[number:], strict=True))
+        return by_domain, by_language
+
+
+def _vectors_of_other_domains(vectors: Mapping[str, Tensor], name: str) -> Tensor:
+    """Return the vectors of all domains but one, shape `(texts, channels)`."""
+    parts = [vectors[name][:0]]
+    parts += [vectors[domain] for domain in vectors if domain != name]
+    return torch.cat(parts)
+
+
+def judged_texts(
+    domains: Sequence[Domain], tokenizer: PreTrainedTokenizerBase | None, seed: int, earlier: Manifest | None = None
+) -> tuple[dict[str, Texts], list[Entry]]:
+    """Return the sentences of domains for the evaluation of an encoder.
+
+    The held-out text of a domain has few documents, so unused documents of its source are read too.
+
+    Args:
+        domains: The domains of the run.
+        tokenizer: The tokenizer; None for inputs that are not text.
+        seed: The seed of the order of documents.
+        earlier: The text of the runs that produced the model, which is not used again.
+
+    Returns:
+        The sentences by domain, and the entries of the manifest for the documents that were read.
+    """
+    hashes_in_use: set[str] = set()
+    if earlier is not None:
+        hashes_in_use.update(earlier.uses())
+    for domain in domains:
+        hashes_in_use.update(domain.documents, domain.heldout_documents, domain.probe_documents)
+
+    texts: dict[str, Texts] = {}
+    entries: list[Entry] = []
+    for domain in domains:
+        unused: dict[str, str] = {}
+        if tokenizer is not None and domain.origin is not None and not written_by_model(domain.origin):
+            unused = _unused_documents(domain.origin, tokenizer, seed, hashes_in_use)
+            empty = domain.heldout[:0]
+            record = Domain(domain.name, 0.0, empty, empty, origin=domain.origin, heldout_documents=tuple(unused))
+            entries.append(Entry.of(record, JUDGED))
+        texts[domain.name] = passages_of(domain.heldout, tokenizer, unused.values())
+    return texts, entries
+
+
+def _unused_documents(
+    origin: DomainConfig, tokenizer: PreTrainedTokenizerBase, seed: int, hashes_in_use: Collection[str]
+) -> dict[str, str]:
+    """Return every `UNUSED_PER_TEXT`-th document of a source whose hash is not in `hashes_in_use`, by hash."""
+    unused: dict[str, str] = {}
+    for text in islice(documents(origin, seed, tokenizer), MOST_SENTENCES * UNUSED_PER_TEXT):
+        name = document_hash(text)
+        if name not in hashes_in_use:
+            unused[name] = text
+    return dict(islice(unused.items(), 0, None, UNUSED_PER_TEXT))
+
+
+def passages_of(samples: Tensor, tokenizer: PreTrainedTokenizerBase | None, documents: Iterable[str] = ()) -> Texts:
+    """Return the sentences in samples of token ids and in further documents.
+
+    Args:
+        samples: Samples of shape `(samples, ...)`. If they are not text, they are returned unchanged.
+        tokenizer: The tokenizer of the samples; None for inputs that are not text.
+        documents: Further documents.
+    """
+    if tokenizer is None or samples.is_floating_point():
+        return Texts.one_each(samples)
+
+    passages = list(chain.from_iterable(Text.of(samples, tokenizer).strings))
+    passages += documents
+    texts = sentences(passages)
+    if not texts.texts:
+        return Texts.one_each(samples)
+    return texts
+
+
+def sentences(documents: Sequence[str]) -> Texts:
+    """Return up to `MOST_SENTENCES` sentences, balanced across documents and without repetitions.
+
+    A sentence has at least 20 bytes. Longer sentences are divided into parts of up to 200 characters.
+    """
+    unique: set[str] = set()
+    by_document: list[list[tuple[int, str]]] = []
+    for number, text in enumerate(documents):
+        parts: dict[str, None] = {}
+        for sentence in SENTENCE_ENDS.split(text):
+            for part in wrap(sentence, SENTENCE_LENGTH):
+                if len(part.encode()) >= 20 and part not in unique:
+                    parts[part] = None
+
+        unique.update(parts)
+        shuffled = Random(number).sample(list(parts), len(parts))
+        by_document.append([(number, part) for part in shuffled])
+
+    Random(0).shuffle(by_document)
+    chosen = sorted(islice(_round_robin(by_document), MOST_SENTENCES))
+    numbers = [number for number, _ in chosen]
+    if len(set(numbers)) < MIN_DOCUMENTS:
+        # There are too few documents for a margin of error, so each run of 8 sentences counts as a document.
+        numbers = [place // 8 for place in range(len(chosen))]
+    return Texts([part for _, part in chosen], numbers)
+
+
+def _round_robin(lists: Sequence[Sequence[tuple[int, str]]]) -> Iterator[tuple[int, str]]:
+    """Yield the first items of all lists, then the second items, and so on."""
+    for items in zip_longest(*lists):
+        for item in items:
+            if item is not None:
+                yield item
+
+
+def rows_of(
+    texts: Sequence[str] | Tensor, tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel, prompt: str = ""
+) -> list[Tensor]:
+    """Return texts as token ids with special tokens, cut to the positions of the model and to `MOST_TOKENS`.
+
+    Args:
+        texts: The texts, or inputs that are returned as they are.
+        tokenizer: The tokenizer of the model.
+        model: The model.
+        prompt: The prompt before each text.
+
+    Returns:
+        A tensor of shape `(tokens,)` for each text.
+    """
+    if isinstance(texts, Tensor):
+        return list(texts)
+
+    assert tokenizer is not None
+    max_tokens = int(min(positions_of(model), MOST_TOKENS))
+    encoded = tokenizer([prompt + text for text in texts], verbose=False)
+    return [torch.tensor(row[:max_tokens]) for row in encoded["input_ids"]]
+
+
+@torch.no_grad()
+def embed(
+    model: PreTrainedModel, rows: Sequence[Tensor], pooling: Pooling | None = None, prompt_tokens: int = 0
+) -> Tensor:
+    """Return the vectors of inputs.
+
+    Rows of the same length run together, so nothing is padded. An encoder-decoder model gets a row as encoder and
+    decoder input.
+
+    Args:
+        model: The model.
+        rows: Token ids of shape `(tokens,)`, or pixels.
+        pooling: The pooling of the hidden states; the mean over tokens by default.
+        prompt_tokens: The number of tokens of the prompt in each row.
+
+    Returns:
+        A tensor of shape `(rows, channels)` in fp32 on the CPU.
+    """
+    pooling = pooling or Pooling()
+    order = sorted(range(len(rows)), key=lambda number: rows[number].shape)
+
+    batches: list[list[int]] = []
+    for _, numbers in groupby(order, lambda number: rows[number].shape):
+        group = list(numbers)
+        batches += [group[start : start + 32] for start in range(0, len(group), 32)]
+
+    parts: list[Tensor] = []
+    with evaluating(model):
+        for batch in progress(batches, unit="batch", leave=False, delay=1):
+            states = last_states(model, torch.stack([rows[number] for number in batch])).float()
+            parts.append(pooling.vectors(states, prompt_tokens).cpu())
+
+    sorted_vectors = torch.cat(parts)
+    return sorted_vectors[torch.tensor(order).argsort()]
+
+
+def embedding_figures(
+    vectors: Tensor, dense: Tensor, further: Tensor, dense_further: Tensor, documents: Sequence[int] | None = None
+) -> TextResult:
+    """Compare the vectors of texts of the pruned and the original model.
+
+    Args:
+        vectors: The vectors of the pruned model, shape `(texts, channels)`.
+        dense: The vectors of the original model, shape `(texts, original channels)`.
+        further: The vectors of further texts, which can be neighbours too.
+        dense_further: The vectors of the same texts by the original model.
+        documents: The number of the document of each text. Its neighbours are texts of other documents.
+
+    Returns:
+        The number of `texts`. If both models have the same number of channels, the mean `cosine` of their vectors,
+        with margin, 5th percentile and minimum. With at least 20 texts of other documents, the share of the 10 nearest
+        `neighbours` that both models have in common, with its margin.
+    """
+    result = TextResult(texts=len(vectors))
+    if documents is None:
+        documents = range(len(vectors))
+    numbers = torch.tensor(list(documents))
+
+    if vectors.shape == dense.shape:
+        cosines = cosine_similarity(vectors.double(), dense.double()).clamp(max=1)
+        min_margin = COSINE_UNSEEN / len(numbers.unique())
+        margin = max(COSINE_SPREAD * margin_of_error(cosines, numbers), min_margin)
+        result.cosine = Figure.of({PRUNED: float(cosines.mean())}, margin)
+        result.cosine_p5 = Figure.of({PRUNED: float(cosines.quantile(0.05))})
+        result.cosine_worst = Figure.of({PRUNED: float(cosines.min())})
+
+    largest_document = int(numbers.bincount().max())
+    if len(vectors) + len(further) - largest_document >= 2 * NUM_NEIGHBOURS:
+        cosines = nearness(vectors, further, numbers)
+        dense_cosines = nearness(dense, dense_further, numbers)
+        share = kept_share(cosines, dense_cosines)
+        result.neighbours = Figure.of({PRUNED: share}, kept_margin(cosines, dense_cosines, numbers))
+    return result
+
+
+def nearness(vectors: Tensor, further: Tensor, documents: Tensor) -> Tensor:
+    """Return the cosine of each vector to all vectors, and -inf to the vectors of its own document.
+
+    Args:
+        vectors: Vectors of shape `(texts, channels)`.
+        further: Vectors of further texts.
+        documents: The number of the document of each text, shape `(texts,)`.
+
+    Returns:
+        A tensor of shape `(texts, texts + further texts)`.
+    """
+    all_vectors = normalize(torch.cat([vectors, further]).double())
+    cosines = all_vectors[: len(vectors)] @ all_vectors.T
+    cosines[:, : len(vectors)].masked_fill_(documents[:, None] == documents, -inf)
+    return cosines
+
+
+def kept_share(cosines: Tensor, dense_cosines: Tensor) -> float:
+    """Return the share of the 10 nearest texts that two models have in common.
+
+    Args:
+        cosines: The cosines of one model, shape `(texts, all texts)`.
+        dense_cosines: The cosines of the other model, of the same shape.
+    """
+    nearest = cosines.topk(NUM_NEIGHBOURS).indices
+    dense_nearest = dense_cosines.topk(NUM_NEIGHBOURS).indices
+    is_common = (nearest[:, :, None] == dense_nearest[:, None]).any(2)
+    return float(is_common.double().mean())
+
+
+def kept_margin(cosines: Tensor, dense_cosines: Tensor, documents: Tensor) -> float:
+    """Estimate the margin of error of `kept_share` by leaving out each document in turn (jackknife).
+
+    A text is also a neighbour of other texts, so the shares of texts are not independent.
+    """
+    shares: list[float] = []
+    for number in documents.unique():
+        rows = documents != number
+        columns = (documents == number).nonzero().flatten()
+        reduced = cosines[rows].index_fill(1, columns, -inf)
+        dense_reduced = dense_cosines[rows].index_fill(1, columns, -inf)
+        shares.append(kept_share(reduced, dense_reduced))
+
+    return margin_of_error(torch.tensor(shares) * (len(shares) - 1))
+
+
+def retrieval_figure(vectors: Tensor, dense: Tensor) -> Figure:
+    """Return the share of texts and translations that find each other, with the margin of the pruned model.
+
+    Args:
+        vectors: The vectors of the texts and then of their translations, shape `(2 * pairs, channels)`.
+        dense: The vectors of the original model in the same order.
+    """
+    texts, translations = vectors.chunk(2)
+    shares = retrieved(texts, translations)
+    dense_texts, dense_translations = dense.chunk(2)
+    dense_shares = retrieved(dense_texts, dense_translations)
+
+    values = {ORIGINAL: float(dense_shares.mean()), PRUNED: float(shares.mean())}
+    return Figure.of(values, margin_of_share(shares))
+
+
+def retrieved(texts: Tensor, translations: Tensor) -> Tensor:
+    """Return for each pair whether its members are nearest to each other: 1, 0.5 for one direction, or 0.
+
+    Args:
+        texts: Vectors of shape `(pairs, channels)`.
+        translations: Vectors of their translations, of the same shape.
+
+    Returns:
+        A tensor of shape `(pairs,)`.
+    """
+    cosines = normalize(texts) @ normalize(translations).T
+    own = torch.arange(len(texts))
+    finds_translation = (cosines.argmax(1) == own).double()
+    finds_text = (cosines.argmax(0) == own).double()
+    return (finds_translation + finds_text) / 2

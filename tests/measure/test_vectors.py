@@ -1,0 +1,325 @@
+"""A report of an encoder compares the vectors of sentences by the original and the pruned model."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from helpers import put_into, save_with_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from models import PLAIN, build, documents, fewer_tokens, random_model, real_text_model, tokenizer
+from torch.nn.functional import normalize
+from transformers import AutoModelForMaskedLM
+
+from optimum_structprune import StructPruner
+from optimum_structprune.arch.modules import PROMPTS
+from optimum_structprune.measure.vectors import (
+    COSINE_UNSEEN,
+    MOST_SENTENCES,
+    NUM_NEIGHBOURS,
+    Embeddings,
+    Pooling,
+    embed,
+    embedding_figures,
+    kept_share,
+    nearness,
+    retrieved,
+    sentences,
+)
+
+
+def prune_encoder(**fields):
+    """Return the pruner, the pruned model, the original model and its tokenizer."""
+    sizes = PLAIN | {"vocab_size": 400, "max_position_embeddings": 256}
+    model = random_model(AutoModelForMaskedLM, "bert", sizes)
+    reader = real_text_model()[1]
+    pruner = StructPruner(fewer_tokens(num_samples=64, **fields))
+    return pruner, pruner.prune_model(model, reader), model, reader
+
+
+@pytest.fixture(scope="module")
+def trimmed():
+    """Return the result of a run that keeps 300 tokens. Tests must not change it."""
+    return prune_encoder(widths={"vocab": 300})
+
+
+def test_removed_tokens_are_reported_as_a_loss(trimmed, tmp_path):
+    pruner, small, _, _ = trimmed
+    vectors = pruner.result.report.domains
+    assert vectors.keys() == {"math", "prose"}
+    for result in vectors.values():
+        assert 0 < result.cosine.pruned < 0.9999
+        assert result.cosine_worst.pruned <= result.cosine_p5.pruned <= result.cosine.pruned
+        assert 0 < result.neighbours.pruned < 1
+
+    cosines = [language.cosine.pruned for language in pruner.result.report.languages.values()]
+    assert len(cosines) == 30
+    assert 0 < min(cosines) < max(cosines) <= 1
+
+    assert "neighbours kept" in str(pruner.result.report)
+    assert "Verdict: " in str(pruner.result.report)
+
+    pruner.save(small, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| neighbours kept |" in card
+    assert "**Verdict: " in card
+    assert "--speed" not in card
+
+
+def test_sentences_with_the_same_tokens_keep_their_vectors(trimmed):
+    pruner, small, model, reader = trimmed
+    kept_tokens = pruner.result.plan.keep[-1, "vocab"]
+
+    cases = set()
+    for sentence in ("Is it so?", "Über Öl ærgo", "12 + 5", "The sum of both is given."):
+        ids = reader(sentence)["input_ids"]
+        small_ids = pruner.result.tokenizer(sentence)["input_ids"]
+        has_same_tokens = [kept_tokens[number] for number in small_ids] == ids
+
+        vector = embed(model, [torch.tensor(ids)])
+        small_vector = embed(small, [torch.tensor(small_ids)])
+        has_same_vector = float(torch.cosine_similarity(vector, small_vector)) > 1 - 1e-5
+        assert has_same_vector == has_same_tokens
+        cases.add(has_same_tokens)
+
+    assert cases == {True, False}
+
+
+def test_figures_compare_the_original_and_the_pruned_model():
+    pruner, small, model, reader = prune_encoder(widths={"vocab": 300, "mlp": 24}, languages=["de"])
+    texts = {"greetings": ["Good morning to all of you!", "Guten Morgen!", "See you later, alligator."]}
+
+    for measures_languages, num_languages in ((True, 30), (False, 0)):
+        embeddings = Embeddings(model, texts, reader, measures_languages)
+        by_domain, _ = embeddings.figures(model)
+        assert by_domain["greetings"].cosine.pruned == pytest.approx(1)
+
+        embeddings.set_tokenizer(pruner.result.tokenizer, small)
+        by_domain, by_language = embeddings.figures(small)
+        assert 0 < by_domain["greetings"].cosine.pruned < 0.9999
+        assert len(by_language) == num_languages
+        for code, figures in by_language.items():
+            expected = pruner.result.report.languages[code].cosine.pruned
+            assert figures.cosine.pruned == pytest.approx(expected)
+
+    assert pruner.result.report.languages["de"].wanted
+    assert "Wanted languages (tokens): German" in str(pruner.result.report)
+
+
+def test_a_wanted_language_is_measured_without_vocabulary_trimming():
+    pruner, *_ = prune_encoder(widths={"mlp": 24}, languages=["de"])
+    assert pruner.result.report.languages["de"].cosine.pruned < 1
+
+
+@given(st.lists(st.text("ab .!?\n。é", max_size=600), max_size=5))
+def test_sentences_are_parts_of_the_text_without_repetitions(texts):
+    parts, numbers = sentences(texts)
+    assert len(parts) == len(set(parts))
+    assert len(parts) == len(numbers)
+    assert len(parts) <= MOST_SENTENCES
+    assert numbers == sorted(numbers)
+
+    text_without_spaces = ["".join(text.split()) for text in texts]
+    for part in parts:
+        assert len(part.encode()) >= 20
+        assert len(part) <= 200
+        part_without_spaces = "".join(part.split())
+        assert any(part_without_spaces in text for text in text_without_spaces)
+
+
+def test_sentences_are_balanced_across_documents():
+    one_each = [f"This is sentence number {n}." for n in range(1000)]
+    joined = " ".join(one_each)
+    assert len(set(sentences(one_each).documents)) == MOST_SENTENCES
+    assert len(set(sentences(one_each + [joined]).texts)) == MOST_SENTENCES
+
+    ten_documents = [" ".join(one_each[start : start + 100]) for start in range(0, 1000, 100)]
+    counts = Counter(sentences(ten_documents).documents)
+    assert set(counts.values()) == {12, 13}
+
+    # In a single document, each run of sentences counts as a document.
+    counts = Counter(sentences([joined]).documents)
+    assert set(counts.values()) == {8}
+
+
+def test_a_document_is_divided_into_its_sentences():
+    texts = sentences(["Heute regnet es stark. Morgen vielleicht nicht."]).texts
+    assert sorted(texts) == ["Heute regnet es stark.", "Morgen vielleicht nicht."]
+
+
+def random_vectors(texts, channels=16, seed=0):
+    return torch.randn(texts, channels, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("mode", ["mean", "cls", "max", "lasttoken", "weightedmean", ("cls", "mean")])
+def test_vectors_equal_the_vectors_of_sentence_transformers(mode, tmp_path):
+    library = pytest.importorskip("sentence_transformers", minversion="6", reason="it makes the vectors to compare")
+    modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
+    save_with_tokenizer(build("bert"), tmp_path / "plain")
+    transformer = modules.Transformer(str(tmp_path / "plain"))
+    pooling = modules.Pooling(32, pooling_mode=mode)
+    encoder = library.SentenceTransformer(modules=[transformer, pooling], device="cpu")
+    encoder.save(str(tmp_path / "folder"))
+
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "folder").train()
+    texts = [text[: 20 + 4 * number] for number, text in enumerate(documents(9))]
+    rows = [torch.tensor(row) for row in tokenizer()(texts)["input_ids"]]
+    vectors = embed(model, rows, Pooling.of(model))
+    assert model.training
+    assert len({len(row) for row in rows}) > 1
+
+    # The library may add tokens up instead of averaging them, so only the directions are compared.
+    expected = torch.tensor(encoder.encode(texts))
+    torch.testing.assert_close(normalize(vectors), normalize(expected), atol=1e-5, rtol=1e-4)
+
+
+def test_a_folder_without_pooling_uses_the_mean(tmp_path):
+    build("bert").save_pretrained(tmp_path)
+    assert Pooling.of(AutoModelForMaskedLM.from_pretrained(tmp_path)) == Pooling(("mean",))
+
+    for modules in ("{", '[{"path": "1_SpladePooling", "type": "a.SpladePooling"}]'):
+        put_into(tmp_path, {"modules.json": modules, "1_SpladePooling/config.json": '{"pooling_strategy": "max"}'})
+        assert Pooling.of(AutoModelForMaskedLM.from_pretrained(tmp_path)) == Pooling(("mean",))
+
+
+@pytest.mark.parametrize(
+    ("default", "expected"), [(None, "text of: "), ("query", "find: "), ("other", "text of: ")], ids=str
+)
+def test_vectors_are_computed_after_the_prompt_of_the_model(default, expected, tmp_path):
+    build("bert").save_pretrained(tmp_path)
+    modules = [{"path": "", "type": "a.Transformer"}, {"path": "1_Pooling", "type": "a.Pooling"}]
+    settings = {"pooling_mode": "mean", "include_prompt": False}
+    prompts = {"prompts": {"query": "find: ", "document": "text of: "}, "default_prompt_name": default}
+    put_into(tmp_path, {"modules.json": json.dumps(modules)})
+    put_into(tmp_path, {"1_Pooling/config.json": json.dumps(settings)})
+    put_into(tmp_path, {PROMPTS: json.dumps(prompts)})
+
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    pooling = Pooling.of(model)
+    assert pooling == (["mean"], expected, False)
+
+    reader = tokenizer()
+    texts = documents(3)
+    embeddings = Embeddings(model, {"a": texts}, reader, languages=False)
+    start = pooling.prompt_tokens(reader)
+    prompt = reader.decode(reader(expected)["input_ids"][:start]).strip()
+    for text, vector in zip(texts, embeddings.dense[0]["a"], strict=True):
+        ids = reader(expected + text, return_tensors="pt")["input_ids"]
+        assert 0 < start < ids.shape[1]
+        assert reader.decode(ids[0, :start]).strip() == prompt
+        states = model.base_model(ids)[0][0, start:]
+        torch.testing.assert_close(vector, states.mean(0))
+
+
+def test_a_model_without_a_prompt_has_an_empty_one():
+    assert Pooling.of(build("bert")).prompt == ""
+
+
+def test_an_encoder_decoder_has_the_vector_of_its_decoder():
+    ids = torch.arange(3, 9)
+    for case in ("t5", "bart"):
+        model = build(case)
+        (vector,) = embed(model, [ids])
+
+        output = model(input_ids=ids[None], decoder_input_ids=ids[None], output_hidden_states=True)
+        torch.testing.assert_close(vector, output.decoder_hidden_states[-1][0].mean(0))
+
+
+def test_scaled_vectors_lose_nothing():
+    dense = random_vectors(30)
+    further = random_vectors(20, seed=1)
+    figures = embedding_figures(3 * dense, dense, further, further)
+
+    assert figures.texts == 30
+    assert figures.neighbours.pruned == 1
+    assert figures.cosine.pruned == pytest.approx(1)
+    assert figures.cosine.margin == pytest.approx(COSINE_UNSEEN / 30)  # unseen sentences may lose something
+
+
+def test_few_texts_have_no_neighbours():
+    dense = random_vectors(20)
+    figures = embedding_figures(dense, dense, dense[:0], dense[:0])
+
+    assert figures.neighbours is None
+    assert figures.cosine.pruned == pytest.approx(1)
+
+
+def test_vectors_with_fewer_channels_have_neighbours_but_no_cosine():
+    dense = random_vectors(30)
+    figures = embedding_figures(dense[:, :8], dense, dense[:0, :8], dense[:0])
+
+    assert figures.cosine is None
+    assert 0 < figures.neighbours.pruned < 1
+
+
+def test_a_reversed_vector_is_reported_as_a_loss():
+    dense = random_vectors(30)
+    further = random_vectors(20, seed=1)
+    vectors = dense.clone()
+    vectors[0] = -vectors[0]
+    figures = embedding_figures(vectors, dense, further, further)
+
+    assert figures.cosine.pruned == pytest.approx(28 / 30)
+    assert figures.cosine_worst.pruned == pytest.approx(-1)
+    assert figures.cosine_p5.pruned == pytest.approx(1)
+    assert figures.cosine.margin > 2 / 30
+    assert 0.5 < figures.neighbours.pruned < 1
+
+
+def test_unrelated_vectors_share_neighbours_by_chance_only():
+    dense = random_vectors(500, seed=3)
+    figures = embedding_figures(random_vectors(500, seed=2), dense, dense[:0], dense[:0])
+
+    by_chance = NUM_NEIGHBOURS / 499
+    assert figures.neighbours.pruned == pytest.approx(by_chance, abs=4 * figures.neighbours.margin)
+
+
+def test_neighbours_are_the_nearest_vectors_outside_the_document_of_the_text():
+    vectors = random_vectors(12)
+    further = random_vectors(9, seed=1)
+    numbers = torch.arange(12) // 2
+    cosines = nearness(vectors, further, numbers)
+    assert kept_share(cosines, cosines) == 1
+
+    all_vectors = torch.cat([vectors, further])
+    for text, neighbours in enumerate(cosines.topk(NUM_NEIGHBOURS).indices.tolist()):
+        expected = torch.cosine_similarity(vectors[text][None], all_vectors)
+        expected[:12][numbers == numbers[text]] = -2
+        assert neighbours == expected.argsort(descending=True)[:NUM_NEIGHBOURS].tolist()
+
+
+def figures_of_random_vectors(num_documents, texts_per_document, generator):
+    """Return the figures of texts with random losses. Texts of a document are alike, and so are their losses."""
+
+    def repeat(values):
+        return values.repeat_interleave(texts_per_document, 0)
+
+    centres = repeat(torch.randn(num_documents, 32, generator=generator))
+    losses = repeat(torch.randn(num_documents, 32, generator=generator))
+    dense = centres + torch.randn(num_documents * texts_per_document, 32, generator=generator)
+    amounts = repeat(torch.rand(num_documents, 1, generator=generator))
+    numbers = repeat(torch.arange(num_documents)).tolist()
+    return embedding_figures(dense + amounts * losses, dense, dense[:0], dense[:0], numbers)
+
+
+@pytest.mark.slow
+def test_the_margin_of_a_run_covers_text_of_many_documents():
+    """The margin is wider if documents are few, because their texts are alike."""
+    generator = torch.Generator().manual_seed(0)
+    reference = [figures_of_random_vectors(128, 1, generator) for _ in range(20)]
+
+    for num_documents in (16, 32, 128):
+        texts_per_document = 128 // num_documents
+        runs = [figures_of_random_vectors(num_documents, texts_per_document, generator) for _ in range(100)]
+        for name in ("cosine", "neighbours"):
+            mean = sum(getattr(result, name).pruned for result in reference) / len(reference)
+            figures = [getattr(result, name) for result in runs]
+            covered = sum(abs(figure.pruned - mean) <= figure.margin for figure in figures)
+            assert covered >= 85, (num_documents, name)
+
+
+def test_retrieval_counts_both_directions_of_a_pair():
+    vectors = random_vectors(6)
+    assert retrieved(vectors, 2 * vectors).tolist() == [1] * 6
+    assert retrieved(vectors, vectors[[1, 0, 2, 3, 4, 5]]).tolist() == [0, 0, 1, 1, 1, 1]
