@@ -16,6 +16,7 @@ import torch
 from helpers import main_of, ran, same_weights, save_with_tokenizer, write_texts
 from models import PLAIN, build, config, real_text_model, token_ids, tokenizer
 from recovery.test_attach import PRETEND_GPUS
+from recovery.test_deepspeed import DEEPSPEED, deepspeed_environment
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -257,15 +258,8 @@ def test_the_file_for_fsdp2_trains_and_its_checkpoints_merge(offload, desk, tmp_
     """The FSDP2 file of the page runs with two processes, and the commands after it make a model of a checkpoint."""
     (text,) = [block for block in blocks("yml") if "FSDP" in block]
     text = text.replace("fsdp_offload_params: false", f"fsdp_offload_params: {offload}")
-    (tmp_path / "fsdp2.yaml").write_text(text.replace("num_processes: 8", "num_processes: 2"))
-    (tmp_path / "script.py").write_text(PRETEND_GPUS + RUN_ON_CPU)
-
-    model, out = desk / "model", tmp_path / "out"
-    command = ["accelerate", "launch", "--config_file", tmp_path / "fsdp2.yaml", "--mixed_precision", "no"]
-    command += [tmp_path / "script.py", EXAMPLES / "recover_sft.py", pruned_model(desk), out, "--teacher", model]
-    command += ["--full", "--steps", "4", "--seq-length", "64", "--batch-size", "1", "--accumulation", "1"]
     environment = environment_of_processes(OMP_NUM_THREADS="1")
-    ran(command, env=environment, timeout=500)
+    out = recover_with_file(desk, tmp_path, text, PRETEND_GPUS + UNPINNED, environment)
 
     (commands,) = [block for block in blocks("sh") if "merge-weights" in block]
     paths = {
@@ -280,15 +274,45 @@ def test_the_file_for_fsdp2_trains_and_its_checkpoints_merge(offload, desk, tmp_
     assert not same_weights(saved, AutoModelForCausalLM.from_pretrained(pruned_model(desk)))
 
 
+@pytest.mark.nightly
+def test_the_file_for_zero_3_trains(desk, tmp_path):
+    if not DEEPSPEED.exists():
+        pytest.skip("DeepSpeed is not installed: run `make deepspeed`")
+
+    (text,) = [block for block in blocks("yml") if "DEEPSPEED" in block]
+    environment = environment_of_processes(**deepspeed_environment())
+    # The Trainer does this on GPUs, before a model is loaded.
+    initialise = "import deepspeed\ndeepspeed.init_distributed()\n"
+    out = recover_with_file(desk, tmp_path, text, initialise, environment)
+
+    saved = AutoModelForCausalLM.from_pretrained(out)
+    assert not same_weights(saved, AutoModelForCausalLM.from_pretrained(pruned_model(desk)))
+
+
 # PyTorch pins the memory of offloaded weights, which needs a GPU.
-RUN_ON_CPU = """
-import runpy, sys
+UNPINNED = """
 import torch
 
 torch.Tensor.pin_memory = lambda tensor: tensor
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
 """
+
+
+def recover_with_file(desk, folder, text, prelude, environment) -> Path:
+    """Run `recover_sft.py` in two processes with a file for `accelerate launch`, and return the folder of the result.
+
+    Each process executes `prelude` first.
+    """
+    (folder / "config.yaml").write_text(text.replace("num_processes: 8", "num_processes: 2"))
+    run_script = "import runpy, sys\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+    (folder / "script.py").write_text(prelude + run_script)
+
+    out = folder / "out"
+    command = ["accelerate", "launch", "--config_file", folder / "config.yaml", "--mixed_precision", "no"]
+    command += [folder / "script.py", EXAMPLES / "recover_sft.py", pruned_model(desk), out]
+    command += ["--teacher", desk / "model", "--full", "--steps", "4", "--seq-length", "64"]
+    command += ["--batch-size", "1", "--accumulation", "1"]
+    ran(command, env=environment, timeout=500)
+    return out
 
 
 def pruned_model(desk):

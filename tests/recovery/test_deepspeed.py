@@ -87,6 +87,17 @@ if trainer.accelerator.is_main_process:
 """
 
 
+def deepspeed_environment() -> dict[str, str]:
+    """Return the variables of processes with DeepSpeed on CPUs."""
+    paths = [str(DEEPSPEED), os.environ.get("PYTHONPATH", "")]
+    return {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "DS_ACCELERATOR": "cpu",
+        "TORCH_EXTENSIONS_DIR": str(OPERATORS),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize(
     ("case", "lora", "order"),
@@ -109,10 +120,8 @@ def test_two_processes_with_sharded_weights_train_like_one_process(case, lora, o
     single.mkdir()
     on_one_rank(SCRIPT, single, "none", case, lora, order, teacher, single)
 
-    paths = [str(DEEPSPEED), os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(OPERATORS))
+    for name, value in deepspeed_environment().items():
+        monkeypatch.setenv(name, value)
     sharded = tmp_path / "sharded"
     sharded.mkdir()
     on_two_ranks(SCRIPT, sharded, "zero3", case, lora, order, teacher, sharded)
