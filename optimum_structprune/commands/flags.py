@@ -206,6 +206,7 @@ COMMANDS = (
             **ATTENTION,
             **OFFLOAD,
         },
+        examples=(f"structprune teacher {SMOLLM} notes.jsonl smollm2-teacher",),
     ),
     Command(
         "evaluate",

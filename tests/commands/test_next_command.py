@@ -62,7 +62,7 @@ def next_line(printed):
 ])  # fmt: skip
 def test_the_printed_next_command_runs(kind, flags, level, command, desk, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(desk)
-    monkeypatch.setattr(view, "judge", lambda report: Verdict(level, ""))
+    monkeypatch.setattr(view, "judge", lambda report, answers: Verdict(level, ""))
     text = ["--domain", "prose=builtin:prose", "--num-samples", "6", "--device", "cpu"]
     assert main(["prune", kind, str(tmp_path / "out"), *flags, *text]) == 0, capsys.readouterr().err
 
@@ -85,6 +85,6 @@ def test_an_image_model_has_no_next_command_and_is_compared_by_size(tmp_path, ca
     assert "Next:" not in capsys.readouterr().out
 
     pixels = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    result = optimum_structprune.prune(build("vit"), StructPruneConfig(widths={"mlp": 24}), inputs={"a": pixels})
+    result = optimum_structprune.prune(build("vit"), StructPruneConfig(widths={"mlp": 16}), inputs={"a": pixels})
     result.save(tmp_path / "out")
     assert main(["evaluate", str(tmp_path / "out"), "--against", str(tmp_path / "vit")]) == 0
