@@ -5,6 +5,7 @@
 `examples/distributed.sh` starts it on several processes.
 """
 
+import json
 from argparse import ArgumentParser
 
 from accelerate import PartialState
@@ -21,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--num-samples", type=int, default=128, help="calibration samples")
     parser.add_argument("--tokens", type=int, default=200_000)
-    parser.add_argument("--batch-size", type=int, default=4, help="training samples per step and process")
+    parser.add_argument("--training", type=json.loads, default={}, help="JSON of TrainingArguments")
     parser.add_argument("--domain", action="append", default=[], help="NAME=SOURCE; by default the built-in texts")
     args = parser.parse_args(argv)
 
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     recovery = RecoveryConfig(
         tokens=args.tokens,
         lora={"r": 16},
-        training={"per_device_train_batch_size": args.batch_size},
+        training={"per_device_train_batch_size": 4} | args.training,
     )
     config = StructPruneConfig(
         sparsity=args.sparsity,

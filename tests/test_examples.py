@@ -146,30 +146,23 @@ def test_every_example_prints_its_usage():
 @pytest.mark.nightly
 def test_two_processes_train_as_one_process_does(desk):
     weights = []
-    first_steps = []
     for number in (1, 2):
         out = desk / f"trained-by-{number}"
+        # Some CPUs train in bfloat16, whose rounding depends on the size of a batch.
+        training = {"per_device_train_batch_size": 2 // number, "bf16": False}
         command = ["bash", str(EXAMPLES / "distributed.sh"), str(desk / "model"), str(out)]
-        command += ["--tokens", "4100", "--num-samples", "6", "--batch-size", str(2 // number)]
+        command += ["--tokens", "4100", "--num-samples", "6", "--training", json.dumps(training)]
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         environment = os.environ | {"PROCESSES": str(number), "PATH": path, "CUDA_VISIBLE_DEVICES": ""}
         output = ran(command, env=environment, timeout=300)
 
         assert "Recovery: 4,096 tokens" in output
         assert output.count("best checkpoint: step 16") == 1
-        first_steps.append(re.search(r"'loss': '([^']+)', 'grad_norm': '([^']+)'", output).groups())
         weights.append(load_file(out / "model.safetensors"))
 
-    (first_loss, first_norm), (second_loss, second_norm) = first_steps
-    assert float(second_loss) == pytest.approx(float(first_loss), rel=1e-3)
-    assert float(second_norm) == pytest.approx(float(first_norm), rel=2e-3)
-
-    # Adam's first steps follow the sign of each gradient. Rounding decides the sign of a gradient near zero, so single
-    # weights differ by about the learning rate. Processes that do not share their gradients differ by as much as the
-    # training changes the weights.
-    pruned = pruned_weights(desk / "model")
-    change = distance(weights[0], pruned)
-    assert distance(weights[1], weights[0]) < 0.05 * change
+    change = distance(weights[0], pruned_weights(desk / "model"))
+    assert change > 0.01
+    assert distance(weights[1], weights[0]) < 1e-4 * change
 
 
 def pruned_weights(folder):
