@@ -119,7 +119,7 @@ def explained(error: Exception, args: Namespace) -> tuple[int, str]:
 
     kind = type(error).__name__
     text = str(error)
-    if isinstance(error, MemoryError) or "OutOfMemory" in kind or "can't allocate memory" in text:
+    if isinstance(error, MemoryError) or "OutOfMemory" in kind or "allocate memory" in text:
         return 2, f"There is not enough memory: {text or kind}"
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return 2, f"{error.filename}: {error.strerror}."

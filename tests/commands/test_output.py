@@ -226,6 +226,7 @@ def test_a_reader_that_stops_early_is_no_error():
     (OFFLINE, "OSError: offline (because of ConnectionError: no"),
     (DISK_FULL, "/out/model.safetensors: No space left on device."),
     (MemoryError(), "There is not enough memory: MemoryError"),
+    (RuntimeError("unable to mmap 9 bytes: Cannot allocate memory (12)"), "There is not enough memory: unable to"),
     (StructPruneError("Two\n lines."), "structprune: error: Two lines."),
     (torch.OutOfMemoryError("CUDA out of memory."), "There is not enough memory: CUDA out of memory."),
 ])  # fmt: skip
