@@ -47,7 +47,8 @@ def check_flags(args: Namespace) -> None:
     if args.command.name == "plan":
         return  # it writes no output
 
-    if "output" in flags:
+    # The output of any other command may exist.
+    if "--overwrite" in args.command.flags:
         _check_output(args)
     if flags.get("push_to_hub") is not None:
         from ..saving.push import check_push  # imported last, because it imports torch
