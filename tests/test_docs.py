@@ -339,14 +339,16 @@ RUNNABLE_PAGES = with_long([page for page in PAGES if snippets_with_output(page)
 
 
 def small_trainer() -> Trainer:
-    """Return a Trainer of the model of the snippets on text of the package."""
+    """Return a Trainer of the model of the snippets, with other weights, on text of the package."""
     name = "HuggingFaceTB/SmolLM2-135M-Instruct"
     ids = AutoTokenizer.from_pretrained(name)("".join(islice(builtin_documents("prose"), 4)))["input_ids"]
     rows = [{"input_ids": ids[start : start + 512], "labels": ids[start : start + 512]} for start in (0, 512)]
     arguments = TrainingArguments(
         "trainer", max_steps=10, per_device_train_batch_size=2, save_strategy="no", report_to="none", use_cpu=True
     )
-    return Trainer(AutoModelForCausalLM.from_pretrained(name), arguments, train_dataset=rows)
+    model = AutoModelForCausalLM.from_pretrained(name)
+    model.lm_head.weight.data.mul_(1.01)
+    return Trainer(model, arguments, train_dataset=rows)
 
 
 @pytest.mark.parametrize("page", RUNNABLE_PAGES, ids=lambda page: page.name)

@@ -25,12 +25,14 @@ UNCOUNTED_BYTES = 60 * 10**6
 # Multiply-adds that take as long as the softmax of a logit.
 SOFTMAX = 60
 # The number of tokens of half of the held-out text, of half of the unseen text, of the answers of a model, of texts
-# in 30 languages, of the text on which the model predicts the tokens to keep, and of a trial that divides a budget.
+# in 30 languages, of the text on which the model predicts the tokens to keep, of the fewest held-out documents of a
+# domain, and of a trial that divides a budget.
 HELDOUT = 2000
 UNSEEN = 2048
 ANSWERS = 16 * 64
 LANGUAGES = 2048
 EXPECTED = 4096
+FEW_DOCUMENTS = 12 * 64
 TRIAL = 2**13
 # The number of tokens whose logits a CPU holds at a time.
 LOGIT_TOKENS = 128
@@ -146,8 +148,9 @@ def _work(request: PruningRequest, tokens: int, channels: int, vocabulary: int, 
             work["languages"] = 2 * reading * LANGUAGES
         if trims and config.domains is not None:
             work["vocabulary"] = reading * min(EXPECTED, tokens)
-    # The original and the pruned model are measured.
-    work["perplexity"] = 2 * reading * (measured * min(HELDOUT, config.holdout * tokens / 2) + unseen)
+    # Each domain has a few short documents at least. The original and the pruned model are measured.
+    heldout = max(measured * min(HELDOUT, config.holdout * tokens / 2), FEW_DOCUMENTS * len(texts_of(config)))
+    work["perplexity"] = 2 * reading * (heldout + unseen)
     if trims:
         work["vocabulary"] = work.get("vocabulary", 0) + RANKING * arch.of(VOCAB)[0].size
     if trims and prunes and config.budget is not None:

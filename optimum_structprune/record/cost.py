@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -25,7 +24,7 @@ REFUSED_SHARE = 0.7
 TIME_RANGE = (0.5, 2.0)
 
 # A token that a model writes takes as long as this number of tokens that it reads.
-WRITING = 4
+WRITING = 3
 # The values per token that a layer keeps for the backward pass, as multiples of the hidden size and of the FFN size.
 STORED_HIDDEN = 12
 STORED_FFN = 4
@@ -95,7 +94,7 @@ def recovery_cost(
     text = student.config.get_text_config()
     itemsize = student.dtype.itemsize
     parameters = student.num_parameters()
-    table: Any = student.get_input_embeddings().weight
+    table = student.get_input_embeddings().get_parameter("weight")
     passes = 3
     trained = parameters
     if config.train == "lora":

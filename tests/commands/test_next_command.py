@@ -57,9 +57,19 @@ def next_line(printed):
     return re.search(r"^Next: structprune (.*)$", printed, re.M)[1]
 
 
-@pytest.mark.parametrize(("kind", "flags", "level", "command"), [
-    pytest.param(*case, marks=[pytest.mark.slow] if number > 1 else []) for number, case in enumerate(CASES)
-])  # fmt: skip
+def marks_of(case):
+    """Return the marks of a case by its time."""
+    kind, _, _, command = case
+    if command == "recover" or kind == "encoder-decoder":
+        return [pytest.mark.nightly]
+    if case not in CASES[:2]:
+        return [pytest.mark.slow]
+    return []
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "level", "command"), [pytest.param(*case, marks=marks_of(case)) for case in CASES]
+)
 def test_the_printed_next_command_runs(kind, flags, level, command, desk, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(desk)
     monkeypatch.setattr(view, "judge", lambda report, answers: Verdict(level, ""))

@@ -51,7 +51,8 @@ def command_lines(folder):
     export = ["export", pruned, str(folder / "padded"), "--pad-uniform"] + cpu
     evaluate = ["evaluate", pruned, "--against", model] + text + samples + cpu
     recover = ["recover", pruned, str(folder / "trained")] + text + training + cpu
-    return {line[0]: line for line in (inspect, plan, prune, export, evaluate, recover)}
+    teacher = ["teacher", model, str(folder / "a.jsonl"), str(folder / "teacher"), "--seq-length", "24"] + cpu
+    return {line[0]: line for line in (inspect, plan, prune, export, evaluate, recover, teacher)}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -80,7 +81,9 @@ def test_every_command_prints_its_result_as_text_or_as_one_json_document(folder,
         assert "%|" not in printed.err, name
         assert "…" not in printed.err, name
 
-        if not overwrite:
+        if name == "teacher":
+            assert values["output"] == line[3]
+        elif not overwrite:
             assert json.loads(json_file.read_text()) == values
         else:
             assert values["output"] == line[2]

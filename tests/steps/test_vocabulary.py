@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from copy import deepcopy
 from itertools import islice, permutations
-from math import exp, log
+from math import exp, isfinite, log
 
 import pytest
 import torch
@@ -128,6 +128,19 @@ def test_prune_model_warns_that_a_trimmed_model_needs_its_new_tokenizer(trimmed)
 
     with pytest.warns(UserWarning, match="smaller vocabulary and needs a new tokenizer"):
         prune_model(model, fewer_tokens(), READER)
+
+
+def test_a_model_of_few_positions_is_measured_on_shorter_text():
+    """Rows of 48 tokens have up to 85 of the kept tokens."""
+    budget = {"parameters": 0.75}
+    with pytest.warns(UserWarning, match="positions"):
+        pruner, small = prune(text_model(positions=64), widths=None, budget=budget, targets=("vocab", "mlp"))
+
+    report = pruner.result.report
+    assert report.trimmed is not None
+    assert small.config.intermediate_size < 40
+    for domain in report.domains.values():
+        assert isfinite(domain.perplexity.pruned)
 
 
 @pytest.mark.slow
