@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from ..arch.meta import predicts_next
 from ..domains.manifest import tokenizer_of
-from ..errors import StructPruneError
+from ..errors import StructPruneError, reason_of
 from ..measure.predictions import Predictor, accepted_inputs
 from ..method.layers import input_device
 from ..system.placement import is_spread
@@ -92,8 +92,9 @@ def _loaded(name: str | Path, dtype: torch.dtype, trust_remote_code: bool, devic
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, trust_remote_code=trust_remote_code, device_map=device_map
         )
-    except (OSError, ValueError) as error:
-        raise StructPruneError(f"The teacher {str(name)!r} cannot be loaded: {error}") from error
+    except Exception as error:
+        # The libraries raise errors of many types for damaged files and for pickled weights.
+        raise StructPruneError(f"The teacher {str(name)!r} cannot be loaded: {reason_of(error)}.") from error
     return model
 
 
