@@ -12,11 +12,11 @@ from accelerate import Accelerator
 from torch import Tensor, distributed, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.inference import input_device
 from ..arch.meta import predicts_next
 from ..domains.manifest import tokenizer_of
 from ..errors import StructPruneError, reason_of
 from ..measure.predictions import Predictor, accepted_inputs
-from ..method.layers import input_device
 from ..system.placement import is_spread
 from ..vocabulary.token_alignment import TokenAlignment
 from .placement import check_device, check_movable, gathered, is_sharded, place_teacher, reshard
