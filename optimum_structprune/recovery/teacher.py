@@ -93,7 +93,7 @@ def _loaded(name: str | Path, dtype: torch.dtype, trust_remote_code: bool, devic
             name, dtype=dtype, trust_remote_code=trust_remote_code, device_map=device_map
         )
     except Exception as error:
-        # The libraries raise errors of many types for damaged files and for pickled weights.
+        # The libraries raise errors of many types for files that are damaged or hold code.
         raise StructPruneError(f"The teacher {str(name)!r} cannot be loaded: {reason_of(error)}.") from error
     return model
 
