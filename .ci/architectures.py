@@ -5,49 +5,78 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from optimum_structprune.arch.family import FAMILIES_FOLDER, TEXT_ONLY, UNDESCRIBED, Family, Template, read_families
-from optimum_structprune.arch.spec import HIDDEN, LAYER, kind_of
+from optimum_structprune.arch.family import FAMILIES_FOLDER, UNDESCRIBED, Family, Template, read_families
+from optimum_structprune.arch.spec import EXPERT, HIDDEN, LAYER, kind_of
 
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
-ONE_FOR_ALL = "a model has one"
+COLUMNS = (LAYER, "attention", "mlp", EXPERT, HIDDEN)
 
 
 def table() -> str:
-    """The lines of the table, for all families."""
-    lines = ["| model types | space | plain | non-uniform | config keys |", "|---|---|---|---|---|"]
+    """Return a table with one row for all families with the same cells, and the numbered reasons in its cells."""
+    reasons: list[str] = []
+    rows: dict[str, list[str]] = {}
     for path in sorted(FAMILIES_FOLDER.glob("*.yaml")):
         for family in read_families(path):
-            lines += _rows(family)
+            rows.setdefault(_row(family, reasons), []).extend(family.model_types)
+
+    lines = [f"| model types | {' | '.join(COLUMNS)} | other |", "|---|" + "---|" * (len(COLUMNS) + 1)]
+    for row, types in rows.items():
+        names = ", ".join(f"`{name}`" for name in types)
+        lines.append(f"| {names} | {row} |")
+
+    lines += ["", "Reasons:", ""]
+    lines += [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
     return "\n".join(lines) + "\n"
 
 
-def _rows(family: Family) -> Iterator[str]:
-    types = ", ".join(f"`{name}`" for name in family.model_types)
+def _row(family: Family, reasons: list[str]) -> str:
+    """Return the cells of one family behind its model types, and append new reasons to the list."""
+    cells = dict(_cells(family, reasons))
     if family.text is not None:
-        yield f"| {types} | those of the text model | yes | no: {TEXT_ONLY} | in `text_config` | as there |"
-        return
+        cells = dict.fromkeys(COLUMNS, "text")
+
+    others = ", ".join(f"`{name}` {cell}" for name, cell in cells.items() if name not in COLUMNS)
+    known = " | ".join(cells.get(name, "") for name in COLUMNS)
+    return f"{known} | {others}"
+
+
+def _cells(family: Family, reasons: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield each space of a family with its cell."""
     kinds: dict[str, Template] = {} if family.layer is None else {LAYER: family.layer}
     for name, template in family.spaces.items():
         kinds.setdefault(kind_of(name), template)
+
     for name, template in kinds.items():
-        keys = ", ".join(f"`{key}`" for key in (template.size, *template.also))
-        when = "".join(
-            f", where `{key}` is {' or '.join(_plain(value) for value in values)}"
-            for key, values in template.requires.items()
-        )
-        yield f"| {types} | `{name}` | yes{when} | {_may_differ(family, template)} | {keys} |"
+        yield name, _cell(family, name, template, reasons)
+
     if family.hidden is not None:
-        yield f"| {types} | `{HIDDEN}` | yes | no: {ONE_FOR_ALL} | `{family.hidden.size}` |"
+        yield HIDDEN, "one"
     for name, reason in family.missing.items():
-        yield f"| {types} | `{name}` | no: {reason} | | |"
+        yield name, f"no ({_number(reason, reasons)})"
 
 
-def _may_differ(family: Family, template: Template) -> str:
-    if template is family.layer:
-        return f"no: {ONE_FOR_ALL}"
+def _cell(family: Family, name: str, template: Template, reasons: list[str]) -> str:
+    """Return the cell of a space that can be pruned."""
+    conditions = [f"`{key}` is {' or '.join(map(_plain, values))}" for key, values in template.requires.items()]
+    condition = f" if {' and '.join(conditions)}" if conditions else ""
+
+    # The page says in sentences that a model has one depth and one number of experts.
+    if template is family.layer or name == EXPERT:
+        return f"one{condition}"
+
     reason = template.uniform or family.uniform or ("" if family.layer_class else UNDESCRIBED)
-    return f"no: {reason}" if reason else "yes"
+    if not reason:
+        return f"each{condition}"
+    return f"one{condition} ({_number(reason, reasons)})"
+
+
+def _number(reason: str, reasons: list[str]) -> int:
+    """Return the number of a reason in the list below the table, and append a new reason."""
+    if reason not in reasons:
+        reasons.append(reason)
+    return reasons.index(reason) + 1
 
 
 def _plain(value: object) -> str:

@@ -22,6 +22,7 @@ from .record.cost import Cost, check_recovery_memory, recovery_cost
 from .record.table import aligned, change_row
 from .system.stages import saved_bytes
 from .vocabulary.amount import large_vocabulary
+from .widths.budget import active_parameters, budget_of
 from .written import Record
 
 
@@ -39,6 +40,7 @@ EFFICIENT_WIDTHS = "docs/serving.md#efficient-widths"
 SIZES = {
     "parameters": "parameters",
     "layer_parameters": "  in the layers",
+    "active_parameters": "  active for a token",
     "memory": "bytes in {}",
     "cache_per_token": "cache bytes per token",
 }
@@ -77,6 +79,7 @@ class DryRun(Record):
         cache_per_token: The bytes of keys and values per token during generation, over all layers. A layer with a
             sliding window stores at most its window. It is 0 if the model does not generate, and None if the model
             cannot run without weights.
+        active_parameters: The number of parameters that a token runs through in a mixture of experts, else 0.
         cost: The memory and the time of the pruning itself, or None without `cost`.
         recovery: The memory and the time of the recovery, or None if the config has no recovery.
         depends_on_text: Whether the sizes after pruning are approximate, because text decides how many tokens are
@@ -92,6 +95,7 @@ class DryRun(Record):
     reload: tuple[str, ...]
     notes: tuple[str, ...]
     cache_per_token: Change | None = None
+    active_parameters: Change = Change(0, 0)
     cost: Cost | None = None
     recovery: Cost | None = None
     depends_on_text: bool = False
@@ -131,7 +135,7 @@ class DryRun(Record):
             size: Change | None = getattr(self, name)
             if size is None:
                 rows.append(change_row(label.format(self.dtype), None, None))
-            elif size.before:  # a model that does not generate has no cache
+            elif size.before:  # some models have no cache, or no experts
                 rows.append(change_row(label.format(self.dtype), size.before, size.after))
 
         lines = [aligned(rows)]
@@ -253,12 +257,15 @@ def _recovery(request: PruningRequest) -> Cost | None:
 def _sizes(request: PruningRequest, model: PreTrainedModel) -> dict[str, int]:
     """Return the sizes of a model by field of `DryRun`, without sizes that are unknown."""
     arch = request.model_info.arch
+    described = describe(model, request.config.arch_file)
     itemsize = model.dtype.itemsize
     sizes = {
         "parameters": model.num_parameters(),
-        "layer_parameters": sum(describe(model, request.config.arch_file).layer_params),
+        "layer_parameters": sum(described.layer_params),
         "memory": saved_bytes(model, itemsize),
     }
+    if any(space.unit == EXPERT for space in described.spaces):
+        sizes["active_parameters"] = active_parameters(model, described)
 
     cached = cached_values(model, arch)
     if cached is not None:
@@ -279,6 +286,13 @@ def _notes(request: PruningRequest, model_config: PretrainedConfig) -> Iterator[
     if tokens is not None and not config.removes_tokens:
         share = tokens.size * tokens.unit_params / parameters
         yield f"{tokens.size:,} tokens have {share:.0%} of the parameters; widths={{{VOCAB!r}: N}} keeps N of them"
+
+    if config.budget is not None and not _depends_on_text(config):
+        arch = request.model_info.arch
+        budget = budget_of(config, arch, request.model_info.plain_model, list(request.widths))
+        figures = budget.figures(request.widths)
+        limits = [f"{name} {figures[name]:,} of {limit:,}" for name, limit in budget.limits.items()]
+        yield f"meets the budget: {', '.join(limits)}"
 
     if _depends_on_text(config):
         yield (

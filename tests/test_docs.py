@@ -47,8 +47,9 @@ ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
+TASKS = [ROOT / "docs" / f"{name}.md" for name in ("tour", "which_command", "vocabulary", "extending")]
 # Pages with commands for real models. Each command gets more flags, which make it fast.
-TOURS = [ROOT / "README.md", ROOT / "docs" / "tour.md", ROOT / "docs" / "which_command.md", *GUIDES]
+TOURS = [ROOT / "README.md", *TASKS, *GUIDES]
 FAST_FLAGS = {
     "prune": "--num-samples 6 --seq-length 64 --round-to 8",
     "evaluate": "--num-samples 2 --seq-length 64 --repeats 2 --prompt 8 --new-tokens 2",

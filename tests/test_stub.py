@@ -1,4 +1,4 @@
-"""`examples/tools/stub.py` drafts the description of a model, as `docs/guides/architecture.md` shows."""
+"""`examples/tools/stub.py` drafts the description of a model, as `docs/extending.md` shows."""
 
 import pytest
 import stub

@@ -1,4 +1,4 @@
-"""Prune a model with several commands, and print the results as the tables of docs/pick_yours.md and of the README.
+"""Prune a model with several commands, and print the results as a table.
 
     python examples/benchmarks/pick_yours.py MODEL FOLDER [--row "FLAGS OF PRUNE" ...] [--other NAME=SOURCE ...]
         [--num-samples 8] [--questions 120]

@@ -32,9 +32,10 @@ LANGUAGES = {
     "th": "Thai", "tr": "Turkish", "uk": "Ukrainian", "vi": "Vietnamese", "zh": "Chinese",
 }  # fmt: skip
 CACHE = "cache_bytes_per_token"
+ACTIVE = "active_parameters"
 LOSS = "loss"
 MAX_BUDGET = 1e18
-BUDGETS = ("parameters", "bytes", CACHE, LOSS)
+BUDGETS = ("parameters", ACTIVE, "bytes", CACHE, LOSS)
 AUTO: Literal["auto"] = "auto"
 
 
@@ -72,9 +73,11 @@ class StructPruneConfig(Config):
             has one number for all layers. A list has one number for each layer, and a mapping one for each layer that
             it names: `{"mlp": {0: 1536, 1: 1024}}`. Unless `allocation` is `uniform`, each number is the mean over the
             layers.
-        budget: The upper limit of the whole model in `parameters`, `bytes` or `cache_bytes_per_token`, or the `loss`
-            that pruning may cost. `bytes` is the size of the parameters in the model's dtype. The cache is the cache
-            of keys and values. A number below 1 is a fraction of the dense model. `{"loss": 0.02}` searches for the
+        budget: The upper limits of the whole model in `parameters`, `active_parameters`, `bytes` or
+            `cache_bytes_per_token`, one or several at once, or the `loss` that pruning may cost. A token runs through
+            the active parameters: all but the experts that it does not choose. `bytes` is the size of the parameters
+            in the model's dtype. The cache is the cache of keys and values. A number below 1 is a fraction of the
+            dense model. `{"loss": 0.02}` searches for the
             smallest model by a few trial prunings. Its perplexity on the domains and on other text is at most 1.02
             times the perplexity of the dense model, including the margin of error. For an encoder, the mean cosine of
             its vectors to the vectors of the dense model is at least 0.998.
@@ -83,7 +86,7 @@ class StructPruneConfig(Config):
             `mlp`, and all channels inside the layers for a model without `mlp`. Under a budget of parameters or bytes,
             `vocab` is a target too if tokens are a large part of the model. If the allocation measures losses, the
             default is `mlp` and `attention`, as far as the model has them and their layers may differ. Under a budget
-            of the cache it is `attention`.
+            of the cache it is `attention`, and with a second limit `mlp` and `attention`.
         keep_tokens: Tokens that a pruned vocabulary (`vocab`) keeps: a file with a token or a text in each line, or a
             regular expression that matches the text of tokens.
         languages: Codes of languages to keep where a vocabulary is pruned (`vocab`), such as `de,en`. Their words are
@@ -216,21 +219,23 @@ class StructPruneConfig(Config):
             self.widths = self._legal_widths(self.widths)
 
     def _check_budget(self, budget: Mapping[str, float]) -> None:
-        if len(budget) != 1:
-            self.refuse("budget", f"must name exactly one of {', '.join(BUDGETS)}, got {budget}")
+        if not budget:
+            self.refuse("budget", f"must name at least one of {', '.join(BUDGETS)}, got {budget}")
+        if LOSS in budget and len(budget) > 1:
+            self.refuse("budget", f"has no other limits beside {LOSS!r}, got {budget}. Set {LOSS!r} alone")
 
-        ((name, limit),) = budget.items()
-        if name not in BUDGETS:
-            self.refuse("budget", f"has no {name!r}.{did_you_mean(name, BUDGETS).rstrip('.')}")
-        if not 0 < limit < MAX_BUDGET:
-            self.refuse(
-                "budget",
-                f"must be greater than 0 and less than {MAX_BUDGET:.0e} for {name!r}, got {short_repr(limit)}",
-            )
-        if name in ("parameters", "bytes") and 1 <= limit <= 100:
-            self.refuse("budget", f"is a share below 1, such as 0.9, or a number of {name}, got {limit}")
-        if name == LOSS and limit >= 1:
-            self.refuse("budget", f"must be less than 1 for 'loss', got {limit}. 0.02 allows a loss of 2 %")
+        for name, limit in budget.items():
+            if name not in BUDGETS:
+                self.refuse("budget", f"has no {name!r}.{did_you_mean(name, BUDGETS).rstrip('.')}")
+            if not 0 < limit < MAX_BUDGET:
+                self.refuse(
+                    "budget",
+                    f"must be greater than 0 and less than {MAX_BUDGET:.0e} for {name!r}, got {short_repr(limit)}",
+                )
+            if name in ("parameters", ACTIVE, "bytes") and 1 <= limit <= 100:
+                self.refuse("budget", f"is a share below 1, such as 0.9, or a number of {name}, got {limit}")
+            if name == LOSS and limit >= 1:
+                self.refuse("budget", f"must be less than 1 for 'loss', got {limit}. 0.02 allows a loss of 2 %")
 
     def _legal_widths(self, widths: Mapping[str, Any]) -> dict[str, Any]:
         """Return the widths with layer indices as ints, or raise if one is not positive."""
@@ -281,9 +286,9 @@ class StructPruneConfig(Config):
         """Return the spaces that may shrink if `sparsity` or `budget` determines the widths."""
         if self.targets is not None:
             return tuple(self.targets)
-        if CACHE in (self.budget or {}):
+        if set(self.budget or {}) == {CACHE}:
             return ("attention",)
-        if self.allocation == "uniform":
+        if self.allocation == "uniform" and CACHE not in (self.budget or {}):
             return ("mlp",)
         return ("mlp", "attention")
 

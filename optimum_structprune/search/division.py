@@ -99,7 +99,7 @@ def division_widths(state: RunState, request: VocabularyRequest, number: int) ->
     if request.budget.is_met_by({VOCAB: number}):
         return {VOCAB: number}
 
-    config = without_tokens(state.config, request.budget.budget.limit)
+    config = without_tokens(state.config, request.budget.budget.limits)
     assert config is not None
     skeleton = shrunk_skeleton(state.model, state.arch, {VOCAB: number})
     arch = describe(skeleton, state.config.arch_file)

@@ -111,7 +111,7 @@ def config_of_the_rest(request: VocabularyRequest, state: RunState) -> StructPru
         number = len(state.plan.keep[MODEL, VOCAB])
     if request.budget.is_met_by({VOCAB: number}):
         return None
-    return without_tokens(state.config, request.budget.budget.limit)
+    return without_tokens(state.config, request.budget.budget.limits)
 
 
 def _expected(state: RunState) -> Tensor | None:

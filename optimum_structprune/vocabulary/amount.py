@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -58,8 +58,8 @@ def with_tokens(
     return replace(config, targets=tuple([VOCAB] + targets))
 
 
-def without_tokens(config: StructPruneConfig, limit: float | None = None) -> StructPruneConfig | None:
-    """Return the config of the other spaces, or None without other spaces. `limit` replaces the budget's limit."""
+def without_tokens(config: StructPruneConfig, limits: Mapping[str, float] | None = None) -> StructPruneConfig | None:
+    """Return the config of the other spaces, or None without other spaces. `limits` replace the budget."""
     if config.widths is not None:
         widths = {name: width for name, width in config.widths.items() if name != VOCAB}
         if not widths:
@@ -69,11 +69,9 @@ def without_tokens(config: StructPruneConfig, limit: float | None = None) -> Str
     targets = tuple(name for name in config.targets_or_default if name != VOCAB)
     if not targets:
         return None
-    if limit is None:
+    if limits is None:
         return replace(config, targets=targets)
-
-    (figure,) = config.budget or {}
-    return replace(config, targets=targets, budget={figure: limit})
+    return replace(config, targets=targets, budget=dict(limits))
 
 
 def widths_with_tokens(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel) -> Widths:
@@ -141,7 +139,7 @@ class VocabBudget:
     """A budget that includes tokens.
 
     Args:
-        budget: The limit, and the function from widths to the limited size.
+        budget: The limits, and the function from widths to the limited figures.
         numbers: The numbers of tokens to choose from, ascending.
         smallest: The smallest widths of the other spaces that share the budget.
         rows: The number of tokens of the dense model.
@@ -184,9 +182,8 @@ class VocabBudget:
             smallest = smallest_widths(config_without_tokens, arch, legal_by_space)
 
         budget = budget_of(config, arch, model, list(smallest))
-        min_cost = budget.cost(_with_tokens(smallest, numbers[0]))
         names = [VOCAB] + list(smallest)
-        check_reach(config, budget, min_cost, names, arch)
+        check_reach(config, budget, _with_tokens(smallest, numbers[0]), names, arch)
         return cls(budget, numbers, smallest, rows)
 
     @property

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..arch.shrink import shrunk_config
 from ..arch.spec import LAYER, ArchSpec, Width, Widths
-from ..config.pruning import CACHE, StructPruneConfig
+from ..config.pruning import ACTIVE, CACHE, StructPruneConfig
 from ..errors import StructPruneError
 from .budget import Budget, budget_of, check_reach, removed_parameters
 from .legal import (
@@ -345,12 +345,12 @@ def _within_budget(
 ) -> Widths:
     """Return the largest widths that meet a budget. The remaining budget is smaller than the cheapest step."""
     budget = budget_of(config, arch, model, legal)
-    if budget.name == CACHE:
-        legal = _spaces_with_cache(config, arch, legal, budget)
+    if not {CACHE, ACTIVE}.isdisjoint(budget.limits):
+        legal = _effective_spaces(config, arch, legal, budget)
     check_may_differ(config, arch, list(legal))
 
     smallest = smallest_widths(config, arch, legal)
-    check_reach(config, budget, budget.cost(smallest), list(legal), arch)
+    check_reach(config, budget, smallest, list(legal), arch)
     unit_params = []
     for name in legal:
         unit_params += [space.unit_params * space.scale for space in arch.of(name)]
@@ -376,16 +376,18 @@ def _within_budget(
     return best
 
 
-def _spaces_with_cache(config: StructPruneConfig, arch: ArchSpec, legal: LegalWidths, budget: Budget) -> LegalWidths:
-    """Return the spaces whose units reduce the cache."""
+def _effective_spaces(config: StructPruneConfig, arch: ArchSpec, legal: LegalWidths, budget: Budget) -> LegalWidths:
+    """Return the spaces whose units reduce a figure of the budget. Only some of them reduce the cache."""
     # Not every space may have widths of its own in each layer, so each space gets one width here.
     config = replace(config, allocation="uniform", skip_layers=())
-    cache_spaces = {}
+    dense = budget.figures({})
+    effective = {}
     for name, sizes in legal.items():
         smallest = smallest_widths(config, arch, {name: sizes})
-        if budget.cost(smallest) < budget.dense:
-            cache_spaces[name] = sizes
-    return cache_spaces
+        figures = budget.figures(smallest)
+        if any(figures[figure] < dense[figure] for figure in dense):
+            effective[name] = sizes
+    return effective
 
 
 def _filled_up(

@@ -1,15 +1,16 @@
-"""Limits on the parameters, the bytes or the cache of a model."""
+"""Limits on the parameters, the active parameters, the bytes or the cache of a model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
+from ..arch.load import describe
 from ..arch.meta import is_offloaded, shrunk_skeleton
-from ..arch.spec import LAYER, MODEL, VOCAB, ArchSpec, Widths
-from ..config.pruning import CACHE, StructPruneConfig
+from ..arch.spec import EXPERT, LAYER, MODEL, VOCAB, ArchSpec, Space, Widths
+from ..config.pruning import ACTIVE, CACHE, StructPruneConfig
 from ..errors import StructPruneError, capitalized
 from ..system.stages import saved_bytes
 
@@ -27,51 +28,77 @@ class UnreachableBudgetError(StructPruneError):
         self.advice = advice
 
 
-class Budget(NamedTuple):
-    """A limit on one figure of a model.
+@dataclass(frozen=True)
+class Budget:
+    """Limits on one or several figures of a model.
 
-    Attributes:
-        name: The name of the figure, such as `parameters`.
-        limit: The largest allowed figure.
-        dense: The figure of the dense model.
-        cost: A function from widths to the figure of a model with these widths.
+    Several figures are compared as one, the cost: the figure with the largest share of its limit, in units of the
+    first figure. So the cost is within `limit` if all figures are within their limits.
+
+    Args:
+        limits: The largest allowed figures by name, such as `parameters`.
+        figures: A function from widths to the figures of a model with these widths, by name.
     """
 
-    name: str
-    limit: float
-    dense: float
-    cost: Callable[[Widths], float]
+    limits: Mapping[str, float]
+    figures: Callable[[Widths], Mapping[str, float]]
+
+    @property
+    def limit(self) -> float:
+        """Return the limit of the cost."""
+        return next(iter(self.limits.values()))
+
+    @property
+    def dense(self) -> float:
+        """Return the cost of the dense model."""
+        return self.cost({})
+
+    def cost(self, widths: Widths) -> float:
+        """Return the cost of a model with these widths."""
+        figures = self.figures(widths)
+        if len(figures) == 1:
+            return next(iter(figures.values()))
+        return max(figure / self.limits[name] for name, figure in figures.items()) * self.limit
 
 
 def budget_of(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, names: Collection[str]) -> Budget:
     """Return the budget of a config for the spaces `names`. A limit below 1 is a share of the dense figure."""
-    ((name, limit),) = (config.budget or {}).items()
-    cost_of = _cost_of(name, arch, model, names)
-    costs: dict[str, float] = {}
+    functions = {name: _figure_of(name, config, arch, model, names) for name in config.budget or {}}
+    known: dict[str, dict[str, float]] = {}
 
-    def cost(widths: Widths) -> float:
-        # A search needs the same figure many times, and computing it builds a model without weights.
+    def figures(widths: Widths) -> dict[str, float]:
+        # A search needs the same figures many times, and computing them builds a model without weights.
         key = repr(sorted(widths.items()))
-        if key not in costs:
-            costs[key] = cost_of(widths)
-        return costs[key]
+        if key not in known:
+            known[key] = {name: function(widths) for name, function in functions.items()}
+        return known[key]
 
-    dense = cost({})
-    if limit < 1:
-        limit = int(limit * dense)
-    return Budget(name, limit, dense, cost)
+    limits = {}
+    for name, limit in (config.budget or {}).items():
+        limits[name] = int(limit * figures({})[name]) if limit < 1 else limit
+    return Budget(limits, figures)
 
 
-def _cost_of(name: str, arch: ArchSpec, model: PreTrainedModel, names: Collection[str]) -> Callable[[Widths], float]:
+def _figure_of(
+    name: str, config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, names: Collection[str]
+) -> Callable[[Widths], float]:
     """Return the function from widths to the figure of this name."""
     if name == CACHE:
         return _cache_of(name, arch, model)
 
     itemsize = model.dtype.itemsize
+    active_shares = _active_shares(arch)
+    if name == ACTIVE and not active_shares:
+        raise StructPruneError(
+            f"The description of this {arch.model_type} model has no experts of which a token chooses some. Replace "
+            f"{ACTIVE!r} by 'parameters' in `budget`."
+        )
 
-    def size(model: PreTrainedModel) -> int:
+    def size(model: PreTrainedModel) -> float:
         if name == "bytes":
             return saved_bytes(model, itemsize)
+        if name == ACTIVE:
+            return active_parameters(model, describe(model, config.arch_file))
         return model.num_parameters()
 
     # The `unit_params` of such a space do not include parameters outside of the layers.
@@ -83,10 +110,36 @@ def _cost_of(name: str, arch: ArchSpec, model: PreTrainedModel, names: Collectio
     if is_offloaded(model):
         model = shrunk_skeleton(model, arch, {})
     dense_size = size(model)
+    if name == ACTIVE:
+        return lambda widths: dense_size - removed_parameters(arch, widths, active_shares)
+
     size_per_parameter = 1
     if name == "bytes":
         size_per_parameter = itemsize
     return lambda widths: dense_size - size_per_parameter * removed_parameters(arch, widths)
+
+
+def active_parameters(model: PreTrainedModel, arch: ArchSpec) -> int:
+    """Return the number of parameters that a token runs through: all but the experts that it does not choose.
+
+    The embeddings count completely, as in NVIDIA ModelOpt.
+    """
+    num_active = model.num_parameters()
+    for space in _expert_spaces(arch):
+        weights = {axis.param for axis in space.axes if axis.param.startswith(f"{space.experts}.")}
+        stored = sum(model.get_parameter(name).numel() for name in weights)
+        num_active -= stored // space.size * (space.size - space.min_size)
+    return num_active
+
+
+def _expert_spaces(arch: ArchSpec) -> Iterator[Space]:
+    """Yield the spaces of whole experts. `min_size` is the number of experts that a token chooses."""
+    return (space for space in arch.spaces if space.unit == EXPERT)
+
+
+def _active_shares(arch: ArchSpec) -> dict[str, float]:
+    """Return the share of the experts that a token chooses, by the module of the experts."""
+    return {str(space.experts): space.min_size / space.size for space in _expert_spaces(arch)}
 
 
 def _cache_of(name: str, arch: ArchSpec, model: PreTrainedModel) -> Callable[[Widths], float]:
@@ -105,50 +158,72 @@ def _cache_of(name: str, arch: ArchSpec, model: PreTrainedModel) -> Callable[[Wi
     return cost
 
 
-def removed_parameters(arch: ArchSpec, widths: Widths) -> int:
-    """Return the number of parameters that the layers lose at given widths."""
-    num_removed = 0
+def removed_parameters(arch: ArchSpec, widths: Widths, active_shares: Mapping[str, float] | None = None) -> int:
+    """Return the number of parameters that the layers lose at given widths.
+
+    With `active_shares`, only parameters that a token runs through count: none of whole experts, and of channels
+    inside experts the share of the experts that a token chooses.
+    """
+    num_removed = 0.0
     for space in arch.model_spaces + arch.spaces:
-        units = (space.width - space.width_in(widths)) * space.scale
-        num_removed += units * space.unit_params
-    return num_removed
+        params = (space.width - space.width_in(widths)) * space.scale * space.unit_params
+        if active_shares is None:
+            num_removed += params
+        elif space.unit != EXPERT:
+            num_removed += params * active_shares.get(str(space.experts), 1.0)
+    return round(num_removed)
 
 
-def check_reach(config: StructPruneConfig, budget: Budget, smallest: float, names: list[str], arch: ArchSpec) -> None:
+def check_reach(config: StructPruneConfig, budget: Budget, smallest: Widths, names: list[str], arch: ArchSpec) -> None:
     """Raise if the dense model meets a budget already, or if the smallest widths do not meet it.
 
     Args:
         config: The config.
         budget: The budget.
-        smallest: The figure of the model with the smallest widths of the spaces `names`.
+        smallest: The smallest widths of the spaces `names`.
         names: The spaces that share the budget.
         arch: The description of the model.
     """
-    label = f"budget {budget.name}={budget.limit:,}"
+    dense = budget.figures({})
     if budget.limit >= budget.dense:
-        raise StructPruneError(f"{label} is met by the original model, with {budget.dense:,}. Set a smaller budget.")
+        labels = " and ".join(f"{name}={limit:,}" for name, limit in budget.limits.items())
+        verb = "are" if len(dense) > 1 else "is"
+        sizes = " and ".join(f"{figure:,}" for figure in dense.values())
+        raise StructPruneError(
+            f"budget {labels} {verb} met by the original model, with {sizes}. Set a smaller budget."
+        )
 
-    untargeted = _untargeted_spaces(config, budget.name, names, arch)
+    for name, figure in budget.figures(smallest).items():
+        limit = budget.limits[name]
+        if figure > limit:
+            _refuse_limit(config, name, limit, dense[name], figure, names, arch)
+
+
+def _refuse_limit(
+    config: StructPruneConfig, name: str, limit: float, dense: float, smallest: float, names: list[str], arch: ArchSpec
+) -> None:
+    """Raise, because the smallest widths do not meet one limit."""
+    label = f"budget {name}={limit:,}"
+    untargeted = _untargeted_spaces(config, name, names, arch)
     if not names:
         advice = "budget something else"
         if untargeted:
             advice = f"target {' or '.join(repr(kind) for kind in untargeted)}"
         raise UnreachableBudgetError(
-            f"{label} is not met by the original model, which has {budget.dense:,}, and targets="
+            f"{label} is not met by the original model, which has {dense:,}, and targets="
             f"{list(config.targets_or_default)} do not change that. {capitalized(advice)}.",
             advice,
         )
 
-    if budget.limit < smallest:
-        advice = ", or ".join(_advice(untargeted))
-        suggestion = ""
-        if advice:
-            suggestion = f", or {advice}"
-        raise UnreachableBudgetError(
-            f"{label} cannot be met: with the smallest widths of {', '.join(names)} the model still has "
-            f"{smallest:,} of {budget.dense:,}. Allow that{suggestion}.",
-            advice,
-        )
+    advice = ", or ".join(_advice(untargeted))
+    suggestion = ""
+    if advice:
+        suggestion = f", or {advice}"
+    raise UnreachableBudgetError(
+        f"{label} cannot be met: with the smallest widths of {', '.join(names)} the model still has "
+        f"{smallest:,} of {dense:,}. Allow that{suggestion}.",
+        advice,
+    )
 
 
 def _untargeted_spaces(config: StructPruneConfig, name: str, names: list[str], arch: ArchSpec) -> list[str]:

@@ -15,7 +15,7 @@ from optimum_structprune.forward.generation import cached_values
 from optimum_structprune.system.stages import model_bytes
 from optimum_structprune.vocabulary.amount import with_tokens
 from optimum_structprune.widths.allocation import widths_of
-from optimum_structprune.widths.budget import budget_of
+from optimum_structprune.widths.budget import active_parameters, budget_of
 from optimum_structprune.widths.legal import legal_widths
 
 
@@ -125,6 +125,93 @@ def test_a_budget_of_bytes_counts_the_saved_weights_and_buffers(case, targets):
     for num_removed in (1, 10):
         widths = {name: arch.of(name)[0].size - num_removed for name in targets}
         assert budget.cost(widths) == model_bytes(smaller_skeleton(model, arch, widths))
+
+
+def parameters_that_run(model):
+    """Count the parameters of a model by their names: of experts, the share that a token chooses."""
+    share = model.config.num_experts_per_tok / model.config.num_local_experts
+    return sum(param.numel() * (share if ".experts." in name else 1) for name, param in model.named_parameters())
+
+
+@pytest.mark.parametrize("targets", [("mlp",), ("mlp", "attention"), ("hidden",), ("layer",)])
+def test_a_budget_of_active_parameters_counts_the_experts_that_a_token_chooses(targets):
+    model = build("mixtral")
+    arch = describe(model)
+    assert active_parameters(model, arch) == parameters_that_run(model) < model.num_parameters()
+    limit = int(0.8 * active_parameters(model, arch))
+    settings = budget_config("active_parameters", limit, targets=targets)
+
+    widths = widths_of(settings, arch, model)
+
+    small = smaller_skeleton(model, arch, widths)
+    assert parameters_that_run(small) == active_parameters(small, describe(small)) <= limit
+    for name, legal in legal_widths(settings, arch, model.config).items():
+        larger = [width for width in legal if width > widths[name]]
+        if larger:
+            assert parameters_that_run(smaller_skeleton(model, arch, widths | {name: larger[0]})) > limit
+
+    dry = dry_run(config_of(model), settings)
+    assert dry.active_parameters.after == parameters_that_run(small)
+    assert f"meets the budget: active_parameters {dry.active_parameters.after:,} of {limit:,}" in dry.notes
+
+
+def test_fewer_experts_do_not_change_the_active_parameters():
+    mixtral = build("mixtral")
+    message = "targets=.'expert'.* do not change that. Target 'vocab' or 'mlp' or 'attention' or 'layer'"
+    with pytest.raises(StructPruneError, match=message):
+        widths_of(budget_config("active_parameters", 0.8, targets=("expert",)), describe(mixtral), mixtral)
+
+    llama = build("llama-tied")
+    with pytest.raises(StructPruneError, match="llama model has no experts .* by 'parameters' in `budget`"):
+        widths_of(budget_config("active_parameters", 0.8), describe(llama), llama)
+
+
+@pytest.mark.parametrize(("case", "limits"), [
+    ("llama-tied", {"bytes": 0.85, "cache_bytes_per_token": 0.5}),
+    ("llama-tied", {"bytes": 0.98, "cache_bytes_per_token": 0.5}),
+    ("llama-tied", {"cache_bytes_per_token": 0.9, "parameters": 0.8}),
+    ("mixtral", {"active_parameters": 0.9, "cache_bytes_per_token": 0.6}),
+    ("mixtral", {"parameters": 0.7, "active_parameters": 0.9}),
+])  # fmt: skip
+def test_several_limits_are_met_at_once(case, limits):
+    """No space can have a larger width without exceeding one of them."""
+    model = build(case)
+    arch = describe(model)
+    settings = config(sparsity=None, round_to=1, budget=limits, targets=("mlp", "attention"))
+
+    def figures(widths):
+        return {
+            name: budget_of(budget_config(name, 0.5), arch, model, widths).figures(widths)[name] for name in limits
+        }
+
+    dense = figures({})
+
+    def meets_limits(widths):
+        return all(figure <= limits[name] * dense[name] for name, figure in figures(widths).items())
+
+    widths = widths_of(settings, arch, model)
+
+    assert meets_limits(widths) and not meets_limits({})
+    for name, legal in legal_widths(settings, arch, model.config).items():
+        larger = [width for width in legal if width > widths[name]]
+        if larger:
+            assert not meets_limits(widths | {name: larger[0]}), widths
+    note = next(note for note in dry_run(config_of(model), settings).notes if note.startswith("meets the budget"))
+    assert all(f"{name} {figures(widths)[name]:,} of" in note for name in limits)
+
+
+def test_several_limits_are_refused_by_the_one_that_cannot_be_met():
+    model = build("llama-tied")
+    arch = describe(model)
+    settings = config(
+        sparsity=None, budget={"bytes": 0.9, "cache_bytes_per_token": 0.01}, targets=("mlp", "attention")
+    )
+    with pytest.raises(StructPruneError, match="budget cache_bytes_per_token=.* cannot be met"):
+        widths_of(settings, arch, model)
+
+    settings = config(sparsity=None, budget={"parameters": 1e9, "bytes": 1e9})
+    with pytest.raises(StructPruneError, match="parameters=.* and bytes=.* are met by the original model"):
+        widths_of(settings, arch, model)
 
 
 @pytest.mark.parametrize("case", ["llama-tied", "mixtral"])
