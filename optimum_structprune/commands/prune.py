@@ -6,7 +6,7 @@ from argparse import Namespace
 from contextlib import suppress
 from dataclasses import replace
 
-from ..arch.meta import predicts_next
+from ..arch.meta import predicts_next, reads_text
 from ..config.pruning import RunOptions, StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.load import calibration_domains
@@ -124,7 +124,9 @@ def _result(args: Namespace, pruned: PruneResult) -> Result:
     values = report.to_dict()
     values["output"] = args.output
     flags = loading_flags(pruned.config.arch_file, args.trust_remote_code)
-    suggestion = view.next_command(args.model, args.output, predicts_next(pruned.model), flags)
+    suggestion = ""
+    if reads_text(pruned.model):
+        suggestion = view.next_command(args.model, args.output, predicts_next(pruned.model), flags)
     return Result("\n".join(lines), values, suggestion)
 
 

@@ -25,6 +25,10 @@ ANY = "any"
 OTHER = "other"
 CHAT = "chat"
 MAX_WEIGHT = 1e300
+# The origins of unseen text.
+FROM_HUB = "from the Hub"
+MODEL_WRITTEN = "model-written"
+BUILT_IN = "built-in"
 
 
 class Reiterable:

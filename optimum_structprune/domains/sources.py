@@ -204,9 +204,11 @@ def _files(domain: DomainConfig) -> list[Path]:
         return _readable_files(domain, candidates, f"the pattern {domain.source!r}")
 
     if domain.source.startswith((".", "/", "~")) or path.suffix.lower() in FORMATS:
-        raise StructPruneError(
-            f"The domain {domain.name!r}: the file or folder {path} does not exist.{_nearest_name(path)}"
-        )
+        message = f"The domain {domain.name!r}: the file or folder {path} does not exist.{_nearest_name(path)}"
+        if not path.is_absolute():
+            # The config of a pruning keeps the path as it was passed.
+            message += f" A relative path starts at {Path.cwd()}. Pass the domain with its path from there."
+        raise StructPruneError(message)
     return []
 
 

@@ -16,11 +16,10 @@ from torch.utils.benchmark import Timer
 from torch.utils.benchmark import timer as wall_time
 from transformers import PreTrainedModel
 
-from ..arch.inference import evaluating
+from ..arch.inference import evaluating, input_device
 from ..arch.meta import check_positions, predicts_next
 from ..errors import StructPruneError
 from ..forward.generation import cache_bytes, cache_name, read_prompt, write_tokens
-from ..method.layers import input_device
 from ..record.report import Speed, Spread, Timing
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.hooks import in_fast_dtype
+from ..arch.inference import input_device
 from ..arch.modules import blocks
 from ..arch.spec import ArchSpec
-from ..method.layers import input_device
 from ..system.stages import progress
 
 

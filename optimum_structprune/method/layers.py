@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..arch import hooks
-from ..arch.inference import input_device as input_device
 from ..arch.inference import run_model
 from ..arch.modules import layer_list
 from ..arch.spec import EXPERT, ArchSpec, Axis, Space

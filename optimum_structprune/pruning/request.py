@@ -102,9 +102,7 @@ class PruningRequest:
             self._check_forward()
 
         if info.offloaded:
-            from ..sources.offloaded import check_offloaded
-
-            check_offloaded(self.config, info, self.widths)
+            _check_offloaded(self.config, info, self.widths)
 
         self._check_removes_units()
         self._check_modules()
@@ -458,3 +456,25 @@ def without_effect(config: StructPruneConfig, names: Collection[str]) -> Iterato
         value = getattr(config, name)
         if value != defaults[name]:
             yield f"{name}={value!r}, because {reason}"
+
+
+def _check_offloaded(config: StructPruneConfig, info: ModelInfo, widths: Widths) -> None:
+    """Raise `StructPruneError` if a pruning needs all weights of an offloaded model at once."""
+    name = info.name
+    advice = "load the model in memory, or over several devices"
+
+    if info.quantized:
+        raise StructPruneError(f"{name} is offloaded and quantized, and is unpacked in memory. {capitalized(advice)}.")
+
+    if CRITERIA.get(config.scored_by).whole_model_statistics is not None:
+        raise StructPruneError(
+            f"{name} is offloaded, and criterion={config.scored_by!r} takes all its layers at once. Choose "
+            f"criterion='obs' or 'wanda', or {advice}."
+        )
+
+    for space in (HIDDEN, VOCAB):
+        if space in widths:
+            raise StructPruneError(
+                f"{name} is offloaded, and {space!r} changes weights of all layers at once. Prune inside the layers, "
+                f"or {advice}."
+            )

@@ -25,8 +25,6 @@ TECHNICAL_SPLITS = 2.0
 ORIGINAL, PRUNED, RECOVERED = "original", "pruned", "recovered"
 # The name of unseen text among the domains. Names of domains are not empty.
 UNSEEN_TEXT = ""
-# The sources of unseen text.
-FROM_HUB, MODEL_WRITTEN, BUILT_IN = "from the Hub", "model-written", "built-in"
 # A language whose vectors have a lower mean cosine to the vectors of the original model got worse.
 MIN_LANGUAGE_COSINE = 0.98
 AnyText = TypeVar("AnyText", bound="TextResult")

@@ -8,10 +8,10 @@ from enum import IntEnum
 from math import inf
 from statistics import fmean, geometric_mean
 
+from ..config.domains import BUILT_IN
 from ..config.pruning import LANGUAGES
 from .answers import is_compared
 from .figures import (
-    BUILT_IN,
     AnswersResult,
     LanguageResult,
     Measurements,

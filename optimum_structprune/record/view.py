@@ -8,13 +8,12 @@ from math import inf, isfinite
 from shlex import join
 
 from ..arch.spec import LAYER, MODEL, VOCAB
+from ..config.domains import BUILT_IN, MODEL_WRITTEN
 from ..config.pruning import LANGUAGES
 from ..errors import capitalized
 from ..margins import MANY_DOCUMENTS
 from .answers import answers_line, answers_warning
 from .figures import (
-    BUILT_IN,
-    MODEL_WRITTEN,
     ORIGINAL,
     PRUNED,
     RECOVERED,

@@ -12,11 +12,11 @@ from accelerate import Accelerator
 from torch import Tensor, distributed, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.inference import input_device
 from ..arch.meta import predicts_next
 from ..domains.manifest import tokenizer_of
-from ..errors import StructPruneError
+from ..errors import StructPruneError, reason_of
 from ..measure.predictions import Predictor, accepted_inputs
-from ..method.layers import input_device
 from ..system.placement import is_spread
 from ..vocabulary.token_alignment import TokenAlignment
 from .placement import check_device, check_movable, gathered, is_sharded, place_teacher, reshard
@@ -92,8 +92,9 @@ def _loaded(name: str | Path, dtype: torch.dtype, trust_remote_code: bool, devic
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, trust_remote_code=trust_remote_code, device_map=device_map
         )
-    except (OSError, ValueError) as error:
-        raise StructPruneError(f"The teacher {str(name)!r} cannot be loaded: {error}") from error
+    except Exception as error:
+        # The libraries raise errors of many types for files that are damaged or hold code.
+        raise StructPruneError(f"The teacher {str(name)!r} cannot be loaded: {reason_of(error)}.") from error
     return model
 
 

@@ -16,13 +16,11 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..arch.inference import evaluating
-from ..arch.load import ModelInfo, describe
+from ..arch.load import describe
 from ..arch.meta import meta_model
 from ..arch.modules import layer_list
-from ..arch.spec import HIDDEN, VOCAB, ArchSpec, Widths
-from ..config.pruning import StructPruneConfig
-from ..criteria import CRITERIA
-from ..errors import StructPruneError, capitalized
+from ..arch.spec import ArchSpec
+from ..errors import StructPruneError
 from ..method.layers import Batch, InMemory, NotSequentialError
 from ..system.offloading import bring_in, put_back
 from ..system.stages import give_back_free_memory
@@ -112,28 +110,6 @@ class Offloaded(InMemory):
             # The layer may have been replaced, so it is looked up again.
             put_back(self.model, layer_list(self.model, self.arch)[layer], hooks, store=changes and is_finished)
         give_back_free_memory()
-
-
-def check_offloaded(config: StructPruneConfig, described: ModelInfo, widths: Widths) -> None:
-    """Raise `StructPruneError` if a pruning needs all weights of an offloaded model at once."""
-    name = described.name
-    advice = "load the model in memory, or over several devices"
-
-    if described.quantized:
-        raise StructPruneError(f"{name} is offloaded and quantized, and is unpacked in memory. {capitalized(advice)}.")
-
-    if CRITERIA.get(config.scored_by).whole_model_statistics is not None:
-        raise StructPruneError(
-            f"{name} is offloaded, and criterion={config.scored_by!r} takes all its layers at once. Choose "
-            f"criterion='obs' or 'wanda', or {advice}."
-        )
-
-    for space in (HIDDEN, VOCAB):
-        if space in widths:
-            raise StructPruneError(
-                f"{name} is offloaded, and {space!r} changes weights of all layers at once. Prune inside the layers, "
-                f"or {advice}."
-            )
 
 
 def check_sequential(model: PreTrainedModel, arch: ArchSpec) -> None:

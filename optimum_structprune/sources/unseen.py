@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config.domains import OTHER, PRESET, DomainConfig, is_general
+from ..config.domains import BUILT_IN, FROM_HUB, MODEL_WRITTEN, OTHER, PRESET, DomainConfig, is_general
 from ..config.pruning import StructPruneConfig
 from ..domains.load import builtin_source_except, can_write, texts_of
 from ..domains.manifest import JUDGED, Entry, Manifest
@@ -22,7 +22,6 @@ from ..domains.packing import Domain, document_hash, tokenize_with_prefix
 from ..domains.sources import documents, resolve
 from ..errors import StructPruneError
 from ..margins import MIN_DOCUMENTS
-from ..record.figures import BUILT_IN, FROM_HUB, MODEL_WRITTEN
 from ..system.fingerprint import TextCache
 from ..system.processes import broadcast_object, process_index
 

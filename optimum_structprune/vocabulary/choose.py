@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +28,7 @@ from ..errors import StructPruneError
 from ..system.stages import progress, say
 from .amount import VocabBudget
 from .count import MOST_COUNTED, has_words, language_shares, note_missing_words, shares_of, text_shares
-from .languages import script, scripts_in, scripts_of
+from .languages import script, scripts_in
 from .tokens import Vocabulary, with_dependencies
 
 
@@ -488,3 +488,10 @@ def _reasons(keep: Sequence[int], request: VocabularyRequest, shares: TokenShare
             reason = PRIOR
         reasons.append(reason)
     return reasons
+
+
+def scripts_of(vocabulary: Vocabulary, tokens: Iterable[int]) -> Counter[str]:
+    """Count tokens by script. Tokens without letters are not counted."""
+    scripts = Counter(script(vocabulary.surface(token)) for token in tokens)
+    del scripts[""]
+    return scripts

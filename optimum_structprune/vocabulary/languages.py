@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
 from math import ceil
@@ -14,7 +13,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..domains.packing import tokenize_with_prefix
-from .tokens import Vocabulary
 
 
 # Files with one line of text for each language. The first file has the same text in all languages, to compare them.
@@ -72,13 +70,6 @@ def samples_of(tokenizer: PreTrainedTokenizerBase, codes: Sequence[str], longest
     rows = ceil(len(ids) / longest)
     row_length = len(ids) // rows
     return torch.tensor(ids[: rows * row_length]).view(rows, row_length)
-
-
-def scripts_of(vocabulary: Vocabulary, tokens: Iterable[int]) -> Counter[str]:
-    """Count tokens by script. Tokens without letters are not counted."""
-    scripts = Counter(script(vocabulary.surface(token)) for token in tokens)
-    del scripts[""]
-    return scripts
 
 
 def script(text: str) -> str:

@@ -38,7 +38,7 @@ def test_unusable_text_is_refused():
         ([], 24, "'a' is empty"),
         (["w5 w6"], 24, "has 2 tokens, and a sample takes 23"),
         (["w5 w6"], 1, "must be at least 2"),
-        ("none.jsonl", 24, "the file or folder none.jsonl does not exist"),
+        ("none.jsonl", 24, "the file or folder none.jsonl does not exist. A relative path starts at /.*"),
     ):
         with pytest.raises(StructPruneError, match=message):
             read_heldout(DomainConfig("a", source), tokenizer(), seq_length)

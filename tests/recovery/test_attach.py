@@ -3,6 +3,7 @@
 import json
 import re
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -383,7 +384,12 @@ def test_arguments_out_of_range_are_refused(options, message, tmp_path):
 def test_unusable_teachers_are_refused(tmp_path):
     model = build("llama-tied")
     trainer = trainer_for(model, tmp_path)
+    pickled = tmp_path / "pickled"
+    model.config.save_pretrained(pickled)
+    torch.save({"model.norm.weight": Path(".")}, pickled / "pytorch_model.bin")
+
     for teacher, message in (
+        (pickled, "holds Python objects .* Pass a safetensors file"),
         (model, "the same model"),
         (build("llama-tied"), "the same model"),
         (nn.Linear(2, 2), "must be a causal language model"),

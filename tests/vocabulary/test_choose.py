@@ -20,7 +20,7 @@ from optimum_structprune.measure.languages import (
     with_costs_after,
 )
 from optimum_structprune.steps.resize import drop_tokens_
-from optimum_structprune.vocabulary import choose, count, languages
+from optimum_structprune.vocabulary import choose, count
 from optimum_structprune.vocabulary.choose import VocabularyRequest, token_shares
 from optimum_structprune.vocabulary.count import language_shares, note_missing_words, text_shares
 from optimum_structprune.vocabulary.languages import CHOOSING, script, texts, tokens_by_language
@@ -236,10 +236,10 @@ def test_the_script_of_a_token_is_the_script_of_its_first_letter():
     assert rare_scripts == ["DEVANAGARI", "DEVANAGARI", "", "LATIN", ""]
 
     vocabulary = Vocabulary.of(READER)
-    counts = languages.scripts_of(vocabulary, range(vocabulary.size))
+    counts = choose.scripts_of(vocabulary, range(vocabulary.size))
     assert counts["LATIN"] > 26
     assert "" not in counts
-    assert languages.scripts_of(vocabulary, [0]).total() <= 1
+    assert choose.scripts_of(vocabulary, [0]).total() <= 1
 
 
 # The value of each field, made from two token ids and a number that is no id.
