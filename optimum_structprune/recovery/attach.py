@@ -41,7 +41,7 @@ def attach_teacher(
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
 ) -> TeacherLoss:
-    """Make a Trainer minimise the KL divergence from a teacher instead of its own loss.
+    """Make a Trainer minimise the divergence from a teacher instead of its own loss.
 
     The loss is `(1 - task_weight) * temperature**2 * KL(teacher || student) + task_weight * cross_entropy`, averaged
     over the tokens that `labels` count (Hinton et al., 2015, https://arxiv.org/abs/1503.02531, section 2). All other
@@ -53,9 +53,9 @@ def attach_teacher(
     divergence is computed per token of the teacher.
 
     Args:
-        trainer: A Trainer that minimises the cross-entropy of a causal language model, such as TRL's `SFTTrainer`,
-            before `train`. Its batches need `input_ids` and `labels`.
-        teacher: A causal language model, or its id or folder; usually the dense model. A model in memory is put in
+        trainer: A Trainer before `train` that minimises the cross-entropy, such as TRL's `SFTTrainer`, or a Trainer of
+            sentence-transformers. The batches of a causal language model need `input_ids` and `labels`.
+        teacher: A model with the same head, or its id or folder; usually the dense model. A model in memory is put in
             eval mode and moved to `teacher_device`. Or the folder of a teacher file, which `write_teacher` has written
             on the text of this training; no teacher is in memory then.
         temperature: The temperature of both distributions, above 0.
@@ -74,18 +74,25 @@ def attach_teacher(
 
     Raises:
         StructPruneError: If an argument is out of range, the Trainer has another objective, label smoothing,
-            `nn.DataParallel`, or context or sequence parallelism, the student is not a causal language model or has an
-            adapter of prompts, or the teacher does not fit (see `load_teacher`).
+            `nn.DataParallel`, or context or sequence parallelism, the student has an adapter of prompts, or the
+            teacher does not fit (see `load_teacher`): it has another number of labels, channels or tokens.
     """
     check_weights(temperature, task_weight)
     student = bare_model(trainer.model)
-    _check_trainer(trainer, student)
+    _check_trainer(trainer)
 
     dtype = _checked_dtype(teacher_dtype)
     if dtype is None and trainer.args.bf16 and isinstance(teacher, (str, Path)):
         dtype = torch.bfloat16
     if tokenizer is None and isinstance(trainer.processing_class, PreTrainedTokenizerBase):
         tokenizer = trainer.processing_class
+    if not isinstance(student, PreTrainedModel) or not predicts_next(student):
+        from .heads import attach_to_head, load_any_teacher  # imported here because it extends `TeacherLoss`
+
+        original = load_any_teacher(teacher, student, dtype, trust_remote_code)
+        options = (tokenizer, teacher_tokenizer, teacher_device, trust_remote_code)
+        return attach_to_head(trainer, original, temperature, task_weight, *options)
+
     if isinstance(teacher, (str, Path)) and is_teacher_file(teacher):
         if teacher_device is not None or teacher_dtype is not None:
             raise StructPruneError(
@@ -145,12 +152,7 @@ def _checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return value
 
 
-def _check_trainer(trainer: Trainer, student: Any) -> None:
-    if not predicts_next(student):
-        raise StructPruneError(
-            f"`attach_teacher` trains causal language models, and {type(student).__name__} is not one."
-        )
-
+def _check_trainer(trainer: Trainer) -> None:
     adapter = getattr(trainer.model, "active_peft_config", None)
     if adapter is not None and adapter.is_prompt_learning:
         kind = getattr(adapter.peft_type, "value", adapter.peft_type)
@@ -202,6 +204,8 @@ def _minimises_cross_entropy(trainer: Trainer) -> bool:
     """
     in_step = _names_in(trainer.training_step)
     calls_loss = "compute_loss" in in_step or "training_step" in in_step  # of the base class
+    if calls_loss and hasattr(trainer, "collect_features"):
+        return True  # a Trainer of sentence-transformers, whose loss is an argument
     return calls_loss and "label_smoother" in _names_in(trainer.compute_loss)
 
 
@@ -219,7 +223,10 @@ class TeacherLoss:
         teacher: The teacher.
         temperature: The temperature of both distributions.
         task_weight: The weight of the cross-entropy with `labels`.
+        value: The name of the divergence in the logs.
     """
+
+    value = "kl"
 
     def __init__(self, trainer: Trainer, teacher: Teacher | StoredTeacher, temperature: float, task_weight: float):
         self.trainer = trainer
@@ -311,9 +318,9 @@ class TeacherLoss:
         """Add the mean KL divergence to the Trainer's logs as `kl`, and to evaluations as `eval_kl`."""
         for name in list(logs):
             if name == "loss":
-                self._enter(logs, "train", "kl")
+                self._enter(logs, "train", self.value)
             elif name.endswith("_loss") and name != "train_loss":
-                self._enter(logs, "eval", f"{name.removesuffix('_loss')}_kl")
+                self._enter(logs, "eval", f"{name.removesuffix('_loss')}_{self.value}")
         log(logs, *args, **kwargs)
 
     def _enter(self, logs: dict[str, float], mode: str, name: str) -> None:
