@@ -280,7 +280,7 @@ class Report(Measurements, ResultRecord):
 
         recovery = self.recovery
         if recovery is not None:
-            if recovery.has_original:
+            if recovery.has_original or recovery.has_vectors:
                 table.domains = recovery.domains
             trained = recovery.unseen_perplexity
             if trained is not None and trained.original is not None:

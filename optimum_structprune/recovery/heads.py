@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -245,7 +246,7 @@ def attach_to_head(
     reads_same = _has_same_tokens(student.model, teacher, tokenizer, teacher_tokenizer)
     shapes = _compared_shapes(student, reader, reads_same)
 
-    if not reads_same:
+    if not reads_same and not isinstance(trainer.data_collator, BothTokenizers):
         trainer.data_collator = _collator_for_both(trainer, student, teacher, tokenizer, teacher_tokenizer)
     loss = HeadLoss(trainer, student, reader, list(shapes), temperature, task_weight)
     trainer.compute_loss = loss.compute_loss  # type: ignore[method-assign]
@@ -403,6 +404,8 @@ class HeadLoss(TeacherLoss):
         self.reader = teacher
         self.student = student
         self.names = names
+        # Whether the student drops outputs while it trains. Their noise is no part of the teacher.
+        self.drops_out = True
         self._own_loss = trainer.compute_loss
 
     def compute_loss(
@@ -421,7 +424,8 @@ class HeadLoss(TeacherLoss):
         for student_inputs, teacher_inputs in self._readings(dict(inputs)):
             with torch.no_grad(), accelerator.autocast():
                 expected = self.reader.predict(teacher_inputs)
-            compared = self.student.outputs(model, student_inputs)
+            with nullcontext() if self.drops_out else evaluating(self.student.model):
+                compared = self.student.outputs(model, student_inputs)
             parts = []
             for name in self.names:
                 values = self._divergence(name, compared[name], expected[name], student_inputs)
