@@ -70,6 +70,8 @@ def check_encoder(model: PreTrainedModel, config: RecoveryConfig) -> None:
         )
     if config.train == "lora":
         raise StructPruneError(f"`train`='lora' is for causal language models, and {name} is not one. Remove it.")
+    if config.prompts is not None:
+        raise StructPruneError(f"`prompts` is for causal language models, and {name} is not one. Use `pairs`.")
 
 
 def check_has_teacher(model: PreTrainedModel, teacher: Any) -> None:
@@ -248,6 +250,7 @@ def train_encoder(
             data_collator=collator,
             callbacks=[*callbacks, stopper, EvaluateLastStep()],
         )
+        trainer.label_names = []  # the text has no labels
         remove_printers(trainer)
         loss = attach_to_head(trainer, teacher, tokenizer=tokenizer, teacher_tokenizer=teacher_tokenizer)
         loss.drops_out = False
