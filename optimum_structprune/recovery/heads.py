@@ -22,7 +22,7 @@ from ..errors import StructPruneError, reason_of, some_of
 from ..measure.batches import IGNORED
 from ..measure.predictions import accepted_inputs, bare_model
 from ..measure.vectors import Pooling
-from .attach import TeacherLoss
+from .logged_loss import LoggedLoss
 from .placement import check_device, is_sharded, place_teacher, reshard
 from .teacher import same_weights
 
@@ -377,7 +377,7 @@ def _respelled(tokenizer: Any, teacher_tokenizer: Any, rows: Any, batch: Mapping
     return encoded
 
 
-class HeadLoss(TeacherLoss):
+class HeadLoss(LoggedLoss):
     """The divergence from a teacher as the loss of a Trainer, for models that do not predict the next token.
 
     Args:
@@ -389,8 +389,6 @@ class HeadLoss(TeacherLoss):
         task_weight: The weight of the Trainer's own loss.
     """
 
-    value = "divergence"
-
     def __init__(
         self,
         trainer: Trainer,
@@ -400,8 +398,10 @@ class HeadLoss(TeacherLoss):
         temperature: float,
         task_weight: float,
     ):
-        super().__init__(trainer, teacher, temperature, task_weight)  # type: ignore[arg-type]
-        self.reader = teacher
+        super().__init__(trainer, "divergence")
+        self.teacher = teacher
+        self.temperature = temperature
+        self.task_weight = task_weight
         self.student = student
         self.names = names
         # Whether the student drops outputs while it trains. Their noise is no part of the teacher.
@@ -423,7 +423,7 @@ class HeadLoss(TeacherLoss):
 
         for student_inputs, teacher_inputs in self._readings(dict(inputs)):
             with torch.no_grad(), accelerator.autocast():
-                expected = self.reader.predict(teacher_inputs)
+                expected = self.teacher.predict(teacher_inputs)
             with nullcontext() if self.drops_out else evaluating(self.student.model):
                 compared = self.student.outputs(model, student_inputs)
             parts = []
@@ -488,7 +488,7 @@ class HeadLoss(TeacherLoss):
         pairs = list(_pairs(columns))
         device = trainer.accelerator.device
         student_inputs = _moved(self.student.model.preprocess(pairs, **options), device)
-        yield student_inputs, self.reader.model.preprocess(pairs, **options)
+        yield student_inputs, self.teacher.model.preprocess(pairs, **options)
 
 
 def _pairs(columns: Sequence[Sequence[Any]]) -> Iterator[tuple[str, str]]:

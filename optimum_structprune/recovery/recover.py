@@ -200,6 +200,8 @@ class Recovery:
         seq_length = sample_length(self.config, model)
         seed = self.pruning.seed if self.config.seed is None else self.config.seed
         training = ENCODER_TRAINING | self.config.training
+        if trains_on_cpu(model):
+            training.setdefault("bf16", False)  # not faster for short texts on a CPU without AMX
         config = replace(self.config, seed=seed, seq_length=seq_length, training=training)
         original = load_any_teacher(teacher, model, None, trust_remote_code)
         reader = teacher_tokenizer or tokenizer_of(original, trust_remote_code) or tokenizer
@@ -237,10 +239,10 @@ class Recovery:
         teacher: PreTrainedModel | str | None,
     ) -> None:
         """Raise `StructPruneError` if the model cannot be trained, before the teacher is loaded."""
-        check_has_teacher(model, teacher)
         check_kinds(model, tokenizer)
         check_changeable(model)
         check_recovery(self.config, self.pruning, model)
+        check_has_teacher(model, teacher)
         check_tokens(model, tokenizer)
         check_reads_any_text(tokenizer)
         if not predicts_next(model):
