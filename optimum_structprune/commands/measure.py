@@ -14,10 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.load import describe
 from ..arch.meta import predicts_next
+from ..domains.templates import distinct_names
 from ..errors import StructPruneError
 from ..evaluation import evaluate as quality
 from ..evaluation.evaluate import check_evaluation, default_seq_length
-from ..evaluation.heldout import distinct_names
 from ..evaluation.speed import cache_per_token, check_speed, measure_speed
 from ..evaluation.tasks import check_tasks, measure_tasks, task_table
 from ..forward.generation import cache_name

@@ -299,12 +299,17 @@ def task_note(tasks: Tasks) -> str:
 
 
 def speed_rows(speed: Speed) -> list[list[str]]:
-    """Return tokens per second, the speed-up where its quartiles show one, and memory."""
+    """Return tokens or texts per second, the speed-up where its quartiles show one, and memory."""
     rows = []
-    for word, stage in (("reading", speed.prefill), ("writing", speed.decode)):
+    stages = (
+        ("reading", "tokens/s", speed.prefill),
+        ("writing", "tokens/s", speed.decode),
+        ("encoding", "texts/s", speed.encode),
+    )
+    for word, unit, stage in stages:
         for shape, timings in stage.items():
             rates = [number(timing.tokens_per_second, 1) for timing in timings.values()]
-            rows.append(_row(f"{word}, tokens/s, {shape}", rates))
+            rows.append(_row(f"{word}, {unit}, {shape}", rates))
 
             speedups = [_speedup(timing) for timing in timings.values()]
             if len(speedups) > 1:
@@ -327,9 +332,10 @@ def _speedup(timing: Timing) -> str:
 
 def speed_note(speed: Speed) -> str:
     """Return a description of the measurement of speed."""
+    new_tokens = "" if speed.encode else f", {speed.new_tokens} new tokens"
     return (
-        f"Speed on {speed.device}: {speed.clock} time, {speed.threads} threads, {speed.repeats} repeats in turns, "
-        f"{speed.new_tokens} new tokens. The speed-up is the median over the pairs of runs with the first model, with "
+        f"Speed on {speed.device}: {speed.clock} time, {speed.threads} threads, {speed.repeats} repeats in turns"
+        f"{new_tokens}. The speed-up is the median over the pairs of runs with the first model, with "
         f"its quartiles; it is not shown where they lie on both sides of 1. Memory: {speed.memory_is}."
     )
 

@@ -280,7 +280,7 @@ class Report(Measurements, ResultRecord):
 
         recovery = self.recovery
         if recovery is not None:
-            if recovery.has_original:
+            if recovery.has_original or recovery.has_vectors:
                 table.domains = recovery.domains
             trained = recovery.unseen_perplexity
             if trained is not None and trained.original is not None:
@@ -320,7 +320,7 @@ class Timing:
 
     Attributes:
         seconds: The duration of each repeat.
-        tokens_per_second: The tokens of all sequences divided by the median duration.
+        tokens_per_second: The tokens of all sequences divided by the median duration; for encoders, the texts.
         speedup: The speed-up over the first model, with quartiles over the pairs of runs.
     """
 
@@ -344,6 +344,7 @@ class Speed(ResultRecord):
         clock: The unit of the seconds: `wall` is elapsed time, `cpu` is processor time over all threads.
         device: The device of the first model.
         memory_is: The meaning of `run_memory`.
+        encode: The speed of encoders in making the hidden states of texts, by shape and model.
     """
 
     prefill: dict[str, dict[str, Timing]]
@@ -355,6 +356,7 @@ class Speed(ResultRecord):
     clock: str
     device: str
     memory_is: str
+    encode: dict[str, dict[str, Timing]] = field(default_factory=dict)
 
     @property
     def models(self) -> list[str]:
