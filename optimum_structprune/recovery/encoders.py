@@ -43,8 +43,8 @@ MOST_MEASURED_PAIRS = 256
 BATCHES_PER_SORT = 32
 # Fields of `TrainingArguments`, as `TRAINING` of the config.
 ENCODER_TRAINING = {
-    "learning_rate": 5e-4,
-    "per_device_train_batch_size": 32,
+    "learning_rate": 2e-4,
+    "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 32,
     "lr_scheduler_type": "linear",
     "warmup_steps": 0.1,

@@ -16,7 +16,7 @@ from torch.nn.functional import cosine_similarity, kl_div, logsigmoid
 from transformers import AutoConfig, PreTrainedTokenizerBase, Trainer
 
 from ..arch.inference import evaluating, random_inputs, run_model
-from ..arch.meta import model_class
+from ..arch.meta import model_class, predicts_next
 from ..domains.manifest import tokenizer_of
 from ..errors import StructPruneError, reason_of, some_of
 from ..measure.batches import IGNORED
@@ -284,6 +284,8 @@ def _compared_shapes(student: Reader, teacher: Reader, reads_same: bool) -> dict
     teacher_shapes = teacher.shapes()
     common = [name for name in shapes if name in teacher_shapes]
     kind = type(student.model).__name__
+    if not teacher.has_modules and predicts_next(teacher.model):
+        common = []  # its logits are of the next tokens
     if not common:
         raise StructPruneError(
             f"`attach_teacher` cannot compare a {kind} with a {type(teacher.model).__name__}. Pass a teacher that "
