@@ -88,9 +88,9 @@ def recover_and_save(
     report = recovery.report
     assert report is not None
     pruning_report = recovery.pruning_report
-    check = ShortCheck(tokenizer, report.tokens)
+    check = ShortCheck(tokenizer, report.tokens, None if pruning_report is None else pruning_report.answers)
     check.ask("recovered", recovered)
-    report.answers = check.result(None if pruning_report is None else pruning_report.answers)
+    report.answers = check.result()
 
     recovery.save(recovered, args.output, tokenizer=tokenizer, overwrite=args.overwrite)
     write_page_or_warn(args.output)

@@ -47,12 +47,14 @@ class Losses:
 
     Attributes:
         loss: The loss in nats.
+        misses: 1 where another token is more likely, or the number of such parts of a token of the other model.
         other: The loss of the other model in nats; empty without one.
         kl: The KL divergence from the other model in nats; empty without one.
         agrees: 1 where both models predict the same token; empty if they have different tokens.
     """
 
     loss: list[Tensor] = field(default_factory=list)
+    misses: list[Tensor] = field(default_factory=list)
     other: list[Tensor] = field(default_factory=list)
     kl: list[Tensor] = field(default_factory=list)
     agrees: list[Tensor] = field(default_factory=list)
@@ -276,6 +278,7 @@ def values_of(
         logits = predictions.logits(start, end)
         if targets is not None:
             parts["loss"].append(_losses(logits, targets[start:end]))
+            parts["misses"].append(logits.argmax(-1) != targets[start:end].to(logits.device))
         if others is not None and aligned is not None:
             parts["kl"].append(aligned.divergence(logits, others, start // size))
         elif others is not None:

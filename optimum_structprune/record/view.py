@@ -12,7 +12,7 @@ from ..config.domains import BUILT_IN, MODEL_WRITTEN
 from ..config.pruning import LANGUAGES
 from ..errors import capitalized
 from ..margins import MANY_DOCUMENTS
-from .answers import answers_line, answers_warning
+from .answers import answers_lines, answers_warning
 from .figures import (
     ORIGINAL,
     PRUNED,
@@ -311,10 +311,10 @@ class View:
 
     @property
     def answers(self) -> list[str]:
-        """Return the answers to test questions in one line, and a warning if many got worse."""
+        """Return the answers to test questions, and a warning if many got worse."""
         if self.table.answers is None:
             return []
-        return [answers_line(self.table.answers)] + answers_warning(self.table.answers)
+        return answers_lines(self.table.answers) + answers_warning(self.table.answers)
 
     @property
     def training(self) -> list[str]:

@@ -24,7 +24,7 @@ def loss_lines(report: Report) -> list[str]:
 
 
 def test_a_pruning_is_summarized_in_twelve_lines():
-    report = results.report([1.39, 1.2], margin=0.08, unseen_ratio=1.5, asked=results.answers(kept=10))
+    report = results.report([1.39, 1.2], margin=0.08, unseen_ratio=1.5, asked=results.answers(kept=20))
     report.widths = {"mlp": dict.fromkeys(range(30), 1216)}
     report.original_widths = {"mlp": 1536}
     report.target = 0.125
@@ -46,7 +46,7 @@ def test_a_pruning_is_summarized_in_twelve_lines():
 
 
 def test_a_recovery_is_summarized_in_one_table_and_one_verdict():
-    report = results.report([1.4], unseen_ratio=1.5, asked=results.answers(kept=10))
+    report = results.report([1.4], unseen_ratio=1.5, asked=results.answers(kept=20))
     report.recovery = results.recovery((1.42, 1.08), kept_step=4, answers=results.answers())
     report.recovery.unseen = results.unseen(1.5, 1.2, margin=0.05)
 
