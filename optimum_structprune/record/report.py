@@ -205,7 +205,7 @@ class Report(Measurements, ResultRecord):
         removed_layers: The layers of the original model that were removed, from 0.
         target: The share of the layer parameters that was requested; None where no share was requested.
         trimmed: The result of vocabulary trimming; None where no token was removed.
-        shapes: The widths that were tried, for allocations that measure losses.
+        shapes: The widths that were tried, for searches that measure losses.
         loss_search: The search for a size by its loss; None where the size was given.
         recovery: The training after pruning; None where there was none.
         seconds: The duration by stage.

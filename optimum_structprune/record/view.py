@@ -519,7 +519,7 @@ def _shape_line(shape: Mapping[str, object]) -> str:
 
     verb = "Chosen" if shape["chosen"] else "Tried"
     loss = shape["loss"]
-    divergence = "not finite"
+    measured = "not finite"
     if isinstance(loss, (int, float)) and isfinite(loss):
-        divergence = f"{loss:.4f}"
-    return f"{verb}: {shape['proposed_by']} ({', '.join(parts)}), KL {divergence}"
+        measured = f"{loss:.4f}"
+    return f"{verb}: {shape['proposed_by']} ({', '.join(parts)}), loss {measured}"

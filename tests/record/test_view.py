@@ -202,7 +202,7 @@ def test_an_infinite_loss_is_stated_in_words():
     shape = {"proposed_by": "one width", "widths": {"mlp": 8}, "loss": None, "chosen": True}
     report.shapes = [shape, shape]
 
-    assert "Chosen: one width (FFN channels 8), KL not finite" in list(View(report).details)
+    assert "Chosen: one width (FFN channels 8), loss not finite" in list(View(report).details)
 
 
 def test_vocabulary_trimming_widens_the_interval_of_unseen_text():
