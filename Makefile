@@ -6,7 +6,7 @@ BIN := .venv/bin
 help: ## say what each target does
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 11
 
-demo: .venv/.languages ## prune a real SmolLM2-135M, recover it, and compare its answers
+demo: .venv/.languages ## prune a real embedding model, recover it, and compare its speed and a search
 	@$(BIN)/python examples/demo.py
 
 # Each worker of xdist gets one thread: the cores are shared already. `tests/conftest.py` says what stays together, and

@@ -140,7 +140,7 @@ def test_every_figure_has_a_command_and_is_in_a_table():
 def test_a_page_that_differs_from_the_data_file_is_named(monkeypatch, tmp_path):
     figures = import_module("figures")
     page = tmp_path / "README.md"
-    page.write_text("<!-- figures: e5 -->\n<!-- figures: end -->\n")
+    page.write_text("<!-- figures: best -->\n<!-- figures: end -->\n")
     monkeypatch.setattr(figures, "pages", lambda: [page])
     monkeypatch.setattr(figures, "ROOT", tmp_path)
 

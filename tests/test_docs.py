@@ -92,7 +92,6 @@ RUN = ("python", "py", "bash")
 NOT_RUN = [
     ("tour.md", "The capital of France", "the printed answers of a real model"),
     ("evaluation.md", '{"prompt": ', "a file of questions, which a test below reads"),
-    ("evaluation.md", "import mteb", "MTEB is not installed, and the page says that this was not tested"),
     ("extending.md", "[project.entry-points", "`test_extending.py` builds the package"),
     ("recovery_many_gpus.md", "# fsdp2.yaml", "needs 8 GPUs; `test_examples.py` runs it with 2 processes"),
     ("recovery_many_gpus.md", "accelerate merge-weights", "`test_examples.py` runs it"),

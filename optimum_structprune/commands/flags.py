@@ -36,6 +36,11 @@ def _flag(options: Mapping[str, Any], **arguments: Any) -> dict[str, Any]:
     return arguments
 
 
+def names(text: str) -> list[str]:
+    """Return the words of a list with commas."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
 # Flags of several commands. The flags of `Loading` come first.
 TRUST = {"--trust-remote-code": switch("Run code that comes with the model.")}
 ARCH = {"--arch": option("FILE", "A YAML file that describes architectures of your own.", dest="arch_file")}
@@ -89,6 +94,15 @@ QUALITY: Flags = {
     "--num-samples": number("Maximum number of samples per domain; by default each domain is read to its end."),
     "--limit": number("Maximum number of questions; by default all of them."),
     "--batch-size": number("Sequences per forward pass; by default 1 on a CPU, and up to 16 on a GPU."),
+}
+TASKS: Flags = {
+    "--tasks": option(
+        "NAME,NAME",
+        "Measure tasks of lm-evaluation-harness, such as gsm8k,ifeval, or of MTEB for encoders. --limit also limits "
+        "the questions of each task.",
+        type=names,
+    ),
+    "--task-new-tokens": number("Maximum number of tokens that a task generates (1024).", default=1024),
 }
 SPEED: Flags = {
     "--speed": switch("Measure the speed of reading prompts and generating tokens. The models take turns."),
@@ -222,6 +236,7 @@ COMMANDS = (
             "models": option("model", "Model ids or folders.", nargs="+"),
             "--against": option("ORIGINAL", "The original model to compare with."),
             **QUALITY,
+            **TASKS,
             **SPEED,
             "--html": switch("Save the numbers in the folder of the pruned model, and update its report.html."),
             **ARCH,

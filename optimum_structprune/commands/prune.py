@@ -6,7 +6,7 @@ from argparse import Namespace
 from contextlib import suppress
 from dataclasses import replace
 
-from ..arch.meta import predicts_next, reads_text
+from ..arch.meta import reads_text
 from ..config.pruning import RunOptions, StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.load import calibration_domains
@@ -15,6 +15,7 @@ from ..evaluation.answers import ShortCheck
 from ..pruner import PruneResult
 from ..pruner import prune as prune_in_one_call
 from ..record.view import View
+from ..recovery.encoders import can_recover
 from ..recovery.recover import check_recovery
 from ..recovery.text import check_training_text
 from ..saving.gguf_file import check_gguf
@@ -126,7 +127,7 @@ def _result(args: Namespace, pruned: PruneResult) -> Result:
     flags = loading_flags(pruned.config.arch_file, args.trust_remote_code)
     suggestion = ""
     if reads_text(pruned.model):
-        suggestion = view.next_command(args.model, args.output, predicts_next(pruned.model), flags)
+        suggestion = view.next_command(args.model, args.output, can_recover(pruned.model), flags)
     return Result("\n".join(lines), values, suggestion)
 
 

@@ -11,10 +11,12 @@ from shlex import join
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.meta import predicts_next
 from ..config.pruning import CONFIG_NAME, StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..evaluation.answers import ShortCheck
 from ..record.view import View
+from ..recovery.encoders import check_has_teacher
 from ..recovery.recover import NothingGainedWarning, Recovery, check_recovery
 from ..recovery.teacher import tokens_of_teacher
 from ..saving.page import write_page_or_warn
@@ -46,7 +48,8 @@ def recover(args: Namespace) -> Result:
         loading = Loading.of(args)
         meta_model = loading.without_weights(args.model)
         check_recovery(config, recovery.pruning, meta_model)
-        if args.teacher is not None:
+        check_has_teacher(meta_model, args.teacher)
+        if args.teacher is not None and predicts_next(meta_model):
             tokens_of_teacher(loading.without_weights(args.teacher), meta_model, loading.tokenizer(args.model))
         if args.teacher_cache is not None:
             # The teacher and the model are never in memory together.

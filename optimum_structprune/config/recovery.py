@@ -35,7 +35,8 @@ class RecoveryConfig(Config):
             model has fewer positions, or, down to 128, if the training would have fewer than 100 samples.
         domains: The training text, without the documents that the perplexity is measured on. The default is the
             domains of the pruning, without general text that the model wrote for it.
-        train: The weights to train: `lora` trains a low-rank adapter, `full` all weights.
+        train: The weights to train: `lora` trains a low-rank adapter, `full` all weights. The default is `lora` for
+            causal language models. Encoders train all weights but the token embeddings.
         lora: Fields of `peft.LoraConfig`, which override `LORA`.
         training: Fields of `transformers.TrainingArguments`, which override `TRAINING` and `LEARNING_RATES`.
             With an `output_dir`, checkpoints are saved there, and training can be resumed.
@@ -45,6 +46,8 @@ class RecoveryConfig(Config):
             is built-in prompts, or openings of the text for a model without a chat template.
         validation: The source of the validation text, which compares checkpoints. It should be text of a kind
             that is not trained on. The default is built-in text of other kinds.
+        pairs: For encoders: a file with a question and its passage, or a text and its translation, in each line of
+            JSON. Most pairs are trained on, and some measure the retrieval.
         seed: The seed of the adapter's values and of the order of the samples. The seed of the pruning determines
             the documents that are read and held out.
 
@@ -56,12 +59,13 @@ class RecoveryConfig(Config):
     tokens: int = 200_000
     seq_length: int | None = None
     domains: list[DomainConfig] | None = None
-    train: Literal["lora", "full"] = "lora"
+    train: Literal["lora", "full"] | None = None
     lora: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     answer_share: float = 0.5
     prompts: str | None = None
     validation: str | None = None
+    pairs: str | None = None
     seed: int | None = None
 
     def validate(self) -> None:
@@ -71,9 +75,9 @@ class RecoveryConfig(Config):
         self.check_count("tokens", "seq_length")
         self.check_share("answer_share", allow_zero=True, allow_one=True)
         self.check_seed("seed")
-        self.check_not_empty("prompts", "validation")
+        self.check_not_empty("prompts", "validation", "pairs")
         check_domains(self)
-        if self.lora and self.train != "lora":
+        if self.lora and self.train == "full":
             raise StructPruneError(
                 f"lora={self.lora} needs train='lora', got train={self.train!r}. Remove one of the two."
             )

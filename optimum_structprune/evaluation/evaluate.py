@@ -15,6 +15,7 @@ from ..config.domains import DomainConfig, as_domain
 from ..domains.manifest import CALIBRATED, Manifest, check_kinds, check_tokens
 from ..domains.packing import check_reads_any_text, check_vocabulary, prefix_token
 from ..domains.sources import resolve
+from ..domains.templates import read_pairs
 from ..errors import SeenTextWarning, StructPruneError, warn
 from ..forward.settings import own_settings
 from ..measure.languages import costs_before, with_costs_after
@@ -38,7 +39,7 @@ from ..system.placement import check_devices
 from ..system.stages import stage
 from ..vocabulary.token_alignment import TokenAlignment
 from .answers import MIN_BATCH, Question, answers_result, ask, read_answers, read_questions
-from .heldout import Heldout, cut_texts, read_heldout, read_pairs
+from .heldout import Heldout, cut_texts, read_heldout
 
 
 # The number of tokens in a sample, unless a model has fewer positions.

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,7 +13,6 @@ from ..arch.meta import positions_of
 from ..config.domains import DomainConfig
 from ..domains.packing import SampleFormat, tokenised
 from ..domains.sources import documents, endless
-from ..domains.templates import read_lines
 from ..errors import StructPruneError, warn
 from ..measure.text import Text
 from ..record.figures import ORIGINAL
@@ -100,47 +97,3 @@ def cut_texts(
             "for their text in its own tokens."
         )
     return [replace(text, samples=text.samples[:, :length]) for text in texts]
-
-
-def read_pairs(paths: Sequence[str | Path]) -> dict[str, list[str]]:
-    """Read files with a text and its translation in each line of JSON.
-
-    Returns:
-        The texts of each file by its name. The second half translates the first half.
-
-    Raises:
-        StructPruneError: If a file cannot be read, has no pairs, or a line is not a pair.
-    """
-    names = distinct_names([Path(path).stem for path in paths], paths)
-    texts_by_name: dict[str, list[str]] = {}
-
-    for path, name in zip(paths, names, strict=True):
-        pairs = read_lines(Path(path), _pair, 'is not a pair of two texts, such as {"en": "…", "de": "…"}')
-        if not pairs:
-            raise StructPruneError(f"The file {path} has no pairs of texts.")
-
-        texts = [text for text, _ in pairs]
-        texts += [translation for _, translation in pairs]
-        texts_by_name[f"pairs {name}"] = texts
-
-    return texts_by_name
-
-
-def distinct_names(names: Sequence[str], paths: Sequence[str | Path]) -> list[str]:
-    """Return unique names: the path replaces each name that occurs more than once."""
-    unique_names = []
-    for name, path in zip(names, paths, strict=True):
-        unique_names.append(name if names.count(name) == 1 else str(path))
-    return unique_names
-
-
-def _pair(line: str) -> tuple[str, str]:
-    """Return the text and its translation in a line of JSON."""
-    row = json.loads(line)
-    values = row.values() if isinstance(row, dict) else row
-    text, translation = map(str.strip, values)
-
-    # Encoding also raises an error for half of a surrogate pair.
-    if not text.encode() or not translation.encode():
-        raise ValueError("a text is empty")
-    return text, translation

@@ -16,8 +16,8 @@ from torch.utils.benchmark import Timer
 from torch.utils.benchmark import timer as wall_time
 from transformers import PreTrainedModel
 
-from ..arch.inference import evaluating, input_device
-from ..arch.meta import check_positions, predicts_next
+from ..arch.inference import evaluating, input_device, last_states
+from ..arch.meta import check_positions, predicts_next, reads_text
 from ..errors import StructPruneError
 from ..forward.generation import cache_bytes, cache_name, read_prompt, write_tokens
 from ..record.report import Speed, Spread, Timing
@@ -26,6 +26,7 @@ from ..record.report import Speed, Spread, Timing
 # torch's clock waits for the accelerator. CPU time does not include the time of other jobs.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": wall_time, "cpu": process_time}
 COUNTED_MEMORY = "weights and cache of keys and values, counted without activations"
+WEIGHTS = "weights"
 PEAK_MEMORY = "weights and the peak of the memory that CUDA's allocator adds to them in a run"
 
 
@@ -39,11 +40,12 @@ def measure_speed(
     clock: str = "wall",
     seed: int = 0,
 ) -> Speed:
-    """Measure the speed of causal language models in reading prompts and generating tokens.
+    """Measure the speed of causal language models in reading prompts and generating tokens, or of encoders.
 
     The models take turns, so that other jobs of the machine slow down all of them. `torch.utils.benchmark.Timer` runs
     each model once before the timed run, so that no model benefits from caches that another model has filled.
 
+    An encoder makes the hidden states of texts with the length of the prompts, and its rates are in texts per second.
     Prompts are random token ids, and decoding is greedy. The speed of a mixture of experts depends on the text, so its
     figures mean little.
 
@@ -61,9 +63,9 @@ def measure_speed(
         The times of each model in each shape, and the speed-ups over the first model.
 
     Raises:
-        StructPruneError: If there is no model, a model does not predict the next token, keeps no cache, is spread over
-            several devices or has too few positions, a number is below 1, or the clock is unknown or does not see the
-            device.
+        StructPruneError: If there is no model, the models are not all encoders of text or all causal language models
+            with a cache, a model is spread over several devices or has too few positions, a number is below 1, or the
+            clock is unknown or does not see the device.
     """
     check_speed(models, batch_sizes, prompts, new_tokens, repeats, clock)
     vocab_size = min(model.config.get_text_config().vocab_size for model in models.values())
@@ -72,10 +74,16 @@ def measure_speed(
     prefill: dict[str, dict[str, Any]] = {}
     decode: dict[str, dict[str, Any]] = {}
     memory: dict[str, dict[str, int]] = {}
+    encode: dict[str, dict[str, Any]] = {}
+    encodes = not predicts_next(next(iter(models.values())))
     with evaluating(*models.values()):
         for batch_size, prompt in product(batch_sizes, prompts):
             shape = f"batch {batch_size}, prompt {prompt:,}"
             ids = torch.randint(vocab_size, (batch_size, prompt), generator=generator)
+            if encodes:
+                encode[shape] = _timings(_encoding_seconds(models, ids, repeats, clock), batch_size)
+                memory[shape] = {name: int(model.get_memory_footprint()) for name, model in models.items()}
+                continue
             runs = {name: _Runs(model, ids, new_tokens, clock) for name, model in models.items()}
 
             for _ in range(repeats):
@@ -89,6 +97,7 @@ def measure_speed(
             memory[shape] = {name: run.memory for name, run in runs.items()}
 
     device = input_device(next(iter(models.values())))
+    memory_is = PEAK_MEMORY if device.type == "cuda" else COUNTED_MEMORY
     return Speed(
         prefill=prefill,
         decode=decode,
@@ -98,8 +107,34 @@ def measure_speed(
         threads=torch.get_num_threads(),
         clock=clock,
         device=str(device),
-        memory_is=PEAK_MEMORY if device.type == "cuda" else COUNTED_MEMORY,
+        memory_is=WEIGHTS if encodes else memory_is,
+        encode=encode,
     )
+
+
+def _encoding_seconds(
+    models: Mapping[str, PreTrainedModel], ids: Tensor, repeats: int, clock: str
+) -> dict[str, list[float]]:
+    """Return the durations of the forward passes of encoders, which take turns.
+
+    Args:
+        models: The models by name.
+        ids: Token ids, shape `(batch, tokens)`.
+        repeats: The number of durations of each model.
+        clock: The clock.
+    """
+    timers = {}
+    for name, model in models.items():
+        names = {"last_states": last_states, "model": model, "ids": ids.to(input_device(model))}
+        options: dict[str, Any] = {"num_threads": torch.get_num_threads(), "timer": CLOCKS[clock]}
+        timers[name] = Timer("last_states(model, ids)", globals=names, **options)
+
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    with torch.inference_mode():
+        for _ in range(repeats):
+            for name, timer in timers.items():
+                seconds[name].append(timer.blocked_autorange(min_run_time=0.1).median)
+    return seconds
 
 
 def check_speed(
@@ -135,9 +170,16 @@ def check_speed(
     if clock not in CLOCKS:
         raise StructPruneError(f"There is no clock {clock!r}. Choose one of {', '.join(CLOCKS)}.")
 
+    kinds = {predicts_next(model) for model in models.values()}
+    if len(kinds) > 1:
+        raise StructPruneError(
+            "The speeds of encoders and of causal models are not compared. Pass models of one kind."
+        )
+
     for name, model in models.items():
         _check_model(model, name)
-        check_positions(model, max(prompts), f"{name}: prompt={max(prompts)}", new_tokens)
+        num_written = new_tokens if predicts_next(model) else 0
+        check_positions(model, max(prompts), f"{name}: prompt={max(prompts)}", num_written)
         model_device = torch.device(device or input_device(model))
         if clock == "cpu" and model_device.type != "cpu":
             raise StructPruneError(f"The clock 'cpu' does not measure the work of {model_device}. Choose 'wall'.")
@@ -146,9 +188,11 @@ def check_speed(
 def _check_model(model: PreTrainedModel, name: str) -> None:
     """Raise `StructPruneError` if the speed of a model cannot be measured."""
     kind = type(model).__name__
-    if not predicts_next(model):
-        raise StructPruneError(f"{name} is a {kind}, which does not predict the next token. Pass a causal model.")
-    if cache_name(model) is None:
+    if not predicts_next(model) and (model.config.is_encoder_decoder or not reads_text(model)):
+        raise StructPruneError(
+            f"{name} is a {kind}, which does not predict the next token and is no encoder of text. Pass one of these."
+        )
+    if predicts_next(model) and cache_name(model) is None:
         raise StructPruneError(f"{name} is a {kind}, which has no cache of keys and values. Pass a model with one.")
 
     devices = set(getattr(model, "hf_device_map", {}).values())

@@ -47,30 +47,36 @@ COSINE_UNSEEN = 0.002
 DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 
 
-def _cls(states: Tensor, start: int) -> Tensor:
-    return states[:, 0]
+def _cls(states: Tensor, mask: Tensor) -> Tensor:
+    return states[torch.arange(len(states)), mask.int().argmax(1)]
 
 
-def _last_token(states: Tensor, start: int) -> Tensor:
-    return states[:, -1]
+def _last_token(states: Tensor, mask: Tensor) -> Tensor:
+    places = torch.arange(states.shape[1], device=mask.device)
+    return states[torch.arange(len(states)), (mask * places).argmax(1)]
 
 
-def _max(states: Tensor, start: int) -> Tensor:
-    return states[:, start:].amax(1)
+def _max(states: Tensor, mask: Tensor) -> Tensor:
+    return states.masked_fill(~mask[:, :, None], -inf).amax(1)
 
 
-def _mean(states: Tensor, start: int) -> Tensor:
-    return states[:, start:].mean(1)
+def _mean(states: Tensor, mask: Tensor) -> Tensor:
+    return _weighted(states, mask.to(states))
 
 
-def _weighted_mean(states: Tensor, start: int) -> Tensor:
-    weights = torch.arange(start + 1.0, states.shape[1] + 1).to(states)
-    return weights @ states[:, start:]
+def _weighted_mean(states: Tensor, mask: Tensor) -> Tensor:
+    return _weighted(states, mask * torch.arange(1.0, states.shape[1] + 1).to(states))
+
+
+def _weighted(states: Tensor, weights: Tensor) -> Tensor:
+    """Return the weighted means of states over the tokens, by weights of shape `(texts, tokens)`."""
+    return (weights[:, None] @ states)[:, 0] / weights.sum(1, keepdim=True)
 
 
 # The pooling functions by the names of sentence-transformers, from states of shape `(texts, tokens, channels)` and the
-# first pooled token to vectors. Its other names divide the sum over tokens by another number, which changes no cosine.
-POOLING: Mapping[str, Callable[[Tensor, int], Tensor]] = {
+# mask of the pooled tokens to vectors. Its other names divide the sum over tokens by another number, which changes no
+# cosine.
+POOLING: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cls": _cls,
     "lasttoken": _last_token,
     "max": _max,
@@ -120,16 +126,20 @@ class Pooling(NamedTuple):
             return cls(_modes_in(config), prompt, config.get("include_prompt", True))
         return cls(prompt=prompt)
 
-    def vectors(self, states: Tensor, start: int) -> Tensor:
+    def vectors(self, states: Tensor, mask: Tensor | None = None, prompt_tokens: int = 0) -> Tensor:
         """Return vectors of shape `(texts, channels)` of states of shape `(texts, tokens, channels)`.
 
         Args:
             states: The hidden states.
-            start: The number of tokens of the prompt.
+            mask: Which tokens are no padding, shape `(texts, tokens)`. By default there is no padding.
+            prompt_tokens: The number of tokens of the prompt.
         """
-        if self.includes_prompt:
-            start = 0
-        return torch.cat([POOLING.get(mode, _mean)(states, start) for mode in self.modes], 1)
+        if mask is None:
+            mask = torch.ones(states.shape[:2], device=states.device)
+        mask = mask.bool()
+        if not self.includes_prompt and prompt_tokens:
+            mask = mask & (mask.cumsum(1) > prompt_tokens)
+        return torch.cat([POOLING.get(mode, _mean)(states, mask) for mode in self.modes], 1)
 
     def prompt_tokens(self, tokenizer: PreTrainedTokenizerBase | None) -> int:
         """Return the number of tokens of the prompt, with the special tokens before it."""
@@ -433,7 +443,7 @@ def embed(
     with evaluating(model):
         for batch in progress(batches, unit="batch", leave=False, delay=1):
             states = last_states(model, torch.stack([rows[number] for number in batch])).float()
-            parts.append(pooling.vectors(states, prompt_tokens).cpu())
+            parts.append(pooling.vectors(states, prompt_tokens=prompt_tokens).cpu())
 
     sorted_vectors = torch.cat(parts)
     return sorted_vectors[torch.tensor(order).argsort()]

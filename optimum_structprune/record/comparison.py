@@ -19,7 +19,7 @@ from .answers import (
     with_ends,
 )
 from .figures import ORIGINAL, PRUNED, AnswersResult, TextResult, mean_figure, mean_ratio, ratios_of
-from .report import PRINTERS, Evaluation, MeasuredModel, Measurement, Speed, Timing
+from .report import PRINTERS, Evaluation, MeasuredModel, Measurement, Speed, Tasks, TaskScore, Timing
 from .table import MAX_DIGITS, UNKNOWN, aligned, byte_size, number, ratio_text, times, value_text, with_margin
 from .view import FEW_DOCUMENTS, INTERVAL, MISSING_TEXT, UNITS, language_lines
 
@@ -74,6 +74,8 @@ def measurement_lines(measurement: Measurement) -> list[str]:
         lines.append(aligned(table))
 
     lines += _notes(measurement)
+    if measurement.tasks is not None:
+        lines.append(task_note(measurement.tasks))
     if measurement.speed is not None:
         lines.append(speed_note(measurement.speed))
 
@@ -111,6 +113,8 @@ def measurement_table(measurement: Measurement) -> list[list[str]]:
     rows += _size_rows(columns)
     rows += _quality_rows(columns, measurement.evaluations)
     rows += _answer_rows(columns)
+    if measurement.tasks is not None:
+        rows += _task_rows(measurement.tasks, columns)
     if measurement.speed is not None:
         rows += speed_rows(measurement.speed)
     return rows
@@ -290,13 +294,48 @@ def _median_length(column: Column) -> str:
     return number(median(question.answers[column.key].tokens for question in answers.questions))
 
 
-def speed_rows(speed: Speed) -> list[list[str]]:
-    """Return tokens per second, the speed-up where its quartiles show one, and memory."""
+def _task_rows(tasks: Tasks, columns: Sequence[Column]) -> list[list[str]]:
+    """Return one row for each task and metric, with standard errors."""
     rows = []
-    for word, stage in (("reading", speed.prefill), ("writing", speed.decode)):
+    for label, scores in tasks.scores.items():
+        cells = []
+        for column in columns:
+            score = scores.get(column.name)
+            cells.append(UNKNOWN if score is None else _score_text(score))
+        rows.append(_row(label, cells))
+    return rows
+
+
+def _score_text(score: TaskScore) -> str:
+    """Return a score with its standard error: `0.413 (0.014)`."""
+    if score.error is None:
+        return number(score.value, MAX_DIGITS)
+    return f"{score.value:.{MAX_DIGITS}f} ({score.error:.{MAX_DIGITS}f})"
+
+
+def task_note(tasks: Tasks) -> str:
+    """Return a description of the measurement of tasks."""
+    limits = []
+    if tasks.new_tokens is not None:
+        limits.append(f"at most {tasks.new_tokens} new tokens")
+    if tasks.limit is not None:
+        limits.append(f"the first {tasks.limit} questions of each")
+    settings = "".join(f", {limit}" for limit in limits)
+    return f"Tasks by {tasks.library}{settings}; in brackets: the standard error."
+
+
+def speed_rows(speed: Speed) -> list[list[str]]:
+    """Return tokens or texts per second, the speed-up where its quartiles show one, and memory."""
+    rows = []
+    stages = (
+        ("reading", "tokens/s", speed.prefill),
+        ("writing", "tokens/s", speed.decode),
+        ("encoding", "texts/s", speed.encode),
+    )
+    for word, unit, stage in stages:
         for shape, timings in stage.items():
             rates = [number(timing.tokens_per_second, 1) for timing in timings.values()]
-            rows.append(_row(f"{word}, tokens/s, {shape}", rates))
+            rows.append(_row(f"{word}, {unit}, {shape}", rates))
 
             speedups = [_speedup(timing) for timing in timings.values()]
             if len(speedups) > 1:
@@ -319,9 +358,10 @@ def _speedup(timing: Timing) -> str:
 
 def speed_note(speed: Speed) -> str:
     """Return a description of the measurement of speed."""
+    new_tokens = "" if speed.encode else f", {speed.new_tokens} new tokens"
     return (
-        f"Speed on {speed.device}: {speed.clock} time, {speed.threads} threads, {speed.repeats} repeats in turns, "
-        f"{speed.new_tokens} new tokens. The speed-up is the median over the pairs of runs with the first model, with "
+        f"Speed on {speed.device}: {speed.clock} time, {speed.threads} threads, {speed.repeats} repeats in turns"
+        f"{new_tokens}. The speed-up is the median over the pairs of runs with the first model, with "
         f"its quartiles; it is not shown where they lie on both sides of 1. Memory: {speed.memory_is}."
     )
 

@@ -105,7 +105,7 @@ def recovery_cost(
     table = student.get_input_embeddings().get_parameter("weight")
     passes = 3
     trained = parameters
-    if config.train == "lora":
+    if config.train != "full":
         passes = 2
         # An adapter of a square matrix has 2 r weights for each row.
         trained = 2 * config.lora.get("r", LORA["r"]) * (parameters - table.numel()) // text.hidden_size

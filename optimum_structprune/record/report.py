@@ -283,7 +283,7 @@ class Report(Measurements, ResultRecord):
 
         recovery = self.recovery
         if recovery is not None:
-            if recovery.has_original:
+            if recovery.has_original or recovery.has_vectors:
                 table.domains = recovery.domains
             trained = recovery.unseen_perplexity
             if trained is not None and trained.original is not None:
@@ -323,7 +323,7 @@ class Timing:
 
     Attributes:
         seconds: The duration of each repeat.
-        tokens_per_second: The tokens of all sequences divided by the median duration.
+        tokens_per_second: The tokens of all sequences divided by the median duration; for encoders, the texts.
         speedup: The speed-up over the first model, with quartiles over the pairs of runs.
     """
 
@@ -347,6 +347,7 @@ class Speed(ResultRecord):
         clock: The unit of the seconds: `wall` is elapsed time, `cpu` is processor time over all threads.
         device: The device of the first model.
         memory_is: The meaning of `run_memory`.
+        encode: The speed of encoders in making the hidden states of texts, by shape and model.
     """
 
     prefill: dict[str, dict[str, Timing]]
@@ -358,11 +359,47 @@ class Speed(ResultRecord):
     clock: str
     device: str
     memory_is: str
+    encode: dict[str, dict[str, Timing]] = field(default_factory=dict)
 
     @property
     def models(self) -> list[str]:
         """Return the names of the models."""
         return list(next(iter(self.run_memory.values()), {}))
+
+
+@dataclass
+class TaskScore:
+    """The score of one model in one task.
+
+    Attributes:
+        value: The score.
+        error: Its standard error; None where the library has none.
+    """
+
+    value: float
+    error: float | None = None
+
+
+@dataclass
+class Tasks(ResultRecord):
+    """The scores of models in tasks of a public benchmark.
+
+    Attributes:
+        scores: The scores by task and metric, then by model.
+        library: The library with its version.
+        new_tokens: The maximum number of generated tokens; None where nothing is generated.
+        limit: The maximum number of questions of each task; None for all of them.
+    """
+
+    scores: dict[str, dict[str, TaskScore]]
+    library: str
+    new_tokens: int | None = None
+    limit: int | None = None
+
+    @property
+    def models(self) -> list[str]:
+        """Return the names of the models."""
+        return list(next(iter(self.scores.values()), {}))
 
 
 @dataclass(kw_only=True)
@@ -417,10 +454,12 @@ class Measurement(ResultRecord):
     Attributes:
         models: The measurements by the name of the model.
         speed: The speed of the models; None where it was not measured.
+        tasks: The scores in tasks; None where they were not measured.
     """
 
     models: dict[str, MeasuredModel] = field(default_factory=dict)
     speed: Speed | None = None
+    tasks: Tasks | None = None
 
     @property
     def evaluations(self) -> list[Evaluation]:

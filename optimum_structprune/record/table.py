@@ -88,6 +88,14 @@ def value_text(figure: Figure | None) -> str:
     return with_margin(figure.last, figure.margin if figure.ratio is None else None)
 
 
+def vector_text(figure: Figure | None) -> str:
+    """Format all values of a figure of vectors, with the interval of the last one: `0.931 → 0.95 ± 0.02`."""
+    if figure is None or figure.last is None:
+        return UNKNOWN
+    *earlier, last = figure.values.values()
+    return " → ".join([*(f"{value:.3f}" for value in earlier), with_margin(last, figure.margin)])
+
+
 def ratio_text(figure: Figure, documents: int | None = None) -> str:
     """Format the ratio of a figure to the original model: `1.39× ± 0.08`, or `1.4× (few documents)`."""
     return UNKNOWN if figure.ratio is None else times(figure.ratio, figure.margin, documents)

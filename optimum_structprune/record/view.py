@@ -30,7 +30,18 @@ from .figures import (
     worse_languages,
 )
 from .report import PRINTERS, LossSearch, RecoveryReport, Report
-from .table import UNKNOWN, aligned, byte_size, change_row, number, percent_change, ratio_text, times, value_text
+from .table import (
+    UNKNOWN,
+    aligned,
+    byte_size,
+    change_row,
+    number,
+    percent_change,
+    ratio_text,
+    times,
+    value_text,
+    vector_text,
+)
 from .verdict import LANGUAGE_LIMIT, Level, judge
 
 
@@ -214,7 +225,10 @@ class View:
 
     def _vector_table(self) -> list[list[str]]:
         """Return the similarity of an encoder's vectors to the original vectors, by domain."""
+        has_pairs = any(domain.retrieval is not None for domain in self.table.domains.values())
         head = ["Vectors compared with the original", "cosine", "neighbours kept"]
+        if has_pairs:
+            head.append("found")
         if self.table.has_perplexity:
             head.append("missing text")
 
@@ -222,7 +236,9 @@ class View:
         for name, domain in self.table.domains.items():
             if domain.texts is None:
                 continue
-            row = [name, value_text(domain.cosine), value_text(domain.neighbours)]
+            row = [name, vector_text(domain.cosine), vector_text(domain.neighbours)]
+            if has_pairs:
+                row.append(vector_text(domain.retrieval))
             if self.table.has_perplexity:
                 row.append(ratio_text(domain.perplexity or Figure()))
             rows.append(row)

@@ -78,7 +78,7 @@ def training_arguments(
         device = torch.device("cpu")
 
     settings: dict[str, Any] = dict(TRAINING)
-    settings["learning_rate"] = LEARNING_RATES[config.train]
+    settings["learning_rate"] = LEARNING_RATES[config.train or "lora"]
     settings["seed"] = seed
     settings["use_cpu"] = on_cpu
     settings["bf16"] = not own.get("fp16") and computes_in_bf16(device.type)

@@ -21,6 +21,8 @@ from ..measure.batches import IGNORED, AlignedTargets, next_tokens
 from ..measure.predictions import Predictions, StoredPredictions, accepted_inputs, bare_model, is_same
 from .aligned_batches import AlignedCollator, check_batch
 from .chunked_loss import TokenLosses, chunk_tokens, chunked_losses
+from .heads import attach_to_head, load_any_teacher
+from .logged_loss import LoggedLoss
 from .teacher import Teacher, check_weights, load_teacher
 from .teacher_file import StoredTeacher, is_teacher_file, stored_teacher
 
@@ -40,8 +42,8 @@ def attach_teacher(
     tokenizer: PreTrainedTokenizerBase | None = None,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
-) -> TeacherLoss:
-    """Make a Trainer minimise the KL divergence from a teacher instead of its own loss.
+) -> LoggedLoss:
+    """Make a Trainer minimise the divergence from a teacher instead of its own loss.
 
     The loss is `(1 - task_weight) * temperature**2 * KL(teacher || student) + task_weight * cross_entropy`, averaged
     over the tokens that `labels` count (Hinton et al., 2015, https://arxiv.org/abs/1503.02531, section 2). All other
@@ -53,9 +55,9 @@ def attach_teacher(
     divergence is computed per token of the teacher.
 
     Args:
-        trainer: A Trainer that minimises the cross-entropy of a causal language model, such as TRL's `SFTTrainer`,
-            before `train`. Its batches need `input_ids` and `labels`.
-        teacher: A causal language model, or its id or folder; usually the dense model. A model in memory is put in
+        trainer: A Trainer before `train` that minimises the cross-entropy, such as TRL's `SFTTrainer`, or a Trainer of
+            sentence-transformers. The batches of a causal language model need `input_ids` and `labels`.
+        teacher: A model with the same head, or its id or folder; usually the dense model. A model in memory is put in
             eval mode and moved to `teacher_device`. Or the folder of a teacher file, which `write_teacher` has written
             on the text of this training; no teacher is in memory then.
         temperature: The temperature of both distributions, above 0.
@@ -74,18 +76,23 @@ def attach_teacher(
 
     Raises:
         StructPruneError: If an argument is out of range, the Trainer has another objective, label smoothing,
-            `nn.DataParallel`, or context or sequence parallelism, the student is not a causal language model or has an
-            adapter of prompts, or the teacher does not fit (see `load_teacher`).
+            `nn.DataParallel`, or context or sequence parallelism, the student has an adapter of prompts, or the
+            teacher does not fit (see `load_teacher`): it has another number of labels, channels or tokens.
     """
     check_weights(temperature, task_weight)
     student = bare_model(trainer.model)
-    _check_trainer(trainer, student)
+    _check_trainer(trainer)
 
     dtype = _checked_dtype(teacher_dtype)
     if dtype is None and trainer.args.bf16 and isinstance(teacher, (str, Path)):
         dtype = torch.bfloat16
     if tokenizer is None and isinstance(trainer.processing_class, PreTrainedTokenizerBase):
         tokenizer = trainer.processing_class
+    if not isinstance(student, PreTrainedModel) or not predicts_next(student):
+        original = load_any_teacher(teacher, student, dtype, trust_remote_code)
+        options = (tokenizer, teacher_tokenizer, teacher_device, trust_remote_code)
+        return attach_to_head(trainer, original, temperature, task_weight, *options)
+
     if isinstance(teacher, (str, Path)) and is_teacher_file(teacher):
         if teacher_device is not None or teacher_dtype is not None:
             raise StructPruneError(
@@ -145,12 +152,7 @@ def _checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return value
 
 
-def _check_trainer(trainer: Trainer, student: Any) -> None:
-    if not predicts_next(student):
-        raise StructPruneError(
-            f"`attach_teacher` trains causal language models, and {type(student).__name__} is not one."
-        )
-
+def _check_trainer(trainer: Trainer) -> None:
     adapter = getattr(trainer.model, "active_peft_config", None)
     if adapter is not None and adapter.is_prompt_learning:
         kind = getattr(adapter.peft_type, "value", adapter.peft_type)
@@ -159,7 +161,7 @@ def _check_trainer(trainer: Trainer, student: Any) -> None:
             "tokens. Use an adapter that changes weights, such as LoRA, or train all weights."
         )
 
-    if isinstance(getattr(trainer.compute_loss, "__self__", None), TeacherLoss):
+    if isinstance(getattr(trainer.compute_loss, "__self__", None), LoggedLoss):
         raise StructPruneError("The Trainer has a teacher already. Attach one teacher to one Trainer.")
 
     if trainer.compute_loss_func is not None:
@@ -202,6 +204,8 @@ def _minimises_cross_entropy(trainer: Trainer) -> bool:
     """
     in_step = _names_in(trainer.training_step)
     calls_loss = "compute_loss" in in_step or "training_step" in in_step  # of the base class
+    if calls_loss and hasattr(trainer, "collect_features"):
+        return True  # a Trainer of sentence-transformers, whose loss is an argument
     return calls_loss and "label_smoother" in _names_in(trainer.compute_loss)
 
 
@@ -211,7 +215,7 @@ def _names_in(method: Callable[..., Any]) -> tuple[str, ...]:
     return getattr(code, "co_names", ())
 
 
-class TeacherLoss:
+class TeacherLoss(LoggedLoss):
     """The KL divergence from a teacher as the loss of a Trainer; see `attach_teacher`.
 
     Attributes:
@@ -222,7 +226,7 @@ class TeacherLoss:
     """
 
     def __init__(self, trainer: Trainer, teacher: Teacher | StoredTeacher, temperature: float, task_weight: float):
-        self.trainer = trainer
+        super().__init__(trainer, "kl")
         self.teacher = teacher
         self.temperature = temperature
         self.task_weight = task_weight
@@ -230,10 +234,6 @@ class TeacherLoss:
         self._plain_head: bool | None = None
         if trainer.args.torch_compile:
             self._plain_head = False
-        # The sums of KL divergence and tokens since the last log, on the device, so that no step waits for the CPU.
-        self._sums: dict[str, Tensor] = {}
-        # Whether the Trainer reads the logits of an evaluation.
-        self._returns_logits = False
 
     def compute_loss(
         self,
@@ -298,32 +298,6 @@ class TeacherLoss:
                 outputs["logits"] = model(**student_inputs).logits
         return loss, outputs
 
-    def evaluation_loop(self, evaluation_loop: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Evaluate without earlier losses of the model in eval mode, such as the losses of trial steps."""
-        self._sums.pop("eval", None)
-        self._returns_logits = not (kwargs.get("prediction_loss_only") or self.trainer.args.prediction_loss_only)
-        try:
-            return evaluation_loop(*args, **kwargs)
-        finally:
-            self._returns_logits = False
-
-    def log(self, log: Callable[..., None], logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the mean KL divergence to the Trainer's logs as `kl`, and to evaluations as `eval_kl`."""
-        for name in list(logs):
-            if name == "loss":
-                self._enter(logs, "train", "kl")
-            elif name.endswith("_loss") and name != "train_loss":
-                self._enter(logs, "eval", f"{name.removesuffix('_loss')}_kl")
-        log(logs, *args, **kwargs)
-
-    def _enter(self, logs: dict[str, float], mode: str, name: str) -> None:
-        sums = self._sums.pop(mode, None)
-        if sums is None:
-            return
-
-        kl, tokens = self.trainer.accelerator.gather(sums[None]).sum(0).tolist()
-        logs[name] = round(kl / max(tokens, 1.0), 6)
-
     def _is_first(self, inputs: Mapping[str, Any], positions: Tensor) -> Tensor:
         """Return which positions of a batch are not repeated.
 
@@ -343,23 +317,6 @@ class TeacherLoss:
 
         first_sample = self.trainer.accelerator.process_index // self.trainer.get_tp_size() * num_samples
         return first_sample + samples < state.remainder
-
-    @property
-    def _num_batches(self) -> int:
-        """Return the number of batches that are computed at once. A tensor-parallel group shares one batch."""
-        return self.trainer.accelerator.num_processes // self.trainer.get_tp_size()
-
-    def _mean(self, losses: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-        """Average the losses of tokens. The sum over accumulated batches is then the mean over all their tokens."""
-        total = losses.sum().to(self.trainer.args.device)
-        if num_items_in_batch is None:
-            return total / max(len(losses), 1)
-
-        mean = total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
-        if self.trainer.args.average_tokens_across_devices:
-            # The number counts the tokens of all processes, and DDP averages the gradients over them.
-            mean = mean * self._num_batches
-        return mean
 
     def _losses(self, model: Any, inputs: dict[str, Any], batch: _Batch) -> TokenLosses:
         student = bare_model(model)

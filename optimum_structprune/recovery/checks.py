@@ -18,6 +18,7 @@ from ..system.disk import check_folder
 from ..system.processes import check_launch
 from .adapter import check_fits, lora_config
 from .arguments import TrainingSize, training_arguments
+from .encoders import check_encoder
 from .prompts import read_prompts
 from .text import VALIDATION, sample_length, text_config
 
@@ -59,7 +60,7 @@ def check_recovery(config: RecoveryConfig, pruning: StructPruneConfig, model: Pr
         # Opening a source raises if its name is wrong. Text is read with the first document.
         documents(domain, text.seed, None, lambda name, seed: iter(()))
 
-    if config.train == "lora":
+    if predicts_next(model) and config.train != "full":
         check_fits(model, lora_config(config, model))
     size = TrainingSize(text.num_samples, seq_length)
     training_arguments(config, size, text.seed, trains_on_cpu(model), tempfile.gettempdir())
@@ -78,10 +79,9 @@ def trains_on_cpu(model: PreTrainedModel) -> bool:
 def _check_model(model: PreTrainedModel, config: RecoveryConfig, pruning: StructPruneConfig, seq_length: int) -> None:
     name = type(model).__name__
     if not predicts_next(model):
-        raise StructPruneError(
-            f"Recovery trains causal language models, and {name} is not one. Train it with a Trainer and its own "
-            "loss, as docs/recovery.md does with a classifier."
-        )
+        check_encoder(model, config)
+    elif config.pairs is not None:
+        raise StructPruneError(f"{name} predicts the next token, and `pairs` is for encoders. Remove `pairs`.")
 
     if is_offloaded(model):
         raise StructPruneError(

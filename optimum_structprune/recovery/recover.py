@@ -18,12 +18,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from ..arch.hooks import without_new_forward_hooks
 from ..arch.inference import evaluating
-from ..arch.meta import check_changeable, positions_of
+from ..arch.meta import check_changeable, positions_of, predicts_next
 from ..config.domains import DomainConfig
 from ..config.fields import read_json
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
-from ..domains.manifest import MANIFEST_NAME, Entry, Manifest, check_kinds, check_tokens, remember_text
+from ..domains.manifest import (
+    MANIFEST_NAME,
+    Entry,
+    Manifest,
+    check_kinds,
+    check_tokens,
+    remember_text,
+    tokenizer_of,
+)
 from ..domains.packing import check_reads_any_text
 from ..errors import StructPruneError, warn
 from ..forward.settings import own_settings
@@ -40,6 +48,8 @@ from ..written import replace_json
 from .adapter import lora_config, trainable
 from .arguments import TrainingSize, training_arguments
 from .checks import check_recovery, trains_on_cpu
+from .encoders import ENCODER_TRAINING, Passages, check_has_teacher, train_encoder
+from .heads import load_any_teacher
 from .learning_rate import NUM_TRIAL_SAMPLES, lower_learning_rate_
 from .measure import enter_curve, enter_measurements, measure_all, validation_loss
 from .resume import TrainingInputs
@@ -132,6 +142,10 @@ class Recovery:
         else:
             cached = self.cache_teacher(model, tokenizer, teacher, teacher_cache, trust_remote_code, teacher_tokenizer)
 
+        if not predicts_next(model):
+            assert tokenizer is not None  # `_check` needs one
+            return self._recover_encoder(model, tokenizer, teacher, resume, trust_remote_code, teacher_tokenizer)
+
         seq_length = sample_length(config, model)
         size = TrainingSize(config.tokens // seq_length, seq_length)
         seed = self.pruning.seed
@@ -209,6 +223,11 @@ class Recovery:
             StructPruneError: If the folder holds something else, or has no predictions and there is no teacher.
         """
         config = self.config
+        if not predicts_next(model):
+            raise StructPruneError(
+                f"A teacher cache holds predictions of next tokens, and {type(model).__name__} has none. Remove "
+                "`teacher_cache`."
+            )
         self._check(model, tokenizer, teacher)
         seq_length = sample_length(config, model)
         earlier = self._seen_by(model)
@@ -236,6 +255,51 @@ class Recovery:
                 write_teacher(loaded.model, cache.data.documents(), folder, loaded.tokenizer)
         return cache
 
+    def _recover_encoder(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        teacher: Any,
+        resume: bool,
+        trust_remote_code: bool,
+        teacher_tokenizer: PreTrainedTokenizerBase | None,
+    ) -> PreTrainedModel:
+        """Train a model that does not predict the next token towards the outputs of its teacher."""
+        seq_length = sample_length(self.config, model)
+        seed = self.pruning.seed if self.config.seed is None else self.config.seed
+        training = ENCODER_TRAINING | self.config.training
+        if trains_on_cpu(model):
+            training.setdefault("bf16", False)  # not faster for short texts on a CPU without AMX
+        config = replace(self.config, seed=seed, seq_length=seq_length, training=training)
+        original = load_any_teacher(teacher, model, None, trust_remote_code)
+        reader = teacher_tokenizer or tokenizer_of(original, trust_remote_code) or tokenizer
+        earlier = self._seen_by(model)
+
+        with ExitStack() as stack:
+            stack.callback(_return_to, model.device, model)
+            stack.enter_context(evaluating(original))
+            folder = config.training.get("output_dir") or stack.enter_context(tempfile.TemporaryDirectory())
+            text = text_config(config, self.pruning, seq_length)
+            inputs = TrainingInputs.of(config, text, model, original.name_or_path or "")
+            checkpoint = inputs.last_checkpoint(folder) if resume else None
+            with stage("domains", {}):
+                data = Passages(config, self.pruning, seq_length, original, reader, earlier)
+
+            size = TrainingSize(len(data.training), seq_length, len(data.validation))
+            arguments = training_arguments(config, size, seed, trains_on_cpu(model), folder)
+            arguments.output_dir = folder
+            callbacks = [*self.callbacks, inputs]
+            report = train_encoder(model, tokenizer, original, reader, data, arguments, callbacks, checkpoint)
+
+        self._measure_languages(model, tokenizer)
+        self.report = replace(report, teacher=original.name_or_path or "", earlier=self._earlier)
+        self.entries = data.entries
+        self._manifest = (earlier or Manifest.of(self.pruning, [], tokenizer)).with_entries(self.entries)
+        remember_text(model, tokenizer, self._manifest)
+        if report.stopped or not report.kept_step:
+            warn(report.stopped or report.checkpoint_phrase, NothingGainedWarning)
+        return model
+
     def _check(
         self,
         model: PreTrainedModel,
@@ -246,8 +310,11 @@ class Recovery:
         check_kinds(model, tokenizer)
         check_changeable(model)
         check_recovery(self.config, self.pruning, model)
+        check_has_teacher(model, teacher)
         check_tokens(model, tokenizer)
         check_reads_any_text(tokenizer)
+        if not predicts_next(model):
+            return
         # A teacher in a folder is assumed to be as large as the model.
         dense = model
         if isinstance(teacher, PreTrainedModel):
@@ -295,7 +362,7 @@ class Recovery:
             value = "kl"
         collator = SampleCollator(alignment, positions_of(model))
         adapter = None
-        if config.train == "lora":
+        if config.train != "full":
             adapter = lora_config(config, model, alignment is not None)
 
         seq_length = data.seq_length

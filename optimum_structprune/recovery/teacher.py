@@ -77,7 +77,7 @@ def load_teacher(
         )
 
     check_movable(teacher, device)
-    if teacher is model or (not is_pruned_later and _same_weights(teacher, model)):
+    if teacher is model or (not is_pruned_later and same_weights(teacher, model)):
         raise StructPruneError(
             "`teacher` and the trained model are the same model. Pass the original model, or remove `teacher`. If the "
             "model is pruned in this training, pass a copy, and call `attach_pruner` first."
@@ -98,7 +98,7 @@ def _loaded(name: str | Path, dtype: torch.dtype, trust_remote_code: bool, devic
     return model
 
 
-def _same_weights(teacher: nn.Module, model: nn.Module) -> bool:
+def same_weights(teacher: nn.Module, model: nn.Module) -> bool:
     """Return whether two models have the same weights. Every process must call it, because weights may be sharded."""
     weights = dict(model.named_parameters())
     teacher_weights = dict(teacher.named_parameters())

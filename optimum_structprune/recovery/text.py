@@ -13,7 +13,7 @@ from math import ceil
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.meta import positions_of
+from ..arch.meta import positions_of, predicts_next
 from ..config.domains import BUILTIN, GENERAL, DomainConfig, written_by_model
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
@@ -132,7 +132,8 @@ def check_training_text(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the training itself repeats the warnings
         stream = TextStream(text, tokenizer, model, earlier, writes=False)
-        stream.check_enough(text.num_samples - answer_samples(config, text.num_samples))
+        num_answers = answer_samples(config, text.num_samples) if predicts_next(model) else 0
+        stream.check_enough(text.num_samples - num_answers)
 
 
 class TextStream:

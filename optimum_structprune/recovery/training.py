@@ -184,9 +184,7 @@ def recovery_trainer(
             callbacks=all_callbacks,
         )
 
-        # `ShowProgress` replaces the progress of the Trainer.
-        for printer in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
-            trainer.remove_callback(printer)
+        remove_printers(trainer)
         if use_cache is not None:
             model.config.use_cache = use_cache  # the Trainer turns it off and does not restore it
         if teacher is not None:
@@ -198,6 +196,12 @@ def recovery_trainer(
             raise
         raise StructPruneError(f"TrainingArguments: {one_line(error)}") from error
     return trainer
+
+
+def remove_printers(trainer: Trainer) -> None:
+    """Remove the progress of the Trainer, which `ShowProgress` replaces."""
+    for printer in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
+        trainer.remove_callback(printer)
 
 
 def train(trainer: Trainer, checkpoint: str | None) -> float:

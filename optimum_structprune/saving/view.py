@@ -16,7 +16,7 @@ from ..domains.manifest import CALIBRATED, TRAINED
 from ..domains.sources import FORMATS
 from ..errors import capitalized, one_line
 from ..record.answers import outcome, sample_questions
-from ..record.comparison import measurement_table, speed_note
+from ..record.comparison import measurement_table, speed_note, task_note
 from ..record.figures import PRUNED
 from ..record.report import RECOVERY_CONFIG_NAME, MeasuredModel, Measurement
 from ..record.view import View
@@ -66,8 +66,12 @@ def content(
     if evaluation is not None:
         models[PRUNED] = MeasuredModel("", evaluation=evaluation)
         evaluation_notes += [f"warning: {warning}" for warning in evaluation.warnings]
-    elif records.speed is not None:
-        models = {name: MeasuredModel(name) for name in records.speed.models}
+    else:
+        for measured in (records.tasks, records.speed):
+            if measured is not None:
+                models = {name: MeasuredModel(name) for name in measured.models}
+    if records.tasks is not None:
+        evaluation_notes.append(task_note(records.tasks))
     if records.speed is not None:
         evaluation_notes.append(speed_note(records.speed))
 
@@ -80,7 +84,7 @@ def content(
         "introduction": _introduction(view, original),
         "notes": notes,
         "questions": sample_questions(view.table.answers),
-        "evaluation": measurement_table(Measurement(models, records.speed)) if models else [],
+        "evaluation": measurement_table(Measurement(models, records.speed, records.tasks)) if models else [],
         "evaluation_notes": evaluation_notes,
         "calibrated_on": _domain_table(records, CALIBRATED),
         "trained_on": _domain_table(records, TRAINED),

@@ -28,7 +28,7 @@ NARROW = ["--width", "mlp=24"]
 # The kind of model, the flags of its pruning, the level of its verdict, and the command that runs next.
 CASES = [
     ("decoder", TRIM, Level.READY, "evaluate"),
-    ("encoder", NARROW, Level.RECOVER, "evaluate"),
+    ("encoder", NARROW, Level.RECOVER, "recover"),
     ("decoder", NARROW, Level.READY, "evaluate"),
     ("decoder", NARROW, Level.RECOVER, "recover"),
     ("decoder", TRIM, Level.RECOVER, "recover"),

@@ -10,6 +10,7 @@ from models import build, token_ids
 from optimum_structprune import Speed, StructPruneError, measure_speed
 from optimum_structprune.evaluation.speed import cache_per_token, spread
 from optimum_structprune.forward.generation import cache_bytes, read_prompt, write_tokens
+from optimum_structprune.record.comparison import speed_rows
 from optimum_structprune.record.report import Spread
 
 
@@ -123,7 +124,7 @@ def test_impossible_measurements_are_refused():
         (build("llama-tied"), {"batch_sizes": (4, 0)}, "batch_sizes"),
         (build("llama-tied"), {"prompts": (8, 60), "new_tokens": 5}, "prompt=60 .* 64 .* at most 59 tokens"),
         (build("llama-tied"), {"clock": "sun"}, "clock"),
-        (build("bert"), {}, "it is a BertForMaskedLM, which does not predict the next token"),
+        (build("t5"), {}, "it is a T5For.*, which does not predict the next token and is no encoder of text"),
         (offloaded, {}, "several devices"),
         (without_weights, {}, "parameters of this LlamaFor.* have no weights"),
     ):
@@ -132,3 +133,19 @@ def test_impossible_measurements_are_refused():
 
     with pytest.raises(StructPruneError, match="nothing to measure. Pass a model"):
         measure_speed({}, **SHORT)
+
+    with pytest.raises(StructPruneError, match="The speeds of encoders and of causal models are not compared"):
+        measure_speed({"a": build("llama-tied"), "b": build("bert")}, **SHORT)
+
+
+def test_encoders_are_measured_in_texts_per_second():
+    models = {"a": build("bert"), "b": build("bert", seed=1)}
+    measured = measure_speed(models, batch_sizes=(4,), prompts=(8,), repeats=3)
+    timings = measured.encode["batch 4, prompt 8"]
+    assert list(timings) == ["a", "b"]
+    assert not measured.prefill and not measured.decode
+    for timing in timings.values():
+        assert timing.tokens_per_second == pytest.approx(4 / median(timing.seconds))
+    ratios = [first / second for first, second in zip(timings["a"].seconds, timings["b"].seconds, strict=True)]
+    assert timings["b"].speedup == spread(ratios)
+    assert "encoding, texts/s, batch 4, prompt 8" in str([row[0] for row in speed_rows(measured)])
