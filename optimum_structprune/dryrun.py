@@ -14,6 +14,7 @@ from .arch.meta import model_class
 from .arch.per_layer import is_non_uniform
 from .arch.spec import CHANNEL, EXPERT, GROUP, VOCAB, ArchSpec, Space, Widths
 from .config.pruning import RunOptions, StructPruneConfig
+from .errors import StructPruneError
 from .forward.generation import cached_values
 from .method.devices import cpu_speed, default_device
 from .pruning.cost import pruning_cost
@@ -82,6 +83,8 @@ class DryRun(Record):
         active_parameters: The number of parameters that a token runs through in a mixture of experts, else 0.
         cost: The memory and the time of the pruning itself, or None without `cost`.
         recovery: The memory and the time of the recovery, or None if the config has no recovery.
+        recovery_from_cache: The same with `--teacher-cache`, where the teacher is not in memory with the model.
+        recovery_advice: The recommended one of both ways.
         depends_on_text: Whether the sizes after pruning are approximate, because text decides how many tokens are
             removed.
     """
@@ -98,6 +101,8 @@ class DryRun(Record):
     active_parameters: Change = Change(0, 0)
     cost: Cost | None = None
     recovery: Cost | None = None
+    recovery_from_cache: Cost | None = None
+    recovery_advice: str = ""
     depends_on_text: bool = False
 
     @property
@@ -146,6 +151,9 @@ class DryRun(Record):
             lines.append(f"the pruning, estimated:\n{self.cost}")
         if self.recovery is not None:
             lines.append(f"the recovery, estimated:\n{self.recovery}")
+        if self.recovery_from_cache is not None:
+            lines.append(f"the recovery with --teacher-cache, estimated:\n{self.recovery_from_cache}")
+            lines.append(f"recommended: {self.recovery_advice}")
         return "\n".join(lines)
 
 
@@ -199,6 +207,7 @@ def dry_run(
     if cost:
         pruning = pruning_cost(request, offload, speed)
 
+    recovery, advice = _recovery(request)
     return DryRun(
         model_type=info.arch.model_type,
         dtype=str(dense.dtype).removeprefix("torch."),
@@ -206,7 +215,9 @@ def dry_run(
         reload=_reload(request.smaller, model_class(model_config, config.arch_file).__name__),
         notes=tuple(notes),
         cost=pruning,
-        recovery=_recovery(request),
+        recovery=recovery.get("live"),
+        recovery_from_cache=recovery.get("cached"),
+        recovery_advice=advice,
         depends_on_text=_depends_on_text(config),
         **changes,
     )
@@ -227,15 +238,20 @@ def _space_choices(request: PruningRequest) -> list[SpaceChoice]:
     return choices
 
 
-def _recovery(request: PruningRequest) -> Cost | None:
-    """Check and estimate the recovery of the config, if it has one."""
+def _recovery(request: PruningRequest) -> tuple[dict[str, Cost], str]:
+    """Check and estimate the recovery of the config, if it has one, in both ways, and return the recommended way.
+
+    Raises:
+        StructPruneError: If it does not fit, even with a teacher cache.
+    """
     config = request.config
     if config.recovery is None:
-        return None
+        return {}, ""
 
     # Training libraries take seconds to import.
     from .recovery.arguments import computes_in_bf16
     from .recovery.checks import check_recovery
+    from .recovery.teacher_cache import cache_bytes
     from .recovery.text import sample_length
 
     dense = request.model_info.plain_model
@@ -249,9 +265,17 @@ def _recovery(request: PruningRequest) -> Cost | None:
         speed = cpu_speed(dtype)
 
     seq_length = sample_length(config.recovery, request.smaller)
-    cost = recovery_cost(config.recovery, dense, request.smaller, seq_length, speed)
-    check_recovery_memory(cost, device, loaded=False)
-    return cost
+    on_disk = cache_bytes(config.recovery.tokens, dense.config.get_text_config().vocab_size)
+    live = recovery_cost(config.recovery, dense, request.smaller, seq_length, speed)
+    cached = recovery_cost(config.recovery, dense, request.smaller, seq_length, speed, on_disk)
+    check_recovery_memory(cached, device, loaded=False)
+
+    advice = "the teacher in memory, which writes no file; --teacher-cache for several trainings on the same text"
+    try:
+        check_recovery_memory(live, device, loaded=False)
+    except StructPruneError:
+        advice = "`recover` with --teacher-cache after the pruning, because both models do not fit into memory"
+    return {"live": live, "cached": cached}, advice
 
 
 def _sizes(request: PruningRequest, model: PreTrainedModel) -> dict[str, int]:

@@ -21,8 +21,8 @@ KINDS_DIFFER = 0.5
 PARTS_DIFFER = 0.25
 
 
-def margin_of_error(values: Tensor, documents: Tensor | None = None) -> float:
-    """Return the half-width of the 90 % confidence interval of a mean, or NaN for a single document.
+def margin_of_error(values: Tensor, documents: Tensor | None = None, quantile: float = 0.95) -> float:
+    """Return the half-width of the confidence interval of a mean, 90 % by default, or NaN for a single document.
 
     It is t · s / √n plus a correction for skewed documents (Johnson, JASA 1978, 73:536), because a few documents may
     have a large loss. t is the quantile of Student's distribution.
@@ -31,6 +31,7 @@ def margin_of_error(values: Tensor, documents: Tensor | None = None) -> float:
         values: The values, shape `(values,)`.
         documents: The number of each value's document, shape `(values,)`. Documents are independent. By default each
             value has its own document.
+        quantile: The quantile at the upper end of the interval.
     """
     deviations = values.double() - values.double().mean()
     count = len(values)
@@ -45,17 +46,17 @@ def margin_of_error(values: Tensor, documents: Tensor | None = None) -> float:
     if count < 2:
         return nan
 
-    t = _student_t(count - 1)
+    t = _student_t(count - 1, quantile)
     third_moment = (deviations.pow(3).mean() / deviations.var()).nan_to_num(0.0, 0.0, 0.0).abs()
     skewness = third_moment * (1 + 2 * t**2) / (6 * count)
     return float(t * deviations.std() / count**0.5 + skewness)
 
 
-def _student_t(freedom: int) -> float:
-    """Return the quantile of Student's t at 0.95, expanded in 1/freedom (Abramowitz and Stegun 26.7.5)."""
-    z = NormalDist().inv_cdf(0.95)
+def _student_t(freedom: int, quantile: float) -> float:
+    """Return a quantile of Student's t, expanded in 1/freedom (Abramowitz and Stegun 26.7.5)."""
+    z = NormalDist().inv_cdf(quantile)
     expansion = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-    return STUDENT_T.get(freedom, expansion)
+    return max(STUDENT_T.get(freedom, expansion), expansion)
 
 
 def margin_of_share(values: Tensor) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -25,9 +26,9 @@ from .record.plan import Plan
 from .record.report import PruneRecords, Report
 from .record.view import View
 from .saving.save import save_pruned
-from .search.division import divide_budget
 from .search.loss_budget import CutSearch
 from .search.sensitivity import final_widths
+from .search.tournament import choose_widths
 from .sources.data import CalibrationData
 from .steps.base import RunState, Step, refusing_half_pruned
 from .steps.experts import DropExperts
@@ -207,7 +208,8 @@ class StructPruner:
             teacher = self._teacher(state)
 
             if request.tokens is not None:
-                TrimVocabulary(request.tokens, divide_budget, comparison.set_tokenizer).apply(state)
+                choose = partial(choose_widths, any_kind=self.config.targets is None)
+                TrimVocabulary(request.tokens, choose, comparison.set_tokenizer).apply(state)
             widths = final_widths(request, state)
             for step in self.steps(state.arch, state.model, widths):
                 self.apply_step_(state, step)

@@ -47,7 +47,7 @@ def question(outcomes: Mapping[str, bool], loops: Sequence[str] = (), prompt: st
     return AnsweredQuestion("facts", prompt, answers)
 
 
-def answers(kept: int = 16, correct: int = 16, loops: int = 0, asked: int = 16) -> AnswersResult:
+def answers(kept: int = 32, correct: int = 32, loops: int = 0, asked: int = 32) -> AnswersResult:
     """Return answers: `kept` of the pruned model are right, and `correct` of the original model."""
     questions = []
     for number in range(asked):

@@ -9,8 +9,9 @@ page differs.
 
 The protocol uses the first 8 samples of 512 tokens of each file in DATA/heldout (the domains wiki, code, math,
 dialogue and web) and in DATA/unseen. Perplexity is relative to the original model, per token of the original
-tokenizer, as the geometric mean over the files. KL is the mean over the files in nats per token. The models answer the
-first 60 built-in questions. Speed is the speed of decoding at batch size 1 on one thread.
+tokenizer, as the geometric mean over the files. KL is the mean over the files in nats per token. The models answer all
+built-in questions with at most 64 tokens. Intervals are 95 % confidence intervals over questions. Speed is the speed
+of decoding at batch size 1 on one thread.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ FIGURES = ROOT / "docs" / "figures.yaml"
 DOMAINS = ("wiki", "code", "math", "dialogue", "web")
 SAMPLES = 8
 SEQ_LENGTH = 512
-QUESTIONS = 60
+ANSWER_TOKENS = 64
+ANSWER_BATCH = 128
 BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- figures: end -->)", re.DOTALL)
 
 
@@ -136,9 +138,10 @@ def measure(args: Namespace) -> Iterator[dict[str, Any]]:
 
         row: dict[str, Any] = {"folder": Path(folder).name, "parameters": round(100 * parameters, 1)}
         row["megabytes"] = round(2 * model.num_parameters() / 1e6, 1)
-        row.update(quality_figures(args, model, tokenizer, dense, dense_tokenizer))
-        if args.answers:
-            row.update(answer_figures(model, tokenizer, dense, dense_tokenizer))
+        if not args.answers_only:
+            row.update(quality_figures(args, model, tokenizer, dense, dense_tokenizer))
+        if args.answers or args.answers_only:
+            row.update(answer_figures(args, model, tokenizer, dense, dense_tokenizer))
         if args.speed:
             row["speedup"] = speedup_of(model, dense)
         yield row
@@ -172,18 +175,33 @@ def quality_figures(args: Namespace, model, tokenizer, dense, dense_tokenizer) -
     return figures
 
 
-def answer_figures(model, tokenizer, dense, dense_tokenizer) -> dict[str, int]:
-    """Return the numbers of correct answers of a model and of the original model."""
+def answer_figures(args: Namespace, model, tokenizer, dense, dense_tokenizer) -> dict[str, Any]:
+    """Return the correct answers of a model and of the original model, and how the model follows its answers."""
     from optimum_structprune import evaluate
+    from optimum_structprune.record.answers import followed, right_by_kind, right_difference
 
-    evaluation = evaluate(
-        model, tokenizer, dense=dense, dense_tokenizer=dense_tokenizer, answers="builtin", limit=QUESTIONS
-    )
-    questions = evaluation.answers.questions
-    return {
-        "right": sum(question.answers["pruned"].right for question in questions),
-        "right_of_dense": sum(question.answers["original"].right for question in questions),
-    }
+    answers = evaluate(
+        model,
+        tokenizer,
+        dense=dense,
+        dense_tokenizer=dense_tokenizer,
+        answers="builtin",
+        limit=args.questions,
+        max_new_tokens=ANSWER_TOKENS,
+        batch_size=ANSWER_BATCH,
+    ).answers
+    original, pruned = answers.counts("right")
+    figures: dict[str, Any] = {"right": pruned, "right_of_dense": original, "questions": len(answers.questions)}
+    figures["points"] = [round(100 * end, 1) for end in right_difference(answers)]
+
+    result = followed(answers, "pruned")
+    for name, interval in result._asdict().items():
+        figures[name] = round(interval.value, 3)
+        figures[f"{name}_margin"] = round((interval.high - interval.low) / 2, 3)
+
+    kinds = {name: right_by_kind(answers, name) for name in answers.models}
+    figures["kinds"] = {kind: [kinds["original"][kind][0], right] for kind, (right, _) in kinds["pruned"].items()}
+    return figures
 
 
 def speedup_of(model, dense) -> float:
@@ -211,6 +229,10 @@ def main(argv: list[str] | None = None) -> None:
     measuring.add_argument("folders", nargs="+", help="pruned models")
     measuring.add_argument("--dtype", default="float32")
     measuring.add_argument("--answers", action="store_true", help="ask the built-in questions too")
+    measuring.add_argument(
+        "--answers-only", action="store_true", help="ask the built-in questions, and measure no text"
+    )
+    measuring.add_argument("--questions", type=int, help="ask only the first questions")
     measuring.add_argument("--speed", action="store_true", help="measure decoding too")
 
     rendering = commands.add_parser("render", help="write the tables of the README and the docs")

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_utils import set_zero3_state
 
 from ..errors import StructPruneError, one_line
 from ..system.offloading import check_reachable
@@ -75,9 +76,9 @@ def meta_model(
     kind = model_class(config, arch_file)
     config = deepcopy(config)
 
-    # Every model class raises its own errors.
+    # Every model class raises its own errors. DeepSpeed's ZeRO-3 would shard weights, which have no memory here.
     try:
-        with torch.device("meta"), heterogeneous():
+        with torch.device("meta"), heterogeneous(), set_zero3_state():
             if hasattr(kind, "from_config"):
                 model = kind.from_config(config, trust_remote_code=trust_remote_code)
             else:

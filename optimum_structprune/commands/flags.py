@@ -189,6 +189,11 @@ COMMANDS = (
             "model": "Folder or id of the pruned model.",
             "output": "Folder for the recovered model.",
             "--teacher": option("MODEL", "The model to learn from, usually the original model."),
+            "--teacher-cache": option(
+                "FOLDER",
+                "A folder for the teacher's predictions, which is written if it does not exist. The training then has "
+                "no teacher in memory, and later trainings with other widths or learning rates read it.",
+            ),
             "--resume": switch("Resume from the last checkpoint of the same command."),
             **RESULT,
             **ARCH,

@@ -137,6 +137,7 @@ def _recovered_result(args: Namespace, pruned: PruneResult, recovery: RecoveryCo
     training_args = Namespace(**vars(args))
     training_args.model = args.output
     training_args.teacher = args.model
+    training_args.teacher_cache = None
     training_args.arch_file = pruned.config.arch_file
     training_args.overwrite = True
     training_args.resume = False

@@ -37,7 +37,7 @@ def recover(args: Namespace) -> Result:
     if (folder / CONFIG_NAME).is_file():
         pruning = StructPruneConfig.from_pretrained(folder)
 
-    input_paths = [args.teacher, args.arch_file]
+    input_paths = [args.teacher, args.teacher_cache, args.arch_file]
     input_paths += used_paths(config, pruning)
     output = Output(args.output, args.overwrite, input_paths)
     output.check(weights_bytes(args.model))
@@ -51,6 +51,10 @@ def recover(args: Namespace) -> Result:
         check_has_teacher(meta_model, args.teacher)
         if args.teacher is not None and predicts_next(meta_model):
             tokens_of_teacher(loading.without_weights(args.teacher), meta_model, loading.tokenizer(args.model))
+        if args.teacher_cache is not None:
+            # The teacher and the model are never in memory together.
+            reader = loading.tokenizer(args.model)
+            recovery.cache_teacher(meta_model, reader, args.teacher, args.teacher_cache, args.trust_remote_code)
 
         model, tokenizer = loading.model_and_tokenizer(args.model)
         return push_result(args, recover_and_save(args, recovery, model, tokenizer))
@@ -82,7 +86,12 @@ def recover_and_save(
             # The report has the same information.
             warnings.simplefilter("ignore", NothingGainedWarning)
             recovered = recovery.recover_model(
-                model, tokenizer, args.teacher, resume=args.resume, trust_remote_code=args.trust_remote_code
+                model,
+                tokenizer,
+                args.teacher,
+                resume=args.resume,
+                trust_remote_code=args.trust_remote_code,
+                teacher_cache=args.teacher_cache,
             )
     except KeyboardInterrupt:
         _say_how_to_resume(args, Path(checkpoints))
@@ -91,9 +100,9 @@ def recover_and_save(
     report = recovery.report
     assert report is not None
     pruning_report = recovery.pruning_report
-    check = ShortCheck(tokenizer, report.tokens)
+    check = ShortCheck(tokenizer, report.tokens, None if pruning_report is None else pruning_report.answers)
     check.ask("recovered", recovered)
-    report.answers = check.result(None if pruning_report is None else pruning_report.answers)
+    report.answers = check.result()
 
     recovery.save(recovered, args.output, tokenizer=tokenizer, overwrite=args.overwrite)
     write_page_or_warn(args.output)
@@ -124,6 +133,8 @@ def _say_how_to_resume(args: Namespace, checkpoints: Path) -> None:
     command = ["structprune", "recover", args.model, args.output]
     if args.teacher:
         command += ["--teacher", args.teacher]
+    if args.teacher_cache:
+        command += ["--teacher-cache", args.teacher_cache]
     command += loading_flags(args.arch_file, args.trust_remote_code)
     if args.overwrite:
         command.append("--overwrite")

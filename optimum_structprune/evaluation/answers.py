@@ -1,4 +1,4 @@
-"""Generate greedy answers of a model to questions, and judge them: correct, finished, repetitive."""
+"""Generate greedy answers of a model to questions, judge them, and compare them with the original model's answers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,18 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.inference import evaluating
-from ..arch.meta import check_positions, predicts_next
+from ..arch.meta import check_positions, positions_of, predicts_next
+from ..codec import from_plain, to_plain
 from ..domains.packing import prompt_ids
 from ..domains.templates import question_messages, read_lines
 from ..errors import StructPruneError, one_line, warn
-from ..forward.generation import continuations
+from ..forward.generation import continuations, end_tokens
 from ..measure.batches import IGNORED
 from ..measure.losses import measure
 from ..measure.text import Text
-from ..record.figures import Answer, AnsweredQuestion, AnswersResult
+from ..record.figures import ORIGINAL, Answer, AnsweredQuestion, AnswersResult, Reading
+from ..system.fingerprint import TextCache, fingerprint, json_hash, vocabulary_hash
 from ..system.stages import stage
-from ..vocabulary.token_alignment import TokenAlignment
 
 
 BUILTIN = "builtin"
@@ -37,22 +39,11 @@ MAX_REPEATS = 3
 FORM = 'is not a question: it needs a "prompt" or "messages", and in "right" a regular expression ("" accepts all)'
 # The minimum number of answers that are generated together.
 MIN_BATCH = 32
-# The short check of `prune` and `recover` asks the first questions. A run that reads fewer tokens than
-# SHORT_CHECK_MIN_READ asks none, because answers would take most of its time.
-SHORT_CHECK_QUESTIONS = 16
+# The short check of `prune` and `recover` asks the first questions, two of each kind, because the kinds take turns. A
+# run that reads fewer tokens than SHORT_CHECK_MIN_READ asks none, because answers would take most of its time.
+SHORT_CHECK_QUESTIONS = 32
 SHORT_CHECK_TOKENS = 64
 SHORT_CHECK_MIN_READ = 4_096
-
-
-@dataclass
-class WrittenAnswer(Answer):
-    """An answer with its token ids, which are not saved."""
-
-    ids: list[int] = field(default_factory=list)
-
-    def record(self) -> Answer:
-        """Return the answer without its token ids."""
-        return Answer(self.text, self.right, self.loops, self.stopped, self.tokens)
 
 
 @dataclass(frozen=True)
@@ -104,6 +95,19 @@ class Question:
         """Return the token ids of the prompt."""
         return prompt_ids(self.messages, self.opening, tokenizer)
 
+    def is_right(self, text: str, is_chat: bool) -> bool:
+        """Return whether an answer is right. If a base model continues an opening, only the first line is judged.
+
+        Args:
+            text: The answer.
+            is_chat: Whether the model was asked by messages.
+        """
+        text = text.strip()
+        if is_chat:
+            return self.pattern.search(text) is not None
+        first_line = text.partition("\n")[0].strip()
+        return self.continuation_pattern.search(first_line) is not None
+
 
 def read_questions(source: str | Path = BUILTIN, tokenizers: Iterable[PreTrainedTokenizerBase] = ()) -> list[Question]:
     """Read the questions of a file, or the built-in ones.
@@ -133,7 +137,8 @@ def ask(
     questions: Sequence[Question],
     max_new_tokens: int,
     batch_size: int = MIN_BATCH,
-) -> list[WrittenAnswer]:
+    is_original: bool = False,
+) -> list[Answer]:
     """Return the greedy answers of a model.
 
     Args:
@@ -142,6 +147,7 @@ def ask(
         questions: The questions.
         max_new_tokens: The maximum number of tokens in an answer.
         batch_size: The number of answers that are generated together.
+        is_original: Whether later runs ask this model too. Its answers are cached, and have its own predictions.
 
     Raises:
         StructPruneError: If the model has too few positions.
@@ -149,14 +155,82 @@ def ask(
     prompts = [question.ids(tokenizer) for question in questions]
     check_positions(model, max_new_tokens, f"max_new_tokens={max_new_tokens}", max(map(len, prompts)))
 
-    ids = _continued(model, tokenizer, prompts, max_new_tokens, batch_size)
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    is_chat = bool(tokenizer.chat_template)
+    cache = None
+    cached: dict[str, Answer] = {}
+    if is_original:
+        cache = _cache(model, tokenizer, max_new_tokens)
+        cached = {name: from_plain(Answer, values) for name, values in cache.read().items()}
+    names = [json_hash(prompt) for prompt in prompts]
+    missing = [number for number, name in enumerate(names) if name not in cached]
+
+    new_questions = [questions[number] for number in missing]
+    new_prompts = [prompts[number] for number in missing]
+    all_ids = _continued(model, tokenizer, new_prompts, max_new_tokens, batch_size)
+    texts = tokenizer.batch_decode(all_ids, skip_special_tokens=True)
+    new_answers = []
+    for ids, text in zip(all_ids, texts, strict=True):
+        new_answers.append(_answer(ids, text, max_new_tokens))
+    if is_original:
+        read_answers(model, tokenizer, new_questions, new_answers, new_answers)
+
+    for number, answer in zip(missing, new_answers, strict=True):
+        cached[names[number]] = answer
+        if cache is not None:
+            # A cache that cannot be written saves no time, and changes no answer.
+            with suppress(StructPruneError):
+                cache.add(names[number], to_plain(answer))
 
     answers = []
-    for question, answer_ids, text in zip(questions, ids, texts, strict=True):
-        answers.append(_judged(question, answer_ids, text, max_new_tokens, is_chat))
+    for question, name in zip(questions, names, strict=True):
+        is_right = question.is_right(cached[name].text, bool(tokenizer.chat_template))
+        answers.append(replace(cached[name], right=is_right))
     return answers
+
+
+def _cache(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> TextCache:
+    """Return the cache of the greedy answers of a model, by the hash of the prompt."""
+    settings = [vocabulary_hash(tokenizer), end_tokens(model, tokenizer), max_new_tokens]
+    return TextCache("greedy", fingerprint(model), *settings)
+
+
+@torch.no_grad()
+def read_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    originals: Sequence[Answer],
+    answers: Sequence[Answer],
+) -> None:
+    """Enter the predictions of a model along the original model's answers, from one forward pass.
+
+    The tokenizer of the model spells the answers, so a model with another vocabulary can be measured too.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        questions: The questions.
+        originals: The answers of the original model.
+        answers: The answers of the model, which get the predictions.
+    """
+    rows = []
+    labels = []
+    read: list[Answer] = []
+    for question, original, answer in zip(questions, originals, answers, strict=True):
+        ids = tokenizer(original.text, add_special_tokens=False, verbose=False)["input_ids"]
+        prompt = question.ids(tokenizer)
+        if ids and len(prompt) + len(ids) <= positions_of(model):
+            rows.append(torch.tensor(prompt + ids))
+            labels.append(torch.tensor([IGNORED] * len(prompt) + ids))
+            read.append(answer)
+    if not rows:
+        return
+
+    measured = measure(model, Text(rows, labels=labels))
+    for answer, losses, misses in zip(read, measured.loss, measured.misses, strict=True):
+        num_tokens = len(losses)
+        places = misses.nonzero()[:, 0].tolist()
+        first = places[0] if places else num_tokens
+        answer.reading = Reading(num_tokens, num_tokens - len(places), first, -float(losses.sum()))
 
 
 def _continued(
@@ -184,62 +258,17 @@ def _continued(
     return ids
 
 
-def _judged(question: Question, ids: list[int], text: str, max_new_tokens: int, is_chat: bool) -> WrittenAnswer:
-    """Return an answer with its figures. If a base model continues an opening, only the first line is judged.
-
-    Args:
-        question: The question.
-        ids: The token ids of the answer.
-        text: The text of the answer.
-        max_new_tokens: The maximum number of tokens in an answer.
-        is_chat: Whether the model was asked by messages.
-    """
-    text_to_match = text.strip()
-    if is_chat:
-        match = question.pattern.search(text_to_match)
-    else:
-        first_line = text_to_match.partition("\n")[0].strip()
-        match = question.continuation_pattern.search(first_line)
-
+def _answer(ids: list[int], text: str, max_new_tokens: int) -> Answer:
+    """Return an answer that is not judged yet, from its token ids and its text."""
     runs = Counter(tuple(ids[start : start + RUN_TOKENS]) for start in range(len(ids) - RUN_TOKENS + 1))
     loops = max(runs.values(), default=0) > MAX_REPEATS
-    stopped = len(ids) < max_new_tokens
-    return WrittenAnswer(text, match is not None, loops, stopped, len(ids), ids)
-
-
-def answer_divergence(
-    dense: PreTrainedModel,
-    model: PreTrainedModel,
-    parts: TokenAlignment,
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[WrittenAnswer],
-) -> float:
-    """Return the mean KL(dense‖model) in nats per token of the original model's answers.
-
-    Args:
-        dense: The original model.
-        model: The pruned model.
-        parts: The tokens of the original model as parts of the pruned model's tokens.
-        prompts: The token ids of each prompt.
-        answers: The answers of the original model.
-    """
-    rows = []
-    labels = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        if answer.ids:
-            rows.append(torch.tensor(list(prompt) + answer.ids))
-            labels.append(torch.tensor([IGNORED] * len(prompt) + answer.ids))
-
-    if not rows:
-        return 0.0
-    measured = measure(model, Text(rows, labels=labels), dense, parts)
-    return float(torch.cat(measured.kl).mean())
+    return Answer(text, right=False, loops=loops, stopped=len(ids) < max_new_tokens, tokens=len(ids))
 
 
 def answers_result(
-    questions: Sequence[Question], answers: Mapping[str, Sequence[WrittenAnswer]], tokenizer: PreTrainedTokenizerBase
+    questions: Sequence[Question], answers: Mapping[str, Sequence[Answer]], tokenizer: PreTrainedTokenizerBase
 ) -> AnswersResult:
-    """Return questions with the answers of each model, without token ids.
+    """Return questions with the answers of each model.
 
     Args:
         questions: The questions.
@@ -248,7 +277,7 @@ def answers_result(
     """
     answered_questions = []
     for number, question in enumerate(questions):
-        answers_by_model = {name: model_answers[number].record() for name, model_answers in answers.items()}
+        answers_by_model = {name: model_answers[number] for name, model_answers in answers.items()}
         answered_questions.append(AnsweredQuestion(question.kind, question.text(tokenizer), answers_by_model))
     return AnswersResult(answered_questions)
 
@@ -259,14 +288,20 @@ class ShortCheck:
     Args:
         tokenizer: The tokenizer of the model that is asked next.
         tokens: The number of tokens that the run reads. With fewer than `SHORT_CHECK_MIN_READ`, nothing is asked.
+        earlier: The answers of an earlier run. They come first if its questions are the same.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens: int, earlier: AnswersResult | None = None):
         self.tokenizer = tokenizer
         self.questions: list[Question] = []
         if tokens >= SHORT_CHECK_MIN_READ:
             self.questions = read_questions(tokenizers=[tokenizer])[:SHORT_CHECK_QUESTIONS]
-        self._answers: dict[str, list[WrittenAnswer]] = {}
+        self._answers: dict[str, list[Answer]] = {}
+
+        prompts = [question.text(tokenizer) for question in self.questions]
+        if earlier is not None and [question.prompt for question in earlier.questions] == prompts:
+            for name in earlier.models:
+                self._answers[name] = [question.answers[name] for question in earlier.questions]
 
     def ask(self, name: str, model: PreTrainedModel) -> None:
         """Ask one model. An error only causes a warning, and no other model is asked.
@@ -279,7 +314,11 @@ class ShortCheck:
             return
 
         try:
-            self._answers[name] = ask(model, self.tokenizer, self.questions, SHORT_CHECK_TOKENS)
+            is_original = name == ORIGINAL
+            answers = ask(model, self.tokenizer, self.questions, SHORT_CHECK_TOKENS, is_original=is_original)
+            if ORIGINAL in self._answers:
+                read_answers(model, self.tokenizer, self.questions, self._answers[ORIGINAL], answers)
+            self._answers[name] = answers
         except Exception as error:
             # A run of hours must not fail because of a few answers.
             self.questions = []
@@ -287,26 +326,8 @@ class ShortCheck:
             if not isinstance(error, StructPruneError):
                 warn(f"There are no answers of the {name} model: {one_line(error)}")
 
-    def result(self, earlier: AnswersResult | None = None) -> AnswersResult | None:
-        """Return the answers of all models, or None if none was asked.
-
-        Args:
-            earlier: The answers of an earlier run. They come first if its questions are the same.
-        """
+    def result(self) -> AnswersResult | None:
+        """Return the answers of all models, or None if none was asked."""
         if not self.questions or not self._answers:
             return None
-
-        result = answers_result(self.questions, self._answers, self.tokenizer)
-        if earlier is None or _prompts(earlier) != _prompts(result):
-            return result
-
-        for earlier_question, question in zip(earlier.questions, result.questions, strict=True):
-            answers = dict(earlier_question.answers)
-            answers.update(question.answers)
-            question.answers = answers
-        return result
-
-
-def _prompts(answers: AnswersResult) -> list[str]:
-    """Return the prompts of answered questions."""
-    return [question.prompt for question in answers.questions]
+        return answers_result(self.questions, self._answers, self.tokenizer)

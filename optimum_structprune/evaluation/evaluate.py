@@ -23,13 +23,22 @@ from ..measure.losses import Losses, measure, totals
 from ..measure.text import Text
 from ..measure.vectors import Embeddings, Texts, passages_of
 from ..pruning.comparison import enter_vectors
-from ..record.figures import ORIGINAL, PRUNED, AnswersResult, Figure, TextResult, language_costs, perplexity_result
+from ..record.figures import (
+    ORIGINAL,
+    PRUNED,
+    Answer,
+    AnswersResult,
+    Figure,
+    TextResult,
+    language_costs,
+    perplexity_result,
+)
 from ..record.report import Evaluation
 from ..system.fingerprint import vocabulary_hash
 from ..system.placement import check_devices
 from ..system.stages import stage
 from ..vocabulary.token_alignment import TokenAlignment
-from .answers import MIN_BATCH, Question, answer_divergence, answers_result, ask, read_questions
+from .answers import MIN_BATCH, Question, answers_result, ask, read_answers, read_questions
 from .heldout import Heldout, cut_texts, read_heldout
 
 
@@ -132,7 +141,7 @@ def evaluate(
     if not is_causal:
         _compare_vectors(evaluation, models, tokenizers, texts, translations, tokens_differ)
     if questions:
-        evaluation.answers = _answers(models, tokenizers, parts, questions, max_new_tokens, batch_size)
+        evaluation.answers = _answers(models, tokenizers, questions, max_new_tokens, batch_size)
     return evaluation
 
 
@@ -305,7 +314,6 @@ def _parts(
 def _answers(
     models: Mapping[str, PreTrainedModel],
     tokenizers: Mapping[str, PreTrainedTokenizerBase],
-    parts: TokenAlignment | None,
     questions: Sequence[Question],
     max_new_tokens: int,
     batch_size: int | None,
@@ -315,22 +323,18 @@ def _answers(
     Args:
         models: The models.
         tokenizers: Their tokenizers.
-        parts: The tokens of the original model as parts of the model's tokens, for the divergence; None without it.
         questions: The questions.
         max_new_tokens: The maximum number of tokens in an answer.
         batch_size: The number of samples in a forward pass.
     """
     batch_size = max(batch_size or 0, MIN_BATCH)
-    answers = {}
+    answers: dict[str, list[Answer]] = {}
     for name, model in models.items():
-        answers[name] = ask(model, tokenizers[name], questions, max_new_tokens, batch_size)
-
-    result = answers_result(questions, answers, next(iter(tokenizers.values())))
-    if parts is not None:
-        prompts = [question.ids(tokenizers[ORIGINAL]) for question in questions]
-        divergence = answer_divergence(models[ORIGINAL], models[PRUNED], parts, prompts, answers[ORIGINAL])
-        result.divergence = Figure.of({PRUNED: divergence})
-    return result
+        tokenizer = tokenizers[name]
+        answers[name] = ask(model, tokenizer, questions, max_new_tokens, batch_size, is_original=name == ORIGINAL)
+        if name != ORIGINAL and ORIGINAL in models:
+            read_answers(model, tokenizer, questions, answers[ORIGINAL], answers[name])
+    return answers_result(questions, answers, next(iter(tokenizers.values())))
 
 
 def check_evaluation(

@@ -31,7 +31,7 @@ from ..system.stages import progress
 from ..vocabulary.token_alignment import TokenAlignment
 from .batches import IGNORED, AlignedTargets, SampleCollator, next_tokens
 from .kl import divergence
-from .predictions import Predictions, Predictor, tokens_per_pass
+from .predictions import Predictions, Predictor, StoredPredictions, tokens_per_pass
 from .text import Text
 
 
@@ -47,12 +47,15 @@ class Losses:
 
     Attributes:
         loss: The loss in nats.
+        misses: 1 where another token is more likely, or the number of such parts of a token of the other model.
         other: The loss of the other model in nats; empty without one.
         kl: The KL divergence from the other model in nats; empty without one.
-        agrees: 1 where both models predict the same token; empty if they have different tokens.
+        agrees: 1 where both models predict the same token; empty if they have different tokens, or if the predictions
+            of the other model are stored.
     """
 
     loss: list[Tensor] = field(default_factory=list)
+    misses: list[Tensor] = field(default_factory=list)
     other: list[Tensor] = field(default_factory=list)
     kl: list[Tensor] = field(default_factory=list)
     agrees: list[Tensor] = field(default_factory=list)
@@ -133,7 +136,7 @@ def measure_all(
     """
     predictor = Predictor.of(model)
     other = None if against is None else Predictor.of(against)
-    models = [used.model for used in (predictor, other) if used is not None]
+    models = [used.model for used in (predictor, other) if used is not None and used.model is not None]
     tokens = tokens or min(map(tokens_per_pass, models))
 
     batches: list[TextBatch] = []
@@ -254,7 +257,7 @@ def _measured(
 def values_of(
     predictions: Predictions,
     targets: Tensor | None,
-    others: Predictions | None,
+    others: Predictions | StoredPredictions | None,
     size: int,
     aligned: AlignedTargets | None = None,
 ) -> dict[str, Tensor]:
@@ -276,8 +279,11 @@ def values_of(
         logits = predictions.logits(start, end)
         if targets is not None:
             parts["loss"].append(_losses(logits, targets[start:end]))
+            parts["misses"].append(logits.argmax(-1) != targets[start:end].to(logits.device))
         if others is not None and aligned is not None:
             parts["kl"].append(aligned.divergence(logits, others, start // size))
+        elif isinstance(others, StoredPredictions):
+            parts["kl"].append(others.divergence(logits, start, end))
         elif others is not None:
             other_logits = others.logits(start, end, logits.device)
             parts["kl"].append(divergence(logits, other_logits))
@@ -286,16 +292,18 @@ def values_of(
                 parts["other"].append(_losses(other_logits, targets[start:end]))
 
     values = {name: torch.cat(chunks) for name, chunks in parts.items()}
-    if others is None or aligned is None:
-        return values
+    if others is not None and aligned is not None:
+        # A token of the other model has the sum of the values of its parts.
+        for name, value in values.items():
+            total = value.new_zeros(len(aligned.teacher_positions), dtype=torch.float64)
+            values[name] = total.index_add(0, aligned.rows.to(value.device), value.double())
 
-    # A token of the other model has the sum of the values of its parts.
-    for name, value in values.items():
-        total = value.new_zeros(len(aligned.teacher_positions), dtype=torch.float64)
-        values[name] = total.index_add(0, aligned.rows.to(value.device), value.double())
-    own = values_of(others, aligned.teacher_targets, None, size)
-    if own:
-        values["other"] = own["loss"]
+    if isinstance(others, StoredPredictions):
+        values["other"] = others.losses.double()
+    elif others is not None and aligned is not None:
+        own = values_of(others, aligned.teacher_targets, None, size)
+        if own:
+            values["other"] = own["loss"]
     return values
 
 

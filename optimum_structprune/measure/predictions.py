@@ -84,6 +84,7 @@ class StoredPredictions:
         ids: The ids of the stored tokens, shape `(positions, tokens)`, int64. A token may occur more than once.
         probabilities: Their probabilities, of the same shape, fp32.
         negative_entropy: The negative entropy of the distributions in nats, shape `(positions,)`, fp32.
+        losses: The losses of the tokens of the text in nats, shape `(positions,)`, fp32; NaN where they are unknown.
         vocab_size: The number of tokens of the model.
         has_rest: Whether the other tokens count as one more token. Without it, the probabilities sum to 1.
     """
@@ -91,6 +92,7 @@ class StoredPredictions:
     ids: Tensor
     probabilities: Tensor
     negative_entropy: Tensor
+    losses: Tensor
     vocab_size: int
     has_rest: bool = False
 
@@ -101,6 +103,7 @@ class StoredPredictions:
             ids=self.ids[places].to(device),
             probabilities=self.probabilities[places].to(device),
             negative_entropy=self.negative_entropy[places].to(device),
+            losses=self.losses[places].to(device),
         )
 
     def divergence(

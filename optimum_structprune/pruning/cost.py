@@ -26,14 +26,17 @@ UNCOUNTED_BYTES = 60 * 10**6
 SOFTMAX = 60
 # The number of tokens of half of the held-out text, of half of the unseen text, of the answers of a model, of texts
 # in 30 languages, of the text on which the model predicts the tokens to keep, of the fewest held-out documents of a
-# domain, and of a trial that divides a budget.
+# domain, of the text that judges a trial, and of a trial that divides a budget.
 HELDOUT = 2000
 UNSEEN = 2048
 ANSWERS = 16 * 64
 LANGUAGES = 2048
 EXPECTED = 4096
 FEW_DOCUMENTS = 12 * 64
+JUDGE = 2**13
 TRIAL = 2**13
+# The number of trials that divide a budget.
+TRIALS = 6
 # The number of tokens whose logits a CPU holds at a time.
 LOGIT_TOKENS = 128
 # Multiply-adds that take as long as ranking a token of the vocabulary.
@@ -153,9 +156,6 @@ def _work(request: PruningRequest, tokens: int, channels: int, vocabulary: int, 
     work["perplexity"] = 2 * reading * (heldout + unseen)
     if trims:
         work["vocabulary"] = work.get("vocabulary", 0) + RANKING * arch.of(VOCAB)[0].size
-    if trims and prunes and config.budget is not None:
-        # The original model and three divisions of the budget, each with original and with pruned layers.
-        work["vocabulary"] += 7 * TRIAL * reading
 
     if prunes:
         per_token = _passes(config) * layers
@@ -168,6 +168,11 @@ def _work(request: PruningRequest, tokens: int, channels: int, vocabulary: int, 
         if config.allocation != "uniform":
             # Each layer is pruned alone, and half of the layers then read 1,024 tokens.
             work["search"] = per_token * tokens + refit + 512 * arch.num_layers * reading
+        if trims and config.budget is not None:
+            trials = TRIALS * (per_token * min(TRIAL, tokens) + refit + JUDGE * reading)
+            work["search"] = work.get("search", 0) + trials
+            if "writing" in work:
+                work["writing"] += WRITING * reading * min(UNSEEN, tokens / 10)
     return work
 
 

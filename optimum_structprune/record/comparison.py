@@ -6,8 +6,19 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import NamedTuple
 
-from .answers import COUNTED, paired, question_lines, sample_questions
-from .figures import ORIGINAL, PRUNED, TextResult, mean_figure, mean_ratio, ratios_of
+from .answers import (
+    COUNTED,
+    followed,
+    is_compared,
+    paired,
+    points,
+    question_lines,
+    right_by_kind,
+    right_difference,
+    sample_questions,
+    with_ends,
+)
+from .figures import ORIGINAL, PRUNED, AnswersResult, TextResult, mean_figure, mean_ratio, ratios_of
 from .report import PRINTERS, Evaluation, MeasuredModel, Measurement, Speed, Tasks, TaskScore, Timing
 from .table import MAX_DIGITS, UNKNOWN, aligned, byte_size, number, ratio_text, times, value_text, with_margin
 from .view import FEW_DOCUMENTS, INTERVAL, MISSING_TEXT, UNITS, language_lines
@@ -226,25 +237,40 @@ def _mean_bits(column: Column) -> str:
 
 
 def _answer_rows(columns: Sequence[Column]) -> list[list[str]]:
-    """Return the counts of correct, repetitive and finished answers, and the median length."""
+    """Return the counts of correct, repetitive and finished answers, and how models follow the original's answers."""
     if all(column.evaluation.answers is None for column in columns):
         return []
 
     rows = []
     for name, word in COUNTED.items():
         rows.append(_row(f"answers {word}", (_count(column, name) for column in columns)))
+    rows += _difference_rows(columns)
     rows.append(_row("median length of an answer (tokens)", map(_median_length, columns)))
 
-    divergences: list[float | None] = []
+    by_kind: dict[str, dict[str, str]] = {}
+    for column in columns:
+        answers = column.evaluation.answers or AnswersResult()
+        for kind, (right, total) in right_by_kind(answers, column.key).items():
+            by_kind.setdefault(kind, {})[column.name] = f"{right} of {total}"
+    for kind, cells in by_kind.items():
+        rows.append(_row(f"answers correct, {kind}", (cells.get(column.name, UNKNOWN) for column in columns)))
+    return rows
+
+
+def _difference_rows(columns: Sequence[Column]) -> list[list[str]]:
+    """Return the differences of the models to the original model on the questions, with their intervals."""
+    labels = ("agreement with the original's answers", "tokens to the first disagreement", "log-probability per byte")
+    cells: dict[str, dict[str, str]] = {}
     for column in columns:
         answers = column.evaluation.answers
-        if answers is None or answers.divergence is None:
-            divergences.append(None)
-        else:
-            divergences.append(answers.divergence.of_model(column.key).last)
-    if any(value is not None for value in divergences):
-        rows.append(_row("KL to the original along its answers", (number(value, MAX_DIGITS) for value in divergences)))
-    return rows
+        if column.key == ORIGINAL or answers is None or not is_compared(answers):
+            continue
+        cells.setdefault("answers correct, difference", {})[column.name] = points(right_difference(answers))
+        result = followed(answers, column.key)
+        if result is not None:
+            for label, interval, digits in zip(labels, result, (3, 1, 3), strict=True):
+                cells.setdefault(label, {})[column.name] = with_ends(interval, digits)
+    return [_row(label, (by_name.get(column.name, UNKNOWN) for column in columns)) for label, by_name in cells.items()]
 
 
 def _count(column: Column, name: str) -> str:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -45,12 +45,14 @@ class Cost:
         work: The multiply-adds by stage. All steps that remove units are one stage, `pruning`.
         seconds: The CPU seconds by stage, or nothing for a device of unknown speed.
         host: The peak bytes in CPU memory of a model that is offloaded.
+        disk: The bytes of files that the run keeps.
     """
 
     memory: Mapping[str, int]
     work: Mapping[str, float]
     seconds: Mapping[str, float]
     host: int = 0
+    disk: int = 0
 
     @property
     def total(self) -> int:
@@ -62,6 +64,8 @@ class Cost:
         rows = [("memory on the device", readable_size(self.total))]
         rows += [(f"  {purpose}", readable_size(size)) for purpose, size in self.memory.items()]
         rows.append(("in CPU memory", readable_size(self.host)))
+        if self.disk:
+            rows.append(("on the disk", readable_size(self.disk)))
         rows.append(("floating-point operations", f"{2 * sum(self.work.values()):.1e}"))
         if self.seconds:
             rows.append(("CPU time on this machine", _time_range(sum(self.seconds.values()))))
@@ -89,8 +93,12 @@ def recovery_cost(
     student: PreTrainedModel,
     seq_length: int,
     speed: float | None = None,
+    cache_bytes: int | None = None,
 ) -> Cost:
-    """Estimate the cost of a recovery in samples of `seq_length` tokens. See `pruning_cost` for the speed."""
+    """Estimate the cost of a recovery in samples of `seq_length` tokens. See `pruning_cost` for the speed.
+
+    With the `cache_bytes` of a teacher cache, the teacher runs before the training, and is not in memory with it.
+    """
     text = student.config.get_text_config()
     itemsize = student.dtype.itemsize
     parameters = student.num_parameters()
@@ -112,13 +120,20 @@ def recovery_cost(
 
     memory = {
         "weights": itemsize * parameters,
-        "teacher": itemsize * dense.num_parameters(),
         "optimizer": TRAINED_BYTES * trained,
         "activations": HALF_BYTES * samples * seq_length * text.num_hidden_layers * stored + LOGIT_BYTES,
     }
+    teacher = itemsize * dense.num_parameters()
     # The teacher also writes the answers.
-    work = config.tokens * (passes * parameters + (1 + WRITING * config.answer_share) * dense.num_parameters())
-    return cost_of(memory, {"recovery": work}, speed)
+    teacher_work = config.tokens * (1 + WRITING * config.answer_share) * dense.num_parameters()
+    work = config.tokens * passes * parameters
+    if cache_bytes is None:
+        memory["teacher"] = teacher
+        return cost_of(memory, {"recovery": work + teacher_work}, speed)
+
+    memory["teacher, before the training"] = max(0, teacher - sum(memory.values()))
+    cost = cost_of(memory, {"teacher cache": teacher_work, "recovery": work}, speed)
+    return replace(cost, disk=cache_bytes)
 
 
 def check_recovery_memory(cost: Cost, device: torch.device, loaded: bool) -> None:

@@ -204,6 +204,23 @@ class LanguageResult(TextResult):
 
 
 @dataclass
+class Reading:
+    """The predictions of one model along the original model's answer to one question.
+
+    Attributes:
+        tokens: The number of the model's tokens that spell the answer.
+        agreed: The number of these tokens that are the most likely next token.
+        first: The number of tokens before the first that is not.
+        log_probability: The log-probability of the answer in nats.
+    """
+
+    tokens: int
+    agreed: int
+    first: int
+    log_probability: float
+
+
+@dataclass
 class Answer:
     """The answer of one model to one question.
 
@@ -213,6 +230,8 @@ class Answer:
         loops: Whether it repeats itself.
         stopped: Whether it ended before the limit of tokens.
         tokens: The number of tokens.
+        reading: The predictions of the model along the original model's answer; None if they were not measured, or if
+            that answer is empty.
     """
 
     text: str
@@ -220,6 +239,7 @@ class Answer:
     loops: bool
     stopped: bool
     tokens: int = 0
+    reading: Reading | None = None
 
 
 @dataclass
@@ -253,11 +273,9 @@ class AnswersResult:
 
     Attributes:
         questions: The questions with all answers.
-        divergence: The mean KL divergence from the original model along its own answers, in nats per token.
     """
 
     questions: list[AnsweredQuestion] = field(default_factory=list)
-    divergence: Figure | None = None
 
     @property
     def models(self) -> list[str]:

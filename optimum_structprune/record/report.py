@@ -76,6 +76,9 @@ class ResultRecord(Record):
             return None
         if version == 2:
             values = converted(values)
+        if isinstance(values.get("answers"), dict):
+            # Records of August 2026 have the KL divergence along the answers.
+            values["answers"].pop("divergence", None)
         return cls.from_dict(values, str(path))
 
 
@@ -202,7 +205,7 @@ class Report(Measurements, ResultRecord):
         removed_layers: The layers of the original model that were removed, from 0.
         target: The share of the layer parameters that was requested; None where no share was requested.
         trimmed: The result of vocabulary trimming; None where no token was removed.
-        shapes: The widths that were tried, for allocations that measure losses.
+        shapes: The widths that were tried, for searches that measure losses.
         loss_search: The search for a size by its loss; None where the size was given.
         recovery: The training after pruning; None where there was none.
         seconds: The duration by stage.

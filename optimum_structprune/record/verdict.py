@@ -10,7 +10,7 @@ from statistics import fmean, geometric_mean
 
 from ..config.domains import BUILT_IN
 from ..config.pruning import LANGUAGES
-from .answers import is_compared
+from .answers import followed, is_compared, right_of_original, with_ends
 from .figures import (
     AnswersResult,
     LanguageResult,
@@ -42,23 +42,25 @@ class Limits:
         mean: The highest geometric mean of the perplexity ratios of the calibration domains.
         worst: The highest perplexity ratio of a calibration domain.
         unseen: The highest perplexity ratio on unseen text.
-        kept_answers: The lowest share of the original model's correct answers that are still correct.
+        right: The lowest lower end of the interval of the correct answers, relative to the original model's number.
+        agreement: The lowest lower end of the interval of the agreement with the original model's answers.
         new_loops: The highest share of questions whose answers become repetitive.
     """
 
     mean: float
     worst: float
     unseen: float
-    kept_answers: float
+    right: float
+    agreement: float
     new_loops: float
 
 
-# The figures in docs/how_much.md support these limits: two models, with and without their answers.
+# The figures in docs/how_much.md and docs/decisions/judge.md support these limits.
 LIMITS = {
-    Level.READY: Limits(mean=1.05, worst=1.05, unseen=1.05, kept_answers=0.9, new_loops=1 / 16),
-    Level.TEST_FIRST: Limits(mean=1.2, worst=1.3, unseen=1.2, kept_answers=0.85, new_loops=1 / 8),
-    Level.OWN_DOMAINS: Limits(mean=1.2, worst=1.3, unseen=inf, kept_answers=0.85, new_loops=1 / 8),
-    Level.RECOVER: Limits(mean=1.6, worst=2.0, unseen=inf, kept_answers=0.4, new_loops=1 / 4),
+    Level.READY: Limits(mean=1.05, worst=1.05, unseen=1.05, right=0.88, agreement=0.93, new_loops=1 / 16),
+    Level.TEST_FIRST: Limits(mean=1.2, worst=1.3, unseen=1.2, right=0.7, agreement=0.8, new_loops=1 / 8),
+    Level.OWN_DOMAINS: Limits(mean=1.2, worst=1.3, unseen=inf, right=0.7, agreement=0.8, new_loops=1 / 8),
+    Level.RECOVER: Limits(mean=1.6, worst=2.0, unseen=inf, right=0.35, agreement=0.6, new_loops=1 / 4),
 }
 # The limits for encoders: the lowest share of the 10 nearest neighbours that both models have in common, as the mean
 # over the domains and on the worst domain.
@@ -116,7 +118,7 @@ class Verdict:
 def judge(report: Report, answers: AnswersResult | None = None) -> Verdict | None:
     """Return the verdict on the model of a report, or None where no loss was measured.
 
-    The point estimates decide, not the ends of the confidence intervals. For encoders the lower ends decide.
+    The point estimates of losses decide, and the lower ends of the intervals of answers and of neighbours.
 
     Args:
         report: The report of a pruning, with the training after it.
@@ -182,10 +184,14 @@ def _loss_violations(table: Measurements, level: Level) -> list[str]:
     if answers is None or not is_compared(answers):
         return violations
 
-    correct = [question for question in answers.questions if question.first.right]
-    num_kept = sum(question.last.right for question in correct)
-    if num_kept < limits.kept_answers * len(correct):
-        violations.append(f"{num_kept} of {len(correct)} correct answers kept")
+    right = right_of_original(answers)
+    if right is not None and right.low < limits.right:
+        first, *_, last = answers.counts("right")
+        violations.append(f"correct answers {first} → {last} of {len(answers.questions)}, at least {right.low:.0%}")
+
+    result = followed(answers, answers.models[-1])
+    if result is not None and result.agreement.low < limits.agreement:
+        violations.append(f"agreement {with_ends(result.agreement)} with the original model's answers")
 
     counts = answers.counts("loops")
     new_loops = counts[-1] - counts[0]

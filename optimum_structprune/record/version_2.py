@@ -31,10 +31,6 @@ def converted(value: Any, has_fields: bool = True) -> Any:
             values[name] = {"pruned": values[name]}
     values.update(values.pop("vectors", {}))
 
-    # The divergence along answers was a number, and the other divergences were figures.
-    if "questions" in values and "divergence" in values:
-        values["divergence"] = {"pruned": values["divergence"]}
-
     search = values.pop("loss_search", None)
     if search:
         search["limit"] = search.pop("loss")

@@ -12,7 +12,7 @@ from ..config.domains import BUILT_IN, MODEL_WRITTEN
 from ..config.pruning import LANGUAGES
 from ..errors import capitalized
 from ..margins import MANY_DOCUMENTS
-from .answers import answers_line, answers_warning
+from .answers import answers_lines, answers_warning
 from .figures import (
     ORIGINAL,
     PRUNED,
@@ -327,10 +327,10 @@ class View:
 
     @property
     def answers(self) -> list[str]:
-        """Return the answers to test questions in one line, and a warning if many got worse."""
+        """Return the answers to test questions, and a warning if many got worse."""
         if self.table.answers is None:
             return []
-        return [answers_line(self.table.answers)] + answers_warning(self.table.answers)
+        return answers_lines(self.table.answers) + answers_warning(self.table.answers)
 
     @property
     def training(self) -> list[str]:
@@ -535,7 +535,7 @@ def _shape_line(shape: Mapping[str, object]) -> str:
 
     verb = "Chosen" if shape["chosen"] else "Tried"
     loss = shape["loss"]
-    divergence = "not finite"
+    measured = "not finite"
     if isinstance(loss, (int, float)) and isfinite(loss):
-        divergence = f"{loss:.4f}"
-    return f"{verb}: {shape['proposed_by']} ({', '.join(parts)}), KL {divergence}"
+        measured = f"{loss:.4f}"
+    return f"{verb}: {shape['proposed_by']} ({', '.join(parts)}), loss {measured}"

@@ -21,6 +21,7 @@ from ..record.report import CurvePoint, RecoveryReport
 from .chunked_loss import device_kind
 from .placement import is_sharded
 from .teacher import Teacher
+from .teacher_file import StoredTeacher
 
 
 # The values of a model by kind of text, in the tokens of the teacher.
@@ -31,7 +32,10 @@ BATCH_TOKENS = {"cpu": 1_024, "gpu": 16_384}
 
 
 def measure_all(
-    model: Any, measured: Mapping[str, Sequence[Sample]], teacher: Teacher | None, accelerator: Accelerator
+    model: Any,
+    measured: Mapping[str, Sequence[Sample]],
+    teacher: Teacher | StoredTeacher | None,
+    accelerator: Accelerator,
 ) -> Measurements:
     """Measure a model on each kind of text, in the precision of the training.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, wait_for_everyone
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
@@ -40,7 +41,8 @@ from ..method.devices import default_device
 from ..record.cost import check_recovery_memory, recovery_cost
 from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME, RecoveryReport, Report
 from ..saving.save import RECORD_NAMES, save_checked
-from ..system.disk import used_paths
+from ..system.disk import Output, used_paths
+from ..system.processes import across_processes
 from ..system.stages import stage
 from ..written import replace_json
 from .adapter import lora_config, trainable
@@ -52,6 +54,8 @@ from .learning_rate import NUM_TRIAL_SAMPLES, lower_learning_rate_
 from .measure import enter_curve, enter_measurements, measure_all, validation_loss
 from .resume import TrainingInputs
 from .teacher import Teacher, load_teacher
+from .teacher_cache import CachedData, TeacherCache, sample_settings, teacher_hash
+from .teacher_file import StoredTeacher, stored_teacher, write_teacher
 from .text import sample_length, text_config
 from .training import NothingGainedWarning, ShowProgress, StopAtNaN, recovery_trainer, train
 from .training_data import ANSWERS, VALIDATION, RecoveryData
@@ -128,10 +132,16 @@ class Recovery:
         resume: bool = False,
         trust_remote_code: bool = False,
         teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+        teacher_cache: str | Path | None = None,
     ) -> PreTrainedModel:
         """Train a model; see `recover`."""
         config = self.config
-        self._check(model, tokenizer, teacher)
+        cached = None
+        if teacher_cache is None:
+            self._check(model, tokenizer, teacher)
+        else:
+            cached = self.cache_teacher(model, tokenizer, teacher, teacher_cache, trust_remote_code, teacher_tokenizer)
+
         if not predicts_next(model):
             assert tokenizer is not None  # `_check` needs one
             return self._recover_encoder(model, tokenizer, teacher, resume, trust_remote_code, teacher_tokenizer)
@@ -152,14 +162,19 @@ class Recovery:
             # The arguments start the communication of several processes, which write answers together.
             arguments = training_arguments(config, size, seed, trains_on_cpu(model), scratch)
 
+            used_teacher: Teacher | StoredTeacher | None = None
             loaded = None
             name = None
-            if teacher is not None:
+            if cached is not None:
+                used_teacher = stored_teacher(cached.folder, model, tokenizer, teacher_tokenizer)
+                name = used_teacher.file.manifest.teacher
+            elif teacher is not None:
                 dtype = None  # a teacher in memory keeps its dtype
                 if arguments.bf16 and isinstance(teacher, (str, Path)):
                     dtype = torch.bfloat16
                 loaded = load_teacher(teacher, model, tokenizer, teacher_tokenizer, trust_remote_code, dtype)
                 name = loaded.model.name_or_path or ""
+                used_teacher = loaded
                 stack.enter_context(evaluating(loaded.model))
 
             text = text_config(config, self.pruning, seq_length)
@@ -169,14 +184,18 @@ class Recovery:
             if resume:
                 checkpoint = inputs.last_checkpoint(folder)
 
+            data: RecoveryData | CachedData
             with stage("domains", {}):
-                data = RecoveryData(config, self.pruning, seq_length, model, tokenizer, loaded, earlier)
+                if cached is not None:
+                    data = cached.data
+                else:
+                    data = RecoveryData(config, self.pruning, seq_length, model, tokenizer, loaded, earlier)
 
             # The number of evaluations depends on the number of validation samples.
             size = replace(size, num_validation=len(data.validation))
             arguments = training_arguments(config, size, seed, trains_on_cpu(model), folder)
             arguments.output_dir = folder
-            recovered, report = self._trained(model, seed, data, loaded, arguments, inputs, checkpoint)
+            recovered, report = self._trained(model, seed, data, used_teacher, arguments, inputs, checkpoint)
             wait_for_everyone()
 
         if report.kept_step:
@@ -186,6 +205,55 @@ class Recovery:
         if report.stopped or not report.kept_step:
             warn(report.stopped or report.checkpoint_phrase, NothingGainedWarning)
         return recovered
+
+    def cache_teacher(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        teacher: PreTrainedModel | str | None,
+        folder: str | Path,
+        trust_remote_code: bool = False,
+        teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> TeacherCache:
+        """Write the text of the training and the teacher's predictions on it, unless a folder has them already.
+
+        The model may be on the meta device, so that only the teacher is in memory. See `recover` for the arguments.
+
+        Raises:
+            StructPruneError: If the folder holds something else, or has no predictions and there is no teacher.
+        """
+        config = self.config
+        if not predicts_next(model):
+            raise StructPruneError(
+                f"A teacher cache holds predictions of next tokens, and {type(model).__name__} has none. Remove "
+                "`teacher_cache`."
+            )
+        self._check(model, tokenizer, teacher)
+        seq_length = sample_length(config, model)
+        earlier = self._seen_by(model)
+        cache = TeacherCache(folder, sample_settings(config, self.pruning, seq_length, earlier))
+        cache.check_teacher(teacher)
+        if cache.is_complete:
+            return cache
+        if teacher is None:
+            raise StructPruneError(f"{folder} holds no complete teacher cache. Pass the `teacher`, which writes it.")
+
+        size = TrainingSize(config.tokens // seq_length, seq_length)
+        with Output(folder).locked(), tempfile.TemporaryDirectory() as scratch:
+            arguments = training_arguments(config, size, self.pruning.seed, trains_on_cpu(model), scratch)
+            dtype = None
+            if arguments.bf16 and isinstance(teacher, (str, Path)):
+                dtype = torch.bfloat16
+            loaded = load_teacher(teacher, model, tokenizer, teacher_tokenizer, trust_remote_code, dtype)
+            loaded.place(PartialState())
+
+            if cache.record is None:
+                with stage("domains", {}), evaluating(loaded.model):
+                    data = RecoveryData(config, self.pruning, seq_length, model, tokenizer, loaded, earlier)
+                    cache.save(data, teacher_hash(teacher))
+            with across_processes():
+                write_teacher(loaded.model, cache.data.documents(), folder, loaded.tokenizer)
+        return cache
 
     def _recover_encoder(
         self,
@@ -279,8 +347,8 @@ class Recovery:
         self,
         model: PreTrainedModel,
         seed: int,
-        data: RecoveryData,
-        teacher: Teacher | None,
+        data: RecoveryData | CachedData,
+        teacher: Teacher | StoredTeacher | None,
         arguments: TrainingArguments,
         inputs: TrainingInputs,
         checkpoint: str | None,
@@ -297,7 +365,7 @@ class Recovery:
         if config.train != "full":
             adapter = lora_config(config, model, alignment is not None)
 
-        seq_length = data.stream.text.config.seq_length
+        seq_length = data.seq_length
 
         def tokens_after(steps: int) -> int:
             return _samples_read(steps, config.tokens // seq_length, arguments) * seq_length
@@ -351,7 +419,7 @@ class Recovery:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None,
-        data: RecoveryData,
+        data: RecoveryData | CachedData,
         report: RecoveryReport,
         earlier: Manifest | None,
     ) -> None:
@@ -428,6 +496,7 @@ def recover(
     resume: bool = False,
     trust_remote_code: bool = False,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+    teacher_cache: str | Path | None = None,
 ) -> PreTrainedModel:
     """Train a pruned model in one call. Use `Recovery` for the figures of the run, and to save the result.
 
@@ -442,6 +511,9 @@ def recover(
         trust_remote_code: Whether a teacher that is loaded may run code from its folder.
         teacher_tokenizer: The tokenizer of the teacher. By default it is the tokenizer that the teacher was pruned
             with, or the tokenizer in its folder. Without any, a teacher with as many tokens has the same tokens.
+        teacher_cache: A folder for the text of the training and the teacher's predictions on it. It is written if it
+            does not exist, and the training then needs no teacher in memory. Later calls with other widths, learning
+            rates or seeds read it, and need no `teacher`. The divergences of the report are unbiased estimates.
 
     Returns:
         The model, with the adapter merged.
@@ -458,4 +530,6 @@ def recover(
     config = config or RecoveryConfig()
     if domains is not None and config.domains is None:
         config = replace(config, domains=list(domains))
-    return Recovery(config).recover_model(pruned, tokenizer, teacher, resume, trust_remote_code, teacher_tokenizer)
+    return Recovery(config).recover_model(
+        pruned, tokenizer, teacher, resume, trust_remote_code, teacher_tokenizer, teacher_cache
+    )

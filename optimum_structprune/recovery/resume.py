@@ -75,13 +75,18 @@ class TrainingInputs(TrainerCallback, ExportableState):
 
     def _check(self, checkpoint: str, stored: Mapping[str, Any]) -> None:
         """Raise if the inputs in a checkpoint differ from the inputs of this training."""
-        differences = []
-        for name, value in self.inputs.items():
-            if stored.get(name) != value:
-                differences.append(f"{name} {stored.get(name)} there and {value} here")
-
-        if differences:
+        different = differences(stored, self.inputs)
+        if different:
             raise StructPruneError(
-                f"{checkpoint} belongs to another training: {'; '.join(differences)}. Resume with the same inputs, or "
+                f"{checkpoint} belongs to another training: {'; '.join(different)}. Resume with the same inputs, or "
                 "start without resuming."
             )
+
+
+def differences(stored: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
+    """Return a phrase for each of the values that differs from the stored value."""
+    phrases = []
+    for name, value in values.items():
+        if stored.get(name) != value:
+            phrases.append(f"{name} {stored.get(name)} there and {value} here")
+    return phrases

@@ -15,13 +15,15 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from os.path import commonprefix
 from pathlib import Path
+from sys import maxsize
 from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.inference import evaluating
 from ..arch.load import describe
@@ -95,6 +97,12 @@ def high_bits(vocab_size: int) -> int:
     raise StructPruneError(f"The vocabulary of {vocab_size} tokens is too large for a teacher file.")
 
 
+def bytes_per_token(vocab_size: int, top: int = TOP, samples: int = SAMPLES) -> float:
+    """Return the bytes of a stored token: ids, log-probabilities, the entropy, and its own loss and id."""
+    ids = (top + samples) * (LOW_BITS + high_bits(vocab_size)) / 8
+    return ids + 2 * top + 4 + 2 + 4
+
+
 def pack_ids(ids: Tensor, bits: int) -> dict[str, Tensor]:
     """Return token ids as their lower 16 bits, and their upper bits packed into bytes.
 
@@ -134,7 +142,8 @@ def predictions_of(tensors: Mapping[str, Tensor], manifest: TeacherManifest) -> 
         rest = (1 - probabilities.sum(1, keepdim=True)).clamp(min=0) / num_sampled
         probabilities = torch.cat([probabilities, rest.expand(-1, num_sampled)], 1)
     negative_entropy = tensors["negative_entropy"]
-    return StoredPredictions(ids, probabilities, negative_entropy, manifest.vocab_size, not num_sampled)
+    losses = tensors["losses"].float()
+    return StoredPredictions(ids, probabilities, negative_entropy, losses, manifest.vocab_size, not num_sampled)
 
 
 @dataclass
@@ -173,9 +182,8 @@ class TeacherManifest(Record):
 
     @property
     def bytes_per_token(self) -> float:
-        """Return the bytes of a stored token, with its own id."""
-        ids = (self.top + self.samples) * (LOW_BITS + high_bits(self.vocab_size)) / 8
-        return ids + 2 * self.top + 4 + 4
+        """Return the bytes of a stored token."""
+        return bytes_per_token(self.vocab_size, self.top, self.samples)
 
     @property
     def sha256(self) -> str:
@@ -308,8 +316,7 @@ def write_shards(
     manifest: TeacherManifest,
     rows: Sequence[Sequence[int]],
     compute: RowTensors,
-    config: PretrainedConfig | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    teacher: Sequence[Any] = (),
 ) -> None:
     """Write the shards of a teacher file, and its manifest last.
 
@@ -320,8 +327,7 @@ def write_shards(
         manifest: The settings.
         rows: The documents.
         compute: A function that computes the tensors of some rows.
-        config: The config of the teacher.
-        tokenizer: The tokenizer of the teacher.
+        teacher: The config and the tokenizer of the teacher, or None for an unknown one.
 
     Raises:
         StructPruneError: If the folder holds another teacher file or a model, or the disk is too small.
@@ -354,7 +360,7 @@ def write_shards(
             new.replace(path)
         wait_for_all()
         if is_first_rank():
-            for part in (config, tokenizer):
+            for part in teacher:
                 if part is not None:
                     part.save_pretrained(folder / TEACHER)
             manifest.save(folder / MANIFEST_NAME)
@@ -466,21 +472,25 @@ def write_teacher(
             chunks = []
             for start in range(0, sum(batch.counts), predictor.tokens_at_once):
                 logits = predictions.logits(start, start + predictor.tokens_at_once).float() / temperature
-                chunks.append([part.cpu() for part in compressed(logits, top, samples, generator)])
+                targets = batch.targets[start : start + predictor.tokens_at_once].to(logits.device)
+                losses = cross_entropy(logits, targets, reduction="none").half()
+                parts_of_chunk = (*compressed(logits, top, samples, generator), losses)
+                chunks.append([part.cpu() for part in parts_of_chunk])
             columns = [torch.cat(column).split(batch.counts) for column in zip(*chunks, strict=True)]
             for place, number in enumerate(batch.numbers):
                 parts[number] = [column[place] for column in columns]
 
-        ids, log_probabilities, negative_entropy = (
-            torch.cat([parts[number][index] for number in range(len(own_rows))]) for index in range(3)
+        ids, log_probabilities, negative_entropy, losses = (
+            torch.cat([parts[number][index] for number in range(len(own_rows))]) for index in range(4)
         )
         tensors = pack_ids(ids, high_bits(vocab_size))
         tensors["log_probabilities"] = log_probabilities
         tensors["negative_entropy"] = negative_entropy
+        tensors["losses"] = losses
         return tensors
 
-    with evaluating(teacher), stage("teacher", {}):
-        write_shards(Path(folder), manifest, rows, compute, teacher.config, reader)
+    with Output(folder).locked(), evaluating(teacher), stage("teacher", {}):
+        write_shards(Path(folder), manifest, rows, compute, (teacher.config, reader))
     return manifest
 
 
@@ -577,8 +587,8 @@ class TeacherFile:
         )
 
 
-class StoredTeacher:
-    """A teacher whose predictions are in a file. It replaces a `Teacher` in the loss of a Trainer.
+class StoredTeacher(Predictor):
+    """A teacher whose predictions are in a file. It replaces a `Teacher`.
 
     Attributes:
         file: The teacher file.
@@ -593,14 +603,20 @@ class StoredTeacher:
         alignment: TokenAlignment | None = None,
     ):
         self.file = file
+        self.model = None  # nothing runs
         self.tokenizer = tokenizer
         self.alignment = alignment
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Return no limit, because no logits are computed."""
+        return maxsize
 
     def place(self, accelerator: Any) -> None:
         """Do nothing, because no weights are placed."""
 
-    def predict(self, inputs: Mapping[str, Any], positions: Tensor) -> StoredPredictions:
-        """Return the predictions at some positions of a batch; see `Teacher.predict`."""
+    def predict(self, inputs: Mapping[str, Any], positions: Tensor) -> StoredPredictions:  # type: ignore[override]
+        """Return the predictions at some positions of a batch; see `Predictor.predict`."""
         documents = list(documents_of(inputs))
         places = torch.cat([flat[:-1] for flat, _ in documents])
         parts = [self.file.predictions(ids) for _, ids in documents]
@@ -610,6 +626,7 @@ class StoredTeacher:
             ids=torch.cat([part.ids for part in parts]),
             probabilities=torch.cat([part.probabilities for part in parts]),
             negative_entropy=torch.cat([part.negative_entropy for part in parts]),
+            losses=torch.cat([part.losses for part in parts]),
         )
         index = torch.zeros(inputs["input_ids"].numel(), dtype=torch.int64)
         index[places] = torch.arange(len(places))

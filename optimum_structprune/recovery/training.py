@@ -21,6 +21,8 @@ from .adapter import LIBRARY_ERRORS
 from .attach import attach_loaded_teacher
 from .learning_rate import lower_rate_of_token_rows_
 from .teacher import Teacher
+from .teacher_cache import CachedData
+from .teacher_file import StoredTeacher
 from .training_data import RecoveryData
 
 
@@ -158,9 +160,9 @@ class EvaluateLastStep(TrainerCallback):
 def recovery_trainer(
     model: Any,
     arguments: TrainingArguments,
-    data: RecoveryData,
+    data: RecoveryData | CachedData,
     collator: SampleCollator,
-    teacher: Teacher | None,
+    teacher: Teacher | StoredTeacher | None,
     callbacks: Sequence[TrainerCallback],
 ) -> Trainer:
     """Return a Trainer for the data of a recovery, with the teacher attached.

@@ -102,6 +102,7 @@ class RecoveryData:
         counts_prompts: bool = True,
     ):
         text = text_config(config, pruning, seq_length)
+        self.seq_length = seq_length
         self.teacher = teacher
         reader: Any = model
         reader_tokenizer = tokenizer

@@ -22,7 +22,7 @@ from ..widths.allocation import widths_of
 from ..widths.budget import budget_of, removed_parameters
 from ..widths.legal import legal_widths
 from .layer_trials import LAYER_TOKENS, SHAPE_TOKENS, Curves, Key, LayerTrials
-from .trials import Candidate, Divergence, Trials
+from .trials import Candidate, Divergence, Trials, record_shapes
 
 
 def final_widths(request: PruningRequest, state: RunState) -> Widths:
@@ -59,19 +59,7 @@ def choose_shape(state: RunState, config: StructPruneConfig) -> Widths:
             shape_trials = Trials(state, Divergence(state), SHAPE_TOKENS)
             losses = [shape_trials.loss(candidate.widths) for candidate in candidates]
 
-    best = losses.index(min(losses))
-    for index, candidate in enumerate(candidates):
-        state.report.shapes.append(
-            {
-                "proposed_by": candidate.name,
-                "widths": candidate.widths,
-                "predicted_loss": candidate.predicted_loss,
-                "loss": losses[index],
-                "chosen": index == best,
-            }
-        )
-    chosen: Widths = candidates[best].widths
-    return chosen
+    return record_shapes(state.report, candidates, losses)
 
 
 class Search:

@@ -1,7 +1,7 @@
 """Trials of shapes: prune the model of a run for a measurement, and restore it afterwards.
 
 A search proposes candidates, measures the loss of each in a trial, and takes a candidate with a small loss. A judge
-measures the loss: `Divergence` or `HeldOutText`.
+measures the loss: `Divergence` or `SeveralTexts`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..arch.meta import positions_of
 from ..arch.modules import copy_with_shared_weights
 from ..arch.spec import VOCAB, Width, Widths
+from ..config.domains import OTHER
 from ..measure.losses import measure_all, totals
 from ..measure.probe import Probe
 from ..measure.text import ROW, Text
 from ..measure.vectors import embed
+from ..record.report import Report
+from ..sources.unseen import texts_for_choices
 from ..steps.base import RunState
 from ..steps.resize import drop_tokens_
 from ..steps.temporary import temporarily_pruned
@@ -30,7 +33,7 @@ from ..system.processes import broadcast_object
 
 
 # The number of held-out tokens that compare models with different tokens.
-HELDOUT_TOKENS = 8192
+HELDOUT_TOKENS = 4096
 
 
 class Candidate(NamedTuple):
@@ -45,6 +48,22 @@ class Candidate(NamedTuple):
     name: str
     widths: Widths
     predicted_loss: float | None = None
+
+
+def record_shapes(report: Report, candidates: Sequence[Candidate], losses: Sequence[float]) -> Widths:
+    """Return the widths of the candidate with the smallest loss, and record all candidates in a report."""
+    best = losses.index(min(losses))
+    for index, candidate in enumerate(candidates):
+        report.shapes.append(
+            {
+                "proposed_by": candidate.name,
+                "widths": candidate.widths,
+                "predicted_loss": candidate.predicted_loss,
+                "loss": losses[index],
+                "chosen": index == best,
+            }
+        )
+    return candidates[best].widths
 
 
 class Judge(Protocol):
@@ -119,12 +138,17 @@ class Divergence:
         return float(self.data.mean(self.probe.losses(model)))
 
 
-class HeldOutText:
-    """The judge of shapes with different tokens: held-out text, which each model reads with its own tokenizer.
+class SeveralTexts:
+    """The judge of shapes with different tokens: texts that each model reads with its own tokenizer.
 
-    The loss of a causal language model is the increase of its loss in nats per token of the dense model. For another
-    model, a piece has the loss 1 - cos, from the mean last hidden states of both models, and the loss is the mean over
-    pieces.
+    The loss of a causal language model is
+
+        loss = mean over the sources of (loss on the source - loss of the dense model on the source)
+
+    in nats per token of the dense model. The sources are held-out text of the domains (the mean by their weights),
+    built-in text that the run has not read, and text that the dense model writes. A short run has no written text. For
+    another model, a piece of held-out text has the loss 1 - cos, from the mean last hidden states of both models, and
+    the loss is the mean over pieces.
     """
 
     def __init__(self, state: RunState, tokenizer: PreTrainedTokenizerBase):
@@ -133,23 +157,27 @@ class HeldOutText:
         tokens = HELDOUT_TOKENS // len(state.data.domains)
         self.texts: dict[str, Text] = {}
         for domain in state.data.domains:
-            text = Text.short(domain.probe_or_heldout, tokenizer, tokens)
-            if self.causal:
-                text = text.cut(positions_of(state.model))
-            self.texts[domain.name] = text
+            self.texts[domain.name] = Text.short(domain.probe_or_heldout, tokenizer, tokens)
 
-        self.dense_losses = torch.zeros(len(self.texts))
+        self.dense_losses = torch.zeros(0)
         self.dense_states: list[Tensor] = []
-        if self.causal:
-            self.dense_losses = self._losses(state.model, tokenizer)
-        else:
+        if not self.causal:
             self.dense_states = self._states(state.model, tokenizer)
+            return
+
+        for text in texts_for_choices(state.config, state.model, tokenizer, state.data.domains, state.manifest()):
+            self.texts[f"{OTHER} {text.source}"] = Text(text.rows, tokenizer=tokenizer)
+            state.entries += text.entries
+        self.texts = {name: text.cut(positions_of(state.model)) for name, text in self.texts.items()}
+        self.dense_losses = self._losses(state.model, tokenizer)
 
     def loss(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> float:
-        """Return the mean loss of a smaller model over the domains."""
+        """Return the mean loss of a smaller model over the sources."""
         assert tokenizer is not None
         if self.causal:
-            return float(self.data.mean(self._losses(model, tokenizer) - self.dense_losses))
+            increases = self._losses(model, tokenizer) - self.dense_losses
+            num_domains = len(self.data.domains)
+            return float(torch.cat([self.data.mean(increases[:num_domains])[None], increases[num_domains:]]).mean())
 
         losses = []
         for states, dense_states in zip(self._states(model, tokenizer), self.dense_states, strict=True):
@@ -157,7 +185,7 @@ class HeldOutText:
         return float(self.data.mean(torch.stack(losses)))
 
     def _losses(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-        """Return the loss of each domain in nats per dense token, shape `(domains,)`."""
+        """Return the loss on each text in nats per dense token, shape `(texts,)`."""
         texts = {name: text.for_tokenizer(tokenizer, model) for name, text in self.texts.items()}
         losses = []
         for name, measured in measure_all(model, texts).items():

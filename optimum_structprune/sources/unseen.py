@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from math import ceil
@@ -28,6 +29,8 @@ from ..system.processes import broadcast_object, process_index
 
 # The maximum number of tokens, over all documents.
 MAX_UNSEEN_TOKENS = 4096
+# The maximum number of tokens of each text that a search chooses by.
+TOKENS_FOR_CHOICES = 2048
 # The number of calibration tokens per token of unseen text. The measurement then takes less than a fifth of the run.
 CALIBRATION_PER_TOKEN = 10
 # The number of tokens of a document. Each document is one row, because the margin of error is over documents.
@@ -85,22 +88,59 @@ def unseen_text(
 
     sources = _sources(config, model, tokenizer, calibration_tokens, length, count)
     for source, read_documents in sources.items():
-        rows: dict[str, Tensor] = {}
-
-        # A source fails without a network, or if the model writes no usable text. Its rows up to then are used.
-        with suppress(StructPruneError):
-            texts = islice(read_documents(), TRIES_PER_DOCUMENT * count)
-            for document, row in _rows(texts, tokenizer, excluded, length):
-                rows[document] = row
-                if len(rows) == count:
-                    break
-
+        rows = _first_rows(read_documents, tokenizer, excluded, length, count)
         if len(rows) >= min(count, MIN_DOCUMENTS):
             samples = torch.stack(list(rows.values()))
             domain = Domain(OTHER, 0.0, samples[:0], samples, heldout_documents=tuple(rows))
             return UnseenText(source, list(samples), [Entry.of(domain, JUDGED)])
 
     return UnseenText(BUILT_IN)
+
+
+def texts_for_choices(
+    config: StructPruneConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    domains: Sequence[Domain],
+    earlier: Manifest,
+) -> Iterator[UnseenText]:
+    """Yield built-in text and text that the model writes, for a search that chooses by text beyond the domains.
+
+    The arguments are those of `unseen_text`. `earlier` has the unseen text of the run, which these texts exclude.
+    """
+    excluded = _excluded_documents(domains, earlier)
+    calibration_tokens = sum(domain.samples.numel() for domain in domains)
+    length = min(DOCUMENT_TOKENS, config.seq_length)
+    count = max(min(TOKENS_FOR_CHOICES, calibration_tokens // CALIBRATION_PER_TOKEN) // (length - 1), MIN_DOCUMENTS)
+
+    # Another seed, so that the model writes other text.
+    sources = _sources(replace(config, seed=config.seed + 2), model, tokenizer, calibration_tokens, length, count)
+    for source in (BUILT_IN, MODEL_WRITTEN):
+        if source in sources:
+            rows = _first_rows(sources[source], tokenizer, excluded, length, count)
+            if rows:
+                samples = torch.stack(list(rows.values()))
+                domain = Domain(OTHER, 0.0, samples[:0], samples[:0], probe=samples, probe_documents=tuple(rows))
+                yield UnseenText(source, list(samples), [Entry.of(domain, JUDGED)])
+
+
+def _first_rows(
+    read_documents: Callable[[], Iterator[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    excluded: set[str],
+    length: int,
+    count: int,
+) -> dict[str, Tensor]:
+    """Return the first `length` tokens of up to `count` documents of a source, shape `(length,)`, by their hashes."""
+    rows: dict[str, Tensor] = {}
+    # A source fails without a network, or if the model writes no usable text. Its rows up to then are used.
+    with suppress(StructPruneError):
+        texts = islice(read_documents(), TRIES_PER_DOCUMENT * count)
+        for document, row in _rows(texts, tokenizer, excluded, length):
+            rows[document] = row
+            if len(rows) == count:
+                break
+    return rows
 
 
 def _excluded_documents(domains: Sequence[Domain], earlier: Manifest | None) -> set[str]:

@@ -39,6 +39,7 @@ class RunState:
         inplace: Whether the caller holds `model`.
         entries: The text that was counted to choose tokens, that measured the model, or that trained it.
         changed: Whether weights were removed that cannot be restored.
+        chosen: The widths that a search has chosen for all spaces; None without a search.
     """
 
     model: PreTrainedModel
@@ -52,6 +53,7 @@ class RunState:
     inplace: bool = True
     entries: list[Entry] = field(default_factory=list)
     changed: bool = False
+    chosen: Widths | None = None
 
     def __post_init__(self) -> None:
         self.dense_arch = self.arch

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from math import ceil
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -35,19 +36,19 @@ class TrimVocabulary(Step):
 
     Args:
         request: The tokens to choose from.
-        divide: A function that chooses the number of tokens if other spaces share the budget.
+        choose: A function that chooses the widths of all spaces if other spaces share the budget.
         on_tokenizer: A function that gets the new tokenizer and the model before any token is removed.
     """
 
     def __init__(
         self,
         request: VocabularyRequest,
-        divide: Callable[[RunState, VocabularyRequest, Ranking], int],
+        choose: Callable[[RunState, VocabularyRequest, Ranking], Widths],
         on_tokenizer: Callable[[PreTrainedTokenizerBase, PreTrainedModel], None] = lambda tokenizer, model: None,
     ):
         super().__init__({VOCAB: request.rows})
         self.request = request
-        self.divide = divide
+        self.choose = choose
         self.on_tokenizer = on_tokenizer
 
     def prune_(self, state: RunState, widths: Widths) -> Plan:
@@ -63,7 +64,8 @@ class TrimVocabulary(Step):
             ranking = rank_tokens(request, domains, held_out, _expected(state))
             number = request.number
             if number is None:
-                number = self.divide(state, request, ranking)
+                state.chosen = self.choose(state, request, ranking)
+                number = cast("int", state.chosen.get(VOCAB, request.rows))
             if number >= request.rows:
                 return Plan(state.arch.model_type, {})
             return self._cut_(state, choose_tokens(request, ranking, number, domains))
@@ -103,15 +105,10 @@ class TrimVocabulary(Step):
 def config_of_the_rest(request: VocabularyRequest, state: RunState) -> StructPruneConfig | None:
     """Return the config of all other spaces after tokens were removed, or None if they keep their widths."""
     if request.budget is None:
-        return without_tokens(state.config, None)
+        return without_tokens(state.config)
 
-    # The plan does not have the vocabulary if all tokens were kept.
-    number = request.rows
-    if (MODEL, VOCAB) in state.plan.keep:
-        number = len(state.plan.keep[MODEL, VOCAB])
-    if request.budget.is_met_by({VOCAB: number}):
-        return None
-    return without_tokens(state.config, request.budget.budget.limits)
+    config = replace(state.config, targets=tuple(state.chosen or {VOCAB: request.rows}))
+    return without_tokens(config, request.budget.budget.limits)
 
 
 def _expected(state: RunState) -> Tensor | None:

@@ -208,3 +208,12 @@ def test_code_of_the_teacher_runs_only_with_the_flag(folder, interrupted_trainin
 
     trusted = [call.kwargs["trust_remote_code"] for call in interrupted_training.call_args_list]
     assert trusted == [True, False]
+
+
+@pytest.mark.slow
+def test_a_second_recovery_from_a_teacher_cache_needs_no_teacher(folder, tmp_path):
+    cache = ["--teacher-cache", str(tmp_path / "cache")]
+    line = recover_command(folder, *cache, output=tmp_path / "first")
+    assert main(line + ["--teacher", str(folder / "model")]) == 0
+    assert main(recover_command(folder, *cache, "--seed", "1", output=tmp_path / "second")) == 0
+    assert (tmp_path / "second" / "model.safetensors").is_file()

@@ -1,20 +1,24 @@
 """The comparison of two models on the same questions, and the lines about it."""
 
 from math import comb
+from random import Random
 
 import pytest
 from results import question
 
 from optimum_structprune.record.answers import (
-    answers_line,
+    answers_lines,
     answers_warning,
+    followed,
     mcnemar_p_value,
     outcome,
     paired,
     question_lines,
+    right_by_kind,
+    right_difference,
     sample_questions,
 )
-from optimum_structprune.record.figures import Answer, AnswersResult
+from optimum_structprune.record.figures import Answer, AnsweredQuestion, AnswersResult, Reading
 
 
 def paired_question(original, pruned, prompt="?", loops=()):
@@ -40,6 +44,81 @@ def test_the_test_of_mcnemar_equals_its_definition(wins, losses, verdict):
     assert measured_verdict == verdict
 
 
+@pytest.mark.parametrize(("both", "first_only", "last_only", "neither", "low", "high"), [
+    # Newcombe 1998, Statistics in Medicine 17:2635, table III, method 10.
+    (36, 12, 2, 0, 0.0569, 0.3404), (20, 12, 2, 16, 0.0562, 0.3292), (18, 12, 2, 18, 0.0562, 0.3290),
+    (30, 0, 0, 0, -0.1135, 0.1135),
+])  # fmt: skip
+def test_the_interval_of_a_paired_difference_equals_published_ones(both, first_only, last_only, neither, low, high):
+    questions = [paired_question(True, True)] * both + [paired_question(True, False)] * first_only
+    questions += [paired_question(False, True)] * last_only + [paired_question(False, False)] * neither
+
+    difference = right_difference(AnswersResult(questions))
+
+    # The paper has the first share minus the second.
+    assert -difference.high == pytest.approx(low, abs=5e-4)
+    assert -difference.low == pytest.approx(high, abs=5e-4)
+
+
+def test_the_interval_of_a_paired_difference_covers_it():
+    """Of 300 samples of 64 questions, about 95 % have an interval that covers the difference of all questions."""
+    generator = Random(0)
+    shares = {(True, True): 0.5, (True, False): 0.12, (False, True): 0.05, (False, False): 0.33}
+    covered = 0
+    for _ in range(300):
+        pairs = generator.choices(list(shares), list(shares.values()), k=64)
+        low, high = right_difference(AnswersResult([paired_question(*pair) for pair in pairs]))[1:]
+        covered += low <= 0.05 - 0.12 <= high
+    assert covered >= 0.92 * 300
+
+
+def read_question(tokens, agreed, first, log_probability, text="four"):
+    """Return a question whose answer the original model and another model have read."""
+    own = Reading(tokens, tokens, tokens, -1.0)
+    reading = Reading(tokens, agreed, first, log_probability)
+    return AnsweredQuestion(
+        "facts",
+        "?",
+        {
+            "original": Answer(text, True, False, True, tokens, own),
+            "pruned": Answer("", True, False, True, 0, reading),
+        },
+    )
+
+
+def test_figures_of_reading_are_means_over_tokens_questions_and_bytes():
+    result = AnswersResult(
+        [
+            read_question(10, 9, 4, -3.0),
+            read_question(30, 15, 0, -5.0, text="twelve bytes"),
+            question({"original": True, "pruned": True}),
+        ]
+    )
+
+    agreement, first, log_probability = followed(result, "pruned")
+
+    assert agreement.value == pytest.approx(24 / 40)
+    assert first.value == pytest.approx(2)
+    assert log_probability.value == pytest.approx(-6 / 16)
+    for interval in (agreement, first, log_probability):
+        assert interval.low < interval.value < interval.high
+    assert followed(AnswersResult([read_question(10, 9, 4, -3.0)]), "pruned") is None
+    assert "agreement 0.600 ± " in answers_lines(result)[1]
+
+
+def test_an_interval_of_equal_answers_is_not_empty():
+    agreement = followed(AnswersResult([read_question(10, 10, 10, -1.0)] * 32), "pruned").agreement
+    assert agreement.low < agreement.value == 1.0
+
+
+def test_correct_answers_are_shown_by_kind_from_twenty_questions_on():
+    few = AnswersResult([paired_question(True, False)] * 19)
+    many = AnswersResult([paired_question(True, False)] * 20)
+    assert right_by_kind(few, "original") == {}
+    assert right_by_kind(many, "original") == {"facts": (20, 20)}
+    assert right_by_kind(many, "pruned") == {"facts": (0, 20)}
+
+
 def test_more_repetitive_answers_are_worse():
     repetitive_pruned = AnswersResult([paired_question(True, True, loops=["pruned"])] * 9)
     repetitive_original = AnswersResult([paired_question(True, True, loops=["original"])] * 9)
@@ -62,10 +141,12 @@ def test_sample_questions_show_all_outcomes():
     assert sample_questions(None) == []
 
 
-def test_answers_are_summarized_in_one_line():
+def test_answers_are_summarized():
     answers = AnswersResult([paired_question(True, False)] * 5 + [paired_question(True, True)])
 
-    assert answers_line(answers) == "6 test questions: correct 6 → 1, repetitive 0 → 0, finished on their own 6 → 6"
+    assert answers_lines(answers) == [
+        "6 test questions: correct 6 → 1 (-83 points, 95%: -97 to -28), repetitive 0 → 0, finished on their own 6 → 6"
+    ]
 
 
 def test_only_a_significant_loss_of_correct_answers_causes_a_warning():

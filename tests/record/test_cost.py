@@ -322,3 +322,15 @@ def test_a_recovery_that_cannot_fit_is_refused_before_text_is_read(monkeypatch):
         recover(build("llama-tied"), tokenizer(), settings)
     with pytest.raises(StructPruneError, match="The recovery takes at least"):
         dry_run(build("llama-tied").config, config(recovery=settings), dtype=torch.float32)
+
+
+def test_a_teacher_cache_trades_memory_for_disk():
+    live = recovering(tokens=10_000)
+    cached = recovery_cost(
+        RecoveryConfig(tokens=10_000), build("llama-tied"), build("llama-tied"), 32, cache_bytes=1_120_000
+    )
+
+    assert cached.total == live.total - live.memory["teacher"]
+    assert sum(cached.work.values()) == pytest.approx(sum(live.work.values()))
+    assert cached.work["recovery"] < live.work["recovery"]
+    assert cached.disk == 1_120_000 and live.disk == 0

@@ -24,7 +24,7 @@ def loss_lines(report: Report) -> list[str]:
 
 
 def test_a_pruning_is_summarized_in_twelve_lines():
-    report = results.report([1.39, 1.2], margin=0.08, unseen_ratio=1.5, asked=results.answers(kept=10))
+    report = results.report([1.39, 1.2], margin=0.08, unseen_ratio=1.5, asked=results.answers(kept=20))
     report.widths = {"mlp": dict.fromkeys(range(30), 1216)}
     report.original_widths = {"mlp": 1536}
     report.target = 0.125
@@ -46,7 +46,7 @@ def test_a_pruning_is_summarized_in_twelve_lines():
 
 
 def test_a_recovery_is_summarized_in_one_table_and_one_verdict():
-    report = results.report([1.4], unseen_ratio=1.5, asked=results.answers(kept=10))
+    report = results.report([1.4], unseen_ratio=1.5, asked=results.answers(kept=20))
     report.recovery = results.recovery((1.42, 1.08), kept_step=4, answers=results.answers())
     report.recovery.unseen = results.unseen(1.5, 1.2, margin=0.05)
 
@@ -202,7 +202,7 @@ def test_an_infinite_loss_is_stated_in_words():
     shape = {"proposed_by": "one width", "widths": {"mlp": 8}, "loss": None, "chosen": True}
     report.shapes = [shape, shape]
 
-    assert "Chosen: one width (FFN channels 8), KL not finite" in list(View(report).details)
+    assert "Chosen: one width (FFN channels 8), loss not finite" in list(View(report).details)
 
 
 def test_vocabulary_trimming_widens_the_interval_of_unseen_text():

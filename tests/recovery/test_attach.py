@@ -25,7 +25,7 @@ from transformers import (
     default_data_collator,
 )
 
-from optimum_structprune import StructPruneError, attach_pruner, attach_teacher
+from optimum_structprune import StructPruneError, attach_pruner, attach_teacher, write_teacher
 from optimum_structprune.arch.meta import is_offloaded
 from optimum_structprune.recovery.teacher import load_teacher
 
@@ -497,8 +497,11 @@ def test_divided_sequences_are_refused(method, tmp_path, monkeypatch):
 # --- several processes
 # accelerate allows FSDP and tensor parallelism only where processes have GPUs, and PyTorch's work on CPUs too.
 PRETEND_GPUS = """
+import os
+
 import accelerate.state as state
 
+os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"  # DDP on CPUs takes no devices
 original_init = state.PartialState.__init__
 
 def init_as_gpu(self, *args, **kwargs):
@@ -516,7 +519,7 @@ import json, os, sys
 import torch
 
 torch.set_num_threads(1)
-launch, case, lora, folder = sys.argv[1:5]
+launch, case, lora, source, folder = sys.argv[1:6]
 if launch == "fsdp2":
     os.environ.update(
         ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
@@ -538,7 +541,8 @@ processes = int(os.environ.get("WORLD_SIZE", 1))
 trainer = trainer_for(
     model, folder, labelled_rows(64), per_device_train_batch_size=4 // processes, gradient_accumulation_steps=2
 )
-attach_teacher(trainer, build(case, seed=1), task_weight=0.1)
+teacher = build(case, seed=1) if source == "memory" else source
+attach_teacher(trainer, teacher, task_weight=0.1)
 trainer.train()
 
 metrics = trainer.evaluate()
@@ -559,24 +563,15 @@ def read_results(folder):
     return json.loads((folder / "logs.json").read_text()), load_file(folder / "weights")
 
 
-def train_in_one_process(folder, case, lora):
+def train_in_processes(run, folder, launch, *arguments):
     folder.mkdir()
-    on_one_rank(SCRIPT, folder, "one", case, lora, folder)
+    run(SCRIPT, folder, launch, *arguments, folder)
     return read_results(folder)
 
 
-def train_in_two_processes(folder, launch, case, lora):
-    folder.mkdir()
-    on_two_ranks(SCRIPT, folder, launch, case, lora, folder)
-    return read_results(folder)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("case", "lora"), [("llama-tied", False), ("llama-untied", True)])
-@pytest.mark.parametrize("launch", ["ddp", "fsdp2"])
-def test_two_processes_train_like_one(launch, case, lora, tmp_path):
-    expected, expected_weights = train_in_one_process(tmp_path / "one", case, lora)
-    results, weights = train_in_two_processes(tmp_path / "two", launch, case, lora)
+def assert_two_processes_train_like_one(folder, launch, *arguments):
+    expected, expected_weights = train_in_processes(on_one_rank, folder / "one", "one", *arguments)
+    results, weights = train_in_processes(on_two_ranks, folder / "two", launch, *arguments)
 
     kinds = {"ddp": "MULTI", "fsdp2": "FSDP"}
     assert kinds[launch] in results["type"]
@@ -585,6 +580,20 @@ def test_two_processes_train_like_one(launch, case, lora, tmp_path):
     assert weights.keys() == expected_weights.keys()
     for name, weight in expected_weights.items():
         torch.testing.assert_close(weights[name], weight, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "lora"), [("llama-tied", False), ("llama-untied", True)])
+@pytest.mark.parametrize("launch", ["ddp", "fsdp2"])
+def test_two_processes_train_like_one(launch, case, lora, tmp_path):
+    assert_two_processes_train_like_one(tmp_path, launch, case, lora, "memory")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", ["ddp", "fsdp2"])
+def test_two_processes_with_a_teacher_file_train_like_one(launch, tmp_path):
+    write_teacher(build("llama-untied", seed=1), labelled_rows(64), tmp_path / "file")
+    assert_two_processes_train_like_one(tmp_path, launch, "llama-untied", False, tmp_path / "file")
 
 
 EVALUATION = """

@@ -8,7 +8,10 @@ import pytest
 import torch
 from helpers import on_one_rank, on_two_ranks
 from models import build
+from recovery.test_attach import labelled_rows
 from safetensors.torch import load_file
+
+from optimum_structprune import write_teacher
 
 
 BUILD = Path(__file__).parents[2] / "build"
@@ -106,6 +109,7 @@ def deepspeed_environment() -> dict[str, str]:
         ("llama-untied", True, "student in memory"),
         ("llama-untied", False, "student before arguments"),
         ("llama-untied", False, "student after arguments"),
+        ("llama-untied", False, "teacher file"),
     ],
 )
 def test_two_processes_with_sharded_weights_train_like_one_process(case, lora, order, tmp_path, monkeypatch):
@@ -115,6 +119,9 @@ def test_two_processes_with_sharded_weights_train_like_one_process(case, lora, o
     teacher = tmp_path / "teacher"
     build(case, seed=1).save_pretrained(teacher)
     build(case).save_pretrained(teacher / "student")
+    if order == "teacher file":
+        write_teacher(build(case, seed=1), labelled_rows(64), tmp_path / "file")
+        teacher = tmp_path / "file"
 
     single = tmp_path / "single"
     single.mkdir()

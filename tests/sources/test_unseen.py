@@ -11,10 +11,11 @@ from models import real_text_model
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruner
 from optimum_structprune.domains import generated
 from optimum_structprune.domains.load import load_domains
+from optimum_structprune.domains.manifest import Manifest
 from optimum_structprune.margins import MIN_DOCUMENTS, MIN_RELATIVE_MARGIN
 from optimum_structprune.record.view import View
 from optimum_structprune.sources import unseen as unseen_module
-from optimum_structprune.sources.unseen import respelled, unseen_text
+from optimum_structprune.sources.unseen import respelled, texts_for_choices, unseen_text
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,21 @@ def test_unseen_text_is_excluded_from_calibration(writer, monkeypatch, min_token
     text_of_run = " ".join(samples_of_run)
     unseen_texts = [tokenizer.decode(row[1:]) for row in unseen.rows]
     assert [text for text in unseen_texts if text in text_of_run] == []
+
+
+def test_text_for_choices_is_neither_read_nor_measured_by_the_run(writer):
+    model, tokenizer = writer
+    config = settings(domains=[DomainConfig(name="a", source="builtin:general")], general_share=0.0)
+    domains = load_domains(config, tokenizer, model)
+    unseen = unseen_text(config, model, tokenizer, domains)
+    manifest = Manifest.of(config, domains, tokenizer).with_entries(unseen.entries)
+
+    texts = list(texts_for_choices(config, model, tokenizer, domains, manifest))
+    assert [text.source for text in texts] == ["built-in", "model-written"]
+    for text in texts:
+        documents = text.entries[0].probe_documents
+        assert len(documents) == len(text.rows) >= MIN_DOCUMENTS
+        assert manifest.uses().keys().isdisjoint(documents)
 
 
 def test_a_model_that_loses_nothing_has_the_dense_perplexity_on_unseen_text(writer):
