@@ -145,8 +145,7 @@ def test_answers_are_summarized():
     answers = AnswersResult([paired_question(True, False)] * 5 + [paired_question(True, True)])
 
     assert answers_lines(answers) == [
-        "6 test questions: correct 6 → 1 (-83 points, 95%: -97 to -28), repetitive 0 → 0, "
-        "finished on their own 6 → 6"
+        "6 test questions: correct 6 → 1 (-83 points, 95%: -97 to -28), repetitive 0 → 0, finished on their own 6 → 6"
     ]
 
 
