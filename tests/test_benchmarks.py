@@ -39,7 +39,6 @@ def test_figures_measures_a_folder_against_the_original(tmp_path, capsys, monkey
     figures = import_module("figures")
     monkeypatch.setattr(figures, "SAMPLES", 1)
     monkeypatch.setattr(figures, "SEQ_LENGTH", 32)
-    monkeypatch.setattr(figures, "QUESTIONS", 1)
     names = [f"heldout/{name}" for name in figures.DOMAINS]
     names.append("unseen/letters")
     texts = list(islice(builtin_documents("prose"), 12))
@@ -49,12 +48,13 @@ def test_figures_measures_a_folder_against_the_original(tmp_path, capsys, monkey
         write_texts(path, texts)
 
     model = str(tmp_path / "model")
-    main_of("figures")(["measure", model, str(tmp_path), model, "--answers", "--speed"])
+    main_of("figures")(["measure", model, str(tmp_path), model, "--answers", "--questions", "4", "--speed"])
     row = json.loads(capsys.readouterr().out)
     assert row["parameters"] == 0
     assert row["heldout"] == row["unseen"] == 1
     assert row["heldout_kl"] == pytest.approx(0, abs=1e-6)
     assert row["right"] == row["right_of_dense"]
+    assert row["log_probability"] == pytest.approx(0, abs=1e-6)
     assert row["speedup"] > 0
 
 

@@ -11,8 +11,8 @@ Then the script prints the table of all results, and writes the rows that match 
 between `<!-- table: begin -->` and `<!-- table: end -->`.
 
 Perplexity is relative to the original model, ± the standard deviation over seeds or, of one seed, the standard error
-over samples. "Of FLAP's loss" is the ratio of its logarithm to the logarithm for FLAP with the same seed. "Answers
-kept" counts the built-in questions that the original model also answers correctly. Forms with fewer than 16 bits are
+over samples. "Of FLAP's loss" is the ratio of its logarithm to the logarithm for FLAP with the same seed. "Correct
+answers" counts the built-in questions, and "original" those of the original model. Forms with fewer than 16 bits are
 files that llama.cpp quantized.
 """
 
@@ -70,7 +70,7 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 # The original model in three bits is about as large as a model in four bits without a fifth of its channels.
 FORMS = {DENSE: (FULL, "Q4_K_M", "Q3_K_M"), OURS: (FULL, "Q4_K_M")}
-HEAD = ["of all parameters", "MB", "same kinds", "other kinds", "of FLAP's loss", "answers kept", "minutes", "seeds"]
+HEAD = ["of all parameters", "MB", "same kinds", "other kinds", "of FLAP's loss", "right answers", "minutes", "seeds"]
 MARKED = re.compile("(<!-- table: begin -->\n).*(<!-- table: end -->)", re.DOTALL)
 
 
@@ -255,19 +255,13 @@ def figures(results: dict[Cell, dict[str, Any]], cells: Sequence[Cell]) -> list[
 
     answers = "-"
     if dense["right"]:
-        number = fmean(both_correct(result, dense) for result in row)
-        answers = f"{number:.0f} of {sum(dense['right'])}"
+        number = fmean(sum(result["right"]) for result in row)
+        answers = f"{number:.0f} of {len(dense['right'])}, original {sum(dense['right'])}"
 
     megabytes = f"{fmean(result['bytes'] for result in row) / 1e6:.1f}"
     same_kinds, other_kinds = perplexity_texts(row, dense)
     flap = share_of_flap(results, cells)
     return [removed, megabytes, same_kinds, other_kinds, flap, answers, minutes, f"{len(cells)}"]
-
-
-def both_correct(result: dict[str, Any], dense: dict[str, Any]) -> int:
-    """Count the questions that a model and the original model answer correctly."""
-    pairs = zip(result["right"], dense["right"], strict=True)
-    return sum(correct and dense_correct for correct, dense_correct in pairs)
 
 
 def perplexity_texts(row: Sequence[dict[str, Any]], dense: dict[str, Any]) -> list[str]:

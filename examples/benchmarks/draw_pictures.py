@@ -59,9 +59,6 @@ RECOVERY = {
 }
 # The field, the colour and the style of a curve of the recovery, by its label.
 RECOVERY_CURVES = {"unseen": ("unseen", FLAP, "s--"), "held-out": ("heldout", OURS, "o-")}
-# The number of questions, and the number that the original model answers right in bfloat16.
-QUESTIONS = 60
-ORIGINAL_RIGHT = 56
 
 
 def curve(figures: Mapping[str, Mapping[str, Any]], prefix: str) -> dict[int, float]:
@@ -127,39 +124,28 @@ def draw_quality(figure: Figure, figures: Mapping[str, Mapping[str, Any]]) -> No
 
 
 def draw_recovery(figure: Figure, figures: Mapping[str, Mapping[str, Any]]) -> None:
-    """Draw perplexity and correct answers by the number of training tokens."""
-    left, right = figure.subplots(1, 2)
+    """Draw perplexity by the number of training tokens."""
+    axes = figure.subplots()
     figure.subplots_adjust(0.06, 0.15, 0.98, 0.82, wspace=0.25)
     figure.suptitle("Recovery of SmolLM2-135M without 17% of its FFN channels")
     points = [figures[name] for name in RECOVERY.values()]
 
     for label, (field, colour, style) in RECOVERY_CURVES.items():
         ratios = [point[field] for point in points]
-        left.plot(range(len(ratios)), ratios, style, color=colour, label=label, gid=f"curve {label}")
+        axes.plot(range(len(ratios)), ratios, style, color=colour, label=label, gid=f"curve {label}")
         for place, ratio in enumerate(ratios):
-            left.annotate(
+            axes.annotate(
                 f"{ratio:.3f}", (place, ratio), (0, 6), textcoords="offset points", color=colour, ha="center"
             )
 
-    left.set(xlim=(-0.3, 3.3), ylim=(1, 1.5), xlabel="training tokens")
-    left.set_yticks([1, 1.2, 1.4], ["1×", "1.2×", "1.4×"])
-    left.grid(axis="y")
-    left.set_title("perplexity, relative to the original model")
-    left.legend(frameon=False, loc="lower left", labelcolor=INK)
+    axes.set(xlim=(-0.3, 3.3), ylim=(1, 1.5), xlabel="training tokens")
+    axes.set_yticks([1, 1.2, 1.4], ["1×", "1.2×", "1.4×"])
+    axes.grid(axis="y")
+    axes.set_title("perplexity, relative to the original model")
+    axes.legend(frameon=False, loc="lower left", labelcolor=INK)
 
-    numbers = [point["right"] for point in points]
-    for place, (label, number) in enumerate(zip(RECOVERY, numbers, strict=True)):
-        right.bar(place, number, width=0.5, color=OURS, gid=f"bar {label}")
-        right.annotate(f"{number}", (place, number), (0, 4), textcoords="offset points", ha="center")
-
-    right.axhline(ORIGINAL_RIGHT, color=TAYLOR, linestyle=":")
-    right.annotate(f"original: {ORIGINAL_RIGHT}", (-0.45, ORIGINAL_RIGHT), (0, 3), textcoords="offset points")
-    right.set(xlim=(-0.5, 3.5), ylim=(0, 65), xlabel="training tokens")
-    right.set_title(f"correct answers to {QUESTIONS} questions")
-
-    for axes in (left, right):
-        axes.set_facecolor("none")
-        axes.set_xticks(range(len(RECOVERY)), list(RECOVERY))
+    axes.set_facecolor("none")
+    axes.set_xticks(range(len(RECOVERY)), list(RECOVERY))
 
 
 def picture(figures: Mapping[str, Mapping[str, Any]], draw: Callable[..., None]) -> str:

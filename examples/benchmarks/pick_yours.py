@@ -1,7 +1,7 @@
 """Prune a model with several commands, and print the results as a table.
 
     python examples/benchmarks/pick_yours.py MODEL FOLDER [--row "FLAGS OF PRUNE" ...] [--other NAME=SOURCE ...]
-        [--num-samples 8] [--questions 120]
+        [--num-samples 8] [--questions 640]
 
 The first row is the original model. Each other row is `structprune prune MODEL … FLAGS`. The script exports all models
 in eight bits for llama.cpp, and shows both sizes. transformers evaluates the models in fp32. The table has the number
@@ -41,7 +41,7 @@ HEAD = [
     "parameters",
     "MB in 16 bits, in Q8_0",
     "tokens/s",
-    "answers kept",
+    "correct answers",
     "held-out",
     "other text",
     "languages lost",
@@ -97,9 +97,8 @@ def measure_row(args: Namespace, flags: str, folder: Path) -> dict[str, Any]:
     row["before"] = dense.num_parameters()
     row["same"] = mean_ratio(ratios_of(report.domains).values())[0]
 
-    correct = [question for question in evaluation.answers.questions if question.first.right]
-    row["kept"] = sum(question.last.right for question in correct)
-    row["of"] = len(correct)
+    row["right_before"], row["right"] = evaluation.answers.counts("right")
+    row["questions"] = len(evaluation.answers.questions)
     row["other"] = mean_ratio(ratios_of(evaluation.domains).values())[0]
 
     languages = dict(known_languages(report.languages))
@@ -127,10 +126,10 @@ def cells_of(model: str, flags: str, row: dict[str, Any]) -> list[str]:
     speed = f"{row['tokens_per_second']:.1f}"
     if not flags:
         parameters = f"{row['parameters'] / 1e6:.0f}M"
-        return [model, DENSE, parameters, megabytes, speed, "all", "× 1", "× 1", "none"]
+        return [model, DENSE, parameters, megabytes, speed, "–", "× 1", "× 1", "none"]
 
     removed = f"−{100 - 100 * row['parameters'] / row['before']:.0f} %"
-    answers = f"{row['kept']} of {row['of']}"
+    answers = f"{row['right_before']} → {row['right']} of {row['questions']}"
     languages = "none"
     if row["known"]:
         languages = f"{row['lost']} of {row['known']}"
@@ -181,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--row", action="append", metavar="FLAGS", help="flags of `structprune prune`; repeatable")
     parser.add_argument("--other", nargs="+", default=OTHER, metavar="NAME=SOURCE", help="other text to evaluate on")
     parser.add_argument("--num-samples", type=int, default=8, help="samples of each text")
-    parser.add_argument("--questions", type=int, default=120)
+    parser.add_argument("--questions", type=int, default=640)
 
     args = parser.parse_args(argv)
 

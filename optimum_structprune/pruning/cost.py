@@ -29,7 +29,7 @@ SOFTMAX = 60
 # domain, of the text that judges a trial, and of a trial that divides a budget.
 HELDOUT = 2000
 UNSEEN = 2048
-ANSWERS = 16 * 64
+ANSWERS = 32 * 64
 LANGUAGES = 2048
 EXPECTED = 4096
 FEW_DOCUMENTS = 12 * 64

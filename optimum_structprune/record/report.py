@@ -77,7 +77,7 @@ class ResultRecord(Record):
         if version == 2:
             values = converted(values)
         if isinstance(values.get("answers"), dict):
-            # Records of August 2026 have the KL divergence along the answers.
+            # Older records have the KL divergence along the answers.
             values["answers"].pop("divergence", None)
         return cls.from_dict(values, str(path))
 

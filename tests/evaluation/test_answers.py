@@ -11,14 +11,15 @@ import yaml
 from helpers import save_with_tokenizer, with_tokens
 from models import CHATML, build, real_text_model
 from torch.nn.functional import log_softmax
+from trained import needs_shared, stories_config, stories_model
 from transformers import GenerationConfig
 
-from optimum_structprune import StructPruneError, evaluate
+from optimum_structprune import StructPruneError, StructPruner, evaluate
 from optimum_structprune.commands.cli import main
 from optimum_structprune.domains.generated import SEED_PROMPTS
 from optimum_structprune.evaluation import answers
 from optimum_structprune.evaluation.answers import ShortCheck, ask, read_answers, read_questions
-from optimum_structprune.record.answers import followed, paired, sample_questions
+from optimum_structprune.record.answers import followed, paired, right_difference, sample_questions
 from optimum_structprune.record.figures import AnswersResult
 from optimum_structprune.record.report import Report
 from optimum_structprune.recovery.prompts import builtin_prompts
@@ -298,6 +299,29 @@ def test_a_model_agrees_with_itself():
     # The text of a random model may have another spelling than the tokens that it has written.
     assert agreement == followed(result, "original").agreement
     assert paired(result, "right") == ("alike", 1.0)
+
+
+@pytest.mark.nightly
+@needs_shared
+def test_the_judge_is_fair():
+    """A model in bf16 and in fp32 is alike, and the interval of half of the questions covers the other half."""
+    original, tokenizer = stories_model()
+    rounded = deepcopy(original).bfloat16()
+    pruned = StructPruner(stories_config(widths={"mlp": 152})).prune_model(deepcopy(original), tokenizer)
+    options = {"dense": original, "answers": "builtin", "max_new_tokens": 24}
+
+    equal = evaluate(rounded, tokenizer, **options).answers
+    worse = evaluate(pruned, tokenizer, **options).answers
+
+    difference = right_difference(equal)
+    assert difference.low <= 0 <= difference.high
+    assert abs(followed(equal, "pruned").log_probability.value) < 0.01
+    assert followed(worse, "pruned").log_probability.high < followed(equal, "pruned").log_probability.low
+
+    # The distance of two halves has the variance of both.
+    first, second = (followed(AnswersResult(worse.questions[half::2]), "pruned") for half in range(2))
+    for interval, other in zip(first, second, strict=True):
+        assert abs(interval.value - other.value) <= 2**0.5 * (interval.high - interval.value)
 
 
 def test_the_answers_of_the_original_model_are_cached(monkeypatch, tmp_path):
