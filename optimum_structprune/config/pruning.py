@@ -82,8 +82,8 @@ class StructPruneConfig(Config):
             `expert`, `hidden`, `layer`, `vocab`. `structprune inspect` shows the spaces of a model. The default is
             `mlp`, and all channels inside the layers for a model without `mlp`. Under a budget of parameters or bytes,
             `vocab` is a target too if tokens are a large part of the model, and trials decide whether these tokens,
-            `mlp` or `attention` shrink. If the allocation measures losses, the default is `mlp` and `attention`, as far as the model has them and their layers may differ. Under a budget
-            of the cache it is `attention`.
+            `mlp` or `attention` shrink. If the allocation measures losses, the default is `mlp` and `attention`, as
+            far as the model has them and their layers may differ. Under a budget of the cache it is `attention`.
         keep_tokens: Tokens that a pruned vocabulary (`vocab`) keeps: a file with a token or a text in each line, or a
             regular expression that matches the text of tokens.
         languages: Codes of languages to keep where a vocabulary is pruned (`vocab`), such as `de,en`. Their words are
