@@ -219,6 +219,18 @@ def test_a_trim_of_tokens_prunes_no_layers():
     assert stages["languages"] > 0
 
 
+def test_trials_divide_a_budget_that_tokens_share():
+    model, reader = real_text_model()
+    stages = {}
+    for targets in (("vocab", "mlp"), ("mlp",)):
+        settings = fewer_tokens(widths=None, targets=targets, budget={"parameters": 0.8})
+        request = resolve_request(settings, ModelInfo.of(model), reader)
+        stages[targets] = pruning_cost(request).work
+
+    assert stages["vocab", "mlp"]["search"] > stages["vocab", "mlp"]["pruning"]
+    assert "search" not in stages["mlp",]
+
+
 def test_only_a_causal_model_in_memory_writes_text():
     from_model = work(replace(SETTINGS, general_share=0.5, general_text="self:code"))
     assert from_model["writing"] > 2 * work()["writing"]

@@ -1,12 +1,17 @@
 """A budget that tokens share with other spaces is met by the shape with the least loss in a trial."""
 
+from copy import deepcopy
+
 import pytest
 from helpers import with_long
 from models import GROUPED, fewer_tokens, random_model, real_text_model
 from transformers import AutoModelForCausalLM
 
 from optimum_structprune import StructPruner
-from optimum_structprune.search.trials import Trials
+from optimum_structprune.arch.load import describe
+from optimum_structprune.search.trials import SeveralTexts, Trials
+from optimum_structprune.sources.data import CalibrationData
+from optimum_structprune.steps.base import RunState
 
 
 READER = real_text_model()[1]
@@ -78,6 +83,19 @@ def test_kv_groups_compete_unless_targets_are_named(monkeypatch, targets):
     assert tries_groups == (targets is None)
     assert (small.config.num_key_value_heads < model.config.num_key_value_heads) == tries_groups
     assert 0 <= unused_parameters(model, small)
+
+
+def test_a_trial_restores_the_model_and_the_original_model_has_no_loss():
+    model, reader = real_text_model()
+    weights = deepcopy(model.state_dict())
+    data = CalibrationData.read(fewer_tokens(), model, reader)
+    state = RunState.start(model, describe(model), data, reader)
+    judge = SeveralTexts(state, reader)
+
+    assert Trials(state, judge, tokens=96).loss({"mlp": 64}) != 0
+    assert judge.loss(model, reader) == pytest.approx(0, abs=1e-6)
+    for name, weight in model.state_dict().items():
+        assert (weight == weights[name]).all()
 
 
 @pytest.mark.slow
