@@ -25,6 +25,7 @@ from .recovery.attach import attach_teacher as attach_teacher
 from .recovery.recover import Recovery as Recovery
 from .recovery.recover import recover as recover
 from .recovery.teacher_file import write_teacher as write_teacher
+from .recovery.teacher_file import write_teacher_rows as write_teacher_rows
 from .saving.export import export_uniform as export_uniform
 from .saving.gguf_file import export_gguf as export_gguf
 from .saving.page import write_report as write_report

@@ -232,6 +232,11 @@ def test_the_table_of_memory_is_the_output_of_its_script(capsys):
     assert f"all weights of the 70B model take {last_row.split(' | ')[3]}" in MANY_GPUS.read_text()
 
 
+def test_the_table_for_one_gpu_is_the_output_of_its_script(capsys):
+    main_of("training_memory")(["--teacher-file"])
+    assert capsys.readouterr().out in MANY_GPUS.with_name("teacher_file.md").read_text()
+
+
 def with_paths(script: str, paths: dict[str, Path]) -> str:
     """Put paths in place of the names in a script."""
     for name, path in paths.items():

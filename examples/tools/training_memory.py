@@ -1,6 +1,7 @@
 """Compute the memory that `examples/recover_sft.py` needs for a student as large as its teacher.
 
     python examples/tools/training_memory.py [MODEL ...] [--gpus 8] [--tokens 4096]
+    python examples/tools/training_memory.py --teacher-file
 
 Only configs are read. Without models, the rows are Llama and Qwen models of 1 to 70 billion parameters.
 """
@@ -11,6 +12,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from optimum_structprune.recovery.teacher_file import bytes_per_token
+
 
 # The hidden size, the FFN size, the layers, the attention heads, the tokens, and whether the head is tied.
 SHAPES = {
@@ -19,6 +22,11 @@ SHAPES = {
     "Llama 3.1 8B": (4096, 14_336, 32, 32, 128_256, False),
     "Qwen 2.5 32B": (5120, 27_648, 64, 40, 152_064, False),
     "Llama 3.1 70B": (8192, 28_672, 80, 64, 128_256, False),
+}
+# The models of the table for one GPU.
+ONE_GPU_SHAPES = {
+    **{name: shape for name, shape in SHAPES.items() if name.startswith(("Llama 3.2", "Llama 3.1 8B"))},
+    "Qwen 2.5 14B": (5120, 13_824, 48, 40, 152_064, False),
 }
 RANK = 16
 # Bytes of a parameter: bfloat16, and float32 with its gradient and both moments of Adam.
@@ -94,16 +102,37 @@ def memory(model: PreTrainedModel, gpus: int, tokens: int) -> list[float]:
     ]
 
 
+def print_one_gpu(configs: dict[str, PreTrainedConfig], tokens: int) -> None:
+    """Print the memory of a training with LoRA on one GPU, and the size of a teacher file."""
+    print("| one GPU, LoRA | teacher in memory | teacher file | file of 10 million tokens |")
+    print("|---|---|---|---|")
+    for name, config in configs.items():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        live = memory(model, 1, tokens)[0]
+        from_file = live - BF16 * count(model)
+        size = 10_000_000 * bytes_per_token(config.vocab_size)
+        print(f"| {name} | {live / 1e9:,.0f} GB | {from_file / 1e9:,.0f} GB | {size / 1e9:.1f} GB |")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*")
     parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument(
+        "--teacher-file", action="store_true", help="LoRA on one GPU, with the teacher in memory and in a file"
+    )
     parser.add_argument("--tokens", type=int, default=4096, help="tokens in one batch of one process")
     args = parser.parse_args(argv)
 
     configs = {name: AutoConfig.from_pretrained(name) for name in args.models}
     if not configs:
-        configs = {name: config_of(*shape) for name, shape in SHAPES.items()}
+        shapes = ONE_GPU_SHAPES if args.teacher_file else SHAPES
+        configs = {name: config_of(*shape) for name, shape in shapes.items()}
+
+    if args.teacher_file:
+        print_one_gpu(configs, args.tokens)
+        return
 
     print(f"| {args.gpus} GPUs | LoRA, not sharded | LoRA | all weights | all weights, offloaded | their CPU memory |")
     print("|---|---|---|---|---|---|")

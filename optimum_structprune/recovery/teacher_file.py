@@ -12,7 +12,10 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from heapq import nlargest
 from itertools import accumulate, pairwise
+from math import nan
+from operator import itemgetter
 from os.path import commonprefix
 from pathlib import Path
 from sys import maxsize
@@ -23,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.inference import evaluating
 from ..arch.load import describe
@@ -307,6 +310,33 @@ def divided(rows: Sequence[Sequence[int]]) -> list[int]:
     return shards
 
 
+def check_ids(rows: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """Raise `StructPruneError` if a teacher lacks a token of the text."""
+    largest = max(map(max, rows))
+    if largest >= vocab_size:
+        raise StructPruneError(
+            f"The text has the token id {largest}, and the teacher has {vocab_size} tokens. Tokenize it with the "
+            "tokenizer of the teacher."
+        )
+
+
+def _manifest(
+    rows: Sequence[Sequence[int]], vocab_size: int, tokenizer: PreTrainedTokenizerBase | None
+) -> TeacherManifest:
+    """Return the manifest of a text, without the settings of the predictions."""
+    return TeacherManifest(
+        teacher="",
+        teacher_sha256="",
+        tokenizer_sha256="" if tokenizer is None else vocabulary_hash(tokenizer),
+        vocab_size=vocab_size,
+        text_sha256=json_hash(rows),
+        rows=len(rows),
+        tokens=sum(map(len, rows)),
+        longest=max(map(len, rows)),
+        shards=divided(rows),
+    )
+
+
 # A function that computes the stored tensors of some rows, in the order of the rows, from a generator of samples.
 RowTensors = Callable[[Sequence[Sequence[int]], torch.Generator], dict[str, Tensor]]
 
@@ -436,29 +466,18 @@ def write_teacher(
         raise StructPruneError(f"`samples` must be from 0 to {MAX_SAMPLES}, got {samples}.")
 
     rows = rows_of(data)
-    largest = max(map(max, rows))
-    if largest >= vocab_size:
-        raise StructPruneError(
-            f"The text has the token id {largest}, and the teacher has {vocab_size} tokens. Tokenize it with the "
-            "tokenizer of the teacher."
-        )
+    check_ids(rows, vocab_size)
     check_positions(teacher, max(map(len, rows)), f"A row of {max(map(len, rows))} tokens")
 
     reader = tokenizer or tokenizer_of(teacher, trust_remote_code=False)
-    manifest = TeacherManifest(
+    manifest = replace(
+        _manifest(rows, vocab_size, reader),
         teacher=without_folders(teacher.name_or_path or ""),
         teacher_sha256=fingerprint(teacher),
-        tokenizer_sha256="" if reader is None else vocabulary_hash(reader),
-        vocab_size=vocab_size,
-        text_sha256=json_hash(rows),
-        rows=len(rows),
-        tokens=sum(map(len, rows)),
-        longest=max(map(len, rows)),
         top=top,
         samples=samples,
         temperature=float(temperature),
         seed=seed,
-        shards=divided(rows),
     )
 
     predictor = Predictor(teacher)
@@ -492,6 +511,98 @@ def write_teacher(
     with Output(folder).locked(), evaluating(teacher), stage("teacher", {}):
         write_shards(Path(folder), manifest, rows, compute, (teacher.config, reader))
     return manifest
+
+
+def write_teacher_rows(
+    rows: Iterable[tuple[Sequence[int], Sequence[Mapping[int, float]]]],
+    folder: str | Path,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    top: int = TOP,
+    temperature: float = 1.0,
+) -> TeacherManifest:
+    """Write a teacher file from predictions that another engine has computed.
+
+    Only the most probable tokens and the mass of the rest are stored, because an engine returns no samples of the
+    rest. The divergence counts the other tokens as one token, so its gradient is biased: the rest of the vocabulary
+    gets no order. Prefer `write_teacher` where it runs.
+
+    Args:
+        rows: For each document, its token ids, and the log-probabilities by token id after each token but the last.
+            Each position needs at least `top` tokens.
+        folder: The folder of the teacher file.
+        config: The config of the teacher.
+        tokenizer: The tokenizer of the teacher, which is needed for a student with a trimmed vocabulary.
+        top: The number of the most probable tokens that are stored at each position.
+        temperature: The temperature at which the engine computed the log-probabilities.
+
+    Returns:
+        The manifest of the file.
+
+    Raises:
+        StructPruneError: If an argument is out of range, a row does not match its predictions, or the folder holds
+            something else.
+    """
+    check_weights(temperature, 0.0)
+    vocab_size = int(config.get_text_config().vocab_size)
+    if not 1 <= top < vocab_size:
+        raise StructPruneError(f"`top` must be from 1 to {vocab_size - 1}, got {top}.")
+
+    by_document: dict[tuple[int, ...], Sequence[Mapping[int, float]]] = {}
+    for ids, predictions in rows:
+        if len(predictions) != len(ids) - 1:
+            raise StructPruneError(
+                f"A row of {len(ids)} tokens needs {len(ids) - 1} predictions, got {len(predictions)}."
+            )
+        fewest = min(map(len, predictions), default=top)
+        if fewest < top:
+            raise StructPruneError(
+                f"A position has {fewest} log-probabilities, and `top` is {top}. Request at least `top` of them."
+            )
+        by_document[tuple(map(int, ids))] = predictions
+
+    documents = rows_of(by_document)
+    check_ids(documents, vocab_size)
+    manifest = _manifest(documents, vocab_size, tokenizer)
+    manifest = replace(
+        manifest,
+        teacher=without_folders(config.name_or_path or ""),
+        teacher_sha256="",
+        text_sha256=json_hash([[list(ids), _sorted(by_document[ids])] for ids in map(tuple, documents)]),
+        top=top,
+        samples=0,
+        temperature=float(temperature),
+    )
+
+    def compute(own_rows: Sequence[Sequence[int]], generator: torch.Generator) -> dict[str, Tensor]:
+        ids: list[list[int]] = []
+        values: list[list[float]] = []
+        losses: list[float] = []
+        for row in own_rows:
+            for token, prediction in zip(row[1:], by_document[tuple(row)], strict=True):
+                best = nlargest(top, prediction.items(), key=itemgetter(1))
+                ids.append([best_token for best_token, _ in best])
+                values.append([value for _, value in best])
+                losses.append(-prediction.get(token, nan))
+
+        log_probabilities = torch.tensor(values)
+        probabilities = log_probabilities.exp()
+        rest = (1 - probabilities.sum(1)).clamp(min=0)
+        tensors = pack_ids(torch.tensor(ids), high_bits(vocab_size))
+        tensors["log_probabilities"] = log_probabilities.half()
+        tensors["negative_entropy"] = (probabilities * log_probabilities).sum(1) + torch.xlogy(rest, rest)
+        tensors["losses"] = torch.tensor(losses).half()
+        return tensors
+
+    with Output(folder).locked():
+        write_shards(Path(folder), manifest, documents, compute, (config, tokenizer))
+    return manifest
+
+
+def _sorted(predictions: Sequence[Mapping[int, float]]) -> list[list[tuple[int, float]]]:
+    """Return predictions as plain values in one order."""
+    return [sorted((int(token), float(value)) for token, value in prediction.items()) for prediction in predictions]
 
 
 class TeacherFile:

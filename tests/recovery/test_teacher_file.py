@@ -2,13 +2,17 @@
 
 import json
 import shutil
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 from models import build
 from transformers import Trainer, TrainingArguments
 
-from optimum_structprune import StructPruneError, attach_teacher, write_teacher
+from optimum_structprune import StructPruneError, attach_teacher, write_teacher, write_teacher_rows
 from optimum_structprune.measure.kl import divergence
 from optimum_structprune.recovery.teacher_file import (
     MANIFEST_NAME,
@@ -22,6 +26,9 @@ from optimum_structprune.recovery.teacher_file import (
     shard_name,
     unpack_ids,
 )
+
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "teacher_from_vllm.py"
 
 
 def rows_of_lengths(*lengths, vocab_size=64):
@@ -233,3 +240,86 @@ def test_bad_folders_and_arguments_are_refused(teacher, tmp_path):
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(StructPruneError, match="cannot be read"):
         attach_teacher(trainer, file, temperature=2.0)
+
+
+def predictions_of_rows(teacher, rows, count):
+    """Return the `count` most probable tokens and the next token after each token of rows, as vLLM does."""
+    predictions = []
+    for row in rows:
+        with torch.no_grad():
+            log_probabilities = teacher(torch.tensor([row])).logits[0].log_softmax(-1)
+        by_position = []
+        for position, token in enumerate(row[1:]):
+            best = log_probabilities[position].topk(count).indices.tolist()
+            by_position.append({index: log_probabilities[position, index].item() for index in [*best, token]})
+        predictions.append(by_position)
+    return predictions
+
+
+def test_rows_of_another_engine_store_the_most_probable_tokens_and_the_mass_of_the_rest(teacher, tmp_path):
+    rows = rows_of_lengths(12, 9)
+    vllm = SourceFileLoader("teacher_from_vllm", str(EXAMPLE)).load_module()
+    outputs = []
+    for row, predictions in zip(rows, predictions_of_rows(teacher, rows, 8), strict=True):
+        logprobs = [{token: SimpleNamespace(logprob=value) for token, value in part.items()} for part in predictions]
+        outputs.append(SimpleNamespace(prompt_token_ids=row, prompt_logprobs=[None, *logprobs]))
+
+    write_teacher_rows(vllm.rows_of(outputs), tmp_path / "rows", teacher.config, top=8)
+
+    # Without samples, the teacher itself stores the same tokens.
+    write_teacher(teacher, rows, tmp_path / "own", top=8, samples=0)
+    student_logits = torch.randn(11, teacher.config.vocab_size)
+    by_engine = TeacherFile(tmp_path / "rows").predictions(rows[0])
+    own = TeacherFile(tmp_path / "own").predictions(rows[0])
+    assert torch.equal(by_engine.ids, own.ids)
+    assert torch.allclose(by_engine.probabilities, own.probabilities, rtol=1e-3)
+    assert torch.allclose(by_engine.losses, own.losses, rtol=1e-3)
+
+    # The divergence of the distributions in which the other tokens are one token.
+    with torch.no_grad():
+        whole = teacher(torch.tensor([rows[0]])).logits[0, :-1].softmax(-1)
+    student = student_logits.softmax(-1)
+    joined = []
+    for probabilities in (whole, student):
+        best = probabilities.gather(1, own.ids)
+        joined.append(torch.cat([best, 1 - best.sum(1, keepdim=True)], 1))
+    expected = (joined[0] * (joined[0] / joined[1]).log()).sum(1)
+    assert torch.allclose(by_engine.divergence(student_logits, 0, 11), expected, atol=5e-3)
+
+    samples = [{"input_ids": row, "labels": row} for row in rows]
+    trainer = Trainer(
+        build("llama-untied", 2), arguments(tmp_path, per_device_train_batch_size=1), train_dataset=samples
+    )
+    attach_teacher(trainer, tmp_path / "rows")
+    assert losses_of(trainer)[0] > 0
+
+
+def test_rows_that_do_not_match_their_predictions_are_refused(teacher, tmp_path):
+    rows = rows_of_lengths(6)
+    (predictions,) = predictions_of_rows(teacher, rows, 8)
+    with pytest.raises(StructPruneError, match="needs 5 predictions, got 4"):
+        write_teacher_rows([(rows[0], predictions[1:])], tmp_path / "rows", teacher.config, top=8)
+    with pytest.raises(StructPruneError, match="log-probabilities, and `top` is 16"):
+        write_teacher_rows([(rows[0], predictions)], tmp_path / "rows", teacher.config)
+    assert not (tmp_path / "rows").exists()
+
+
+def test_a_second_writer_and_an_early_reader_are_refused(teacher, tmp_path):
+    rows = rows_of_lengths(6)
+    with FileLock(tmp_path / ".file.lock"), pytest.raises(StructPruneError, match="Another run writes"):
+        write_teacher(teacher, rows, tmp_path / "file")
+
+    write_teacher(teacher, rows, tmp_path / "file")
+    (tmp_path / "file" / MANIFEST_NAME).unlink()
+    trainer = Trainer(build("llama-untied", 2), arguments(tmp_path), train_dataset=[])
+    with pytest.raises(StructPruneError, match="not complete"):
+        attach_teacher(trainer, tmp_path / "file")
+
+
+def test_a_student_with_other_tokens_is_refused(teacher, tmp_path):
+    write_teacher(teacher, rows_of_lengths(6), tmp_path / "file")
+    larger = build("llama-untied", 2)
+    larger.resize_token_embeddings(teacher.config.vocab_size + 8)
+    trainer = Trainer(larger, arguments(tmp_path), train_dataset=[])
+    with pytest.raises(StructPruneError, match="vocabulary of"):
+        attach_teacher(trainer, tmp_path / "file")
