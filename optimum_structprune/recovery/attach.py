@@ -88,8 +88,9 @@ def attach_teacher(
         dtype = torch.bfloat16
     if tokenizer is None and isinstance(trainer.processing_class, PreTrainedTokenizerBase):
         tokenizer = trainer.processing_class
+    is_pruned_later = any(getattr(callback, "prunes_model", False) for callback in trainer.callback_handler.callbacks)
     if not isinstance(student, PreTrainedModel) or not predicts_next(student):
-        original = load_any_teacher(teacher, student, dtype, trust_remote_code)
+        original = load_any_teacher(teacher, student, dtype, trust_remote_code, is_pruned_later)
         options = (tokenizer, teacher_tokenizer, teacher_device, trust_remote_code)
         return attach_to_head(trainer, original, temperature, task_weight, *options)
 
@@ -101,7 +102,6 @@ def attach_teacher(
         stored = stored_teacher(teacher, student, tokenizer, teacher_tokenizer, temperature)
         return attach_loaded_teacher(trainer, stored, tokenizer, temperature, task_weight)
 
-    is_pruned_later = any(getattr(callback, "prunes_model", False) for callback in trainer.callback_handler.callbacks)
     loaded = load_teacher(
         teacher,
         student,

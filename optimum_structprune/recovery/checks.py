@@ -13,6 +13,7 @@ from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.load import texts_of
 from ..domains.sources import documents
+from ..domains.templates import read_pairs
 from ..errors import StructPruneError
 from ..system.disk import check_folder
 from ..system.processes import check_launch
@@ -52,6 +53,8 @@ def check_recovery(config: RecoveryConfig, pruning: StructPruneConfig, model: Pr
     text = text_config(config, pruning, seq_length)
     if config.prompts is not None:
         read_prompts(config.prompts)
+    if config.pairs is not None:
+        read_pairs([config.pairs])
 
     domains = list(texts_of(text))
     if config.validation is not None:

@@ -176,8 +176,14 @@ def has_modules(model: Any) -> bool:
     return hasattr(model, "preprocess") and hasattr(model, "tokenizer")
 
 
-def load_any_teacher(teacher: Any, student: Any, dtype: torch.dtype | None, trust_remote_code: bool) -> Any:
-    """Return the teacher of a model with any head, from a model, or from its id or folder.
+def load_any_teacher(
+    teacher: Any,
+    student: Any,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    is_pruned_later: bool = False,
+) -> Any:
+    """Return the teacher of a model with any head, from a model, or from its id or folder; see `load_teacher`.
 
     Raises:
         StructPruneError: If it cannot be loaded, lacks weights of its head, or is the student itself.
@@ -186,7 +192,7 @@ def load_any_teacher(teacher: Any, student: Any, dtype: torch.dtype | None, trus
         teacher = _loaded(str(teacher), student, dtype, trust_remote_code)
     elif dtype is not None:
         teacher = teacher.to(dtype)
-    if teacher is student or same_weights(teacher, student):
+    if teacher is student or (not is_pruned_later and same_weights(teacher, student)):
         raise StructPruneError(
             "`teacher` and the trained model are the same model. Pass the original model, or remove `teacher`."
         )

@@ -269,7 +269,7 @@ class Recovery:
         seed = self.pruning.seed if self.config.seed is None else self.config.seed
         training = ENCODER_TRAINING | self.config.training
         if trains_on_cpu(model):
-            training.setdefault("bf16", False)  # not faster for short texts on a CPU without AMX
+            training.setdefault("bf16", False)  # not faster on a CPU without AMX
         config = replace(self.config, seed=seed, seq_length=seq_length, training=training)
         original = load_any_teacher(teacher, model, None, trust_remote_code)
         reader = teacher_tokenizer or tokenizer_of(original, trust_remote_code) or tokenizer

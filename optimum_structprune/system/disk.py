@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 GGUF = ".gguf"
 CARD = "README.md"
 # The fields of configs that name files to read, in addition to the sources of text.
-READ_FIELDS = ("arch_file", "keep_tokens", "prompts", "validation")
+READ_FIELDS = ("arch_file", "keep_tokens", "prompts", "validation", "pairs")
 # The working folders next to an output: for the new files, and for weights that do not fit into memory.
 SAVING = "saving"
 OFFLOAD = "offload"

@@ -136,6 +136,12 @@ def test_an_impossible_recovery_is_refused_before_text_is_read(case, fields, mes
         check_recovery(config, PRUNING, build(case))
 
 
+def test_a_file_without_pairs_is_refused_before_text_is_read(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(StructPruneError, match="has no pairs of texts"):
+        check_recovery(RecoveryConfig(tokens=640, pairs=str(tmp_path / "empty.jsonl")), PRUNING, build("bert"))
+
+
 def test_an_encoder_needs_a_teacher(reader):
     _, student = models(reader)
     with pytest.raises(StructPruneError, match="A BertModel learns from a teacher"):

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     default_data_collator,
 )
@@ -228,6 +229,19 @@ def test_a_teacher_of_other_sizes_is_refused_before_the_training(name, fields, m
     with pytest.raises(StructPruneError, match=message):
         attach_teacher(trainer, random_model(auto, model_type, sizes | fields, seed=1))
     assert trainer.compute_loss == compute_loss
+
+
+def test_a_teacher_with_the_same_weights_needs_a_later_pruning(tmp_path):
+    student = random_model(*HEADS["classes"][:3])
+    teacher = random_model(*HEADS["classes"][:3])
+    trainer = trainer_for(student, tmp_path, rows_of(batch_for("classes")))
+    with pytest.raises(StructPruneError, match="are the same model"):
+        attach_teacher(trainer, teacher)
+
+    callback = TrainerCallback()
+    callback.prunes_model = True
+    trainer.add_callback(callback)
+    attach_teacher(trainer, teacher)
 
 
 def test_a_teacher_with_another_head_is_refused(tmp_path):
