@@ -1,8 +1,8 @@
 """Structured pruning for the Hugging Face stack: physically smaller models that plain `from_pretrained` loads.
 
 The modules in this folder have the public functions. Each folder imports only from earlier folders in this list:
-`system`, `config`, `arch`, `method`, `forward`, `widths`, `domains`, `vocabulary`, `criteria`, `sources`, `measure`,
-`record`, `steps`, `saving`, `recovery`, `pruning`, `search`, `evaluation`, `commands`. Start reading at `method`.
+`system`, `config`, `arch`, `domains`, `method`, `widths`, `criteria`, `record`, `vocabulary`, `measure`,
+`saving`, `recovery`, `steps`, `pruning`, `search`, `evaluation`, `commands`. Start reading at `method`.
 """
 
 from __future__ import annotations

@@ -13,29 +13,29 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .arch.load import ModelInfo, describe
+from .arch.settings import own_settings
 from .arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, WHOLE_MODEL, ArchSpec, Widths
 from .config.pruning import LOSS, RunOptions, StructPruneConfig
 from .domains.manifest import Manifest, remember_text
 from .domains.packing import Domain
-from .errors import StructPruneError, warn
-from .forward.settings import own_settings
+from .method.plan import Plan
 from .pruning.comparison import Comparison
 from .pruning.cost import check_memory
 from .pruning.request import PruningRequest, check_arguments, check_config_kind, resolve_request
-from .record.plan import Plan
 from .record.report import PruneRecords, Report
 from .record.view import View
 from .saving.save import save_pruned
 from .search.loss_budget import CutSearch
 from .search.sensitivity import final_widths
 from .search.tournament import choose_widths
-from .sources.data import CalibrationData
 from .steps.base import RunState, Step, refusing_half_pruned
+from .steps.data import CalibrationData
 from .steps.experts import DropExperts
 from .steps.hidden import NarrowHidden
 from .steps.layers import DropLayers
 from .steps.units import ShrinkLayers
 from .steps.vocabulary import TrimVocabulary
+from .system.errors import StructPruneError, warn
 from .system.fingerprint import checksums
 from .widths.schedule import round_widths
 

@@ -22,11 +22,11 @@ from .arch.spec import ArchSpec, Widths
 from .config.pruning import RunOptions, StructPruneConfig
 from .domains.load import load_domains
 from .domains.packing import Domain
-from .errors import StructPruneError, warn
+from .method.plan import Plan
+from .method.resize import cut_state_, resize_
 from .pruner import StructPruner
 from .pruning.request import TRAINER, check_arguments, check_config_kind, check_reads_text, resolve_request
-from .record.plan import Plan
-from .steps.resize import cut_state_, resize_
+from .system.errors import StructPruneError, warn
 from .system.processes import across_processes, broadcast_, broadcast_object, gather_objects
 from .system.stages import say
 from .widths.schedule import legal_round_widths, removal_steps

@@ -38,12 +38,12 @@ from optimum_structprune.domains.packing import Domain
 from optimum_structprune.measure.kl import divergence
 from optimum_structprune.method.calibrate import Moments, mixed
 from optimum_structprune.method.layers import InMemory, NotSequentialError, run_model
+from optimum_structprune.method.plan import Plan
 from optimum_structprune.method.shrink import read_consumer, shrink_layer_, units_to_columns, write_consumer_
 from optimum_structprune.pruner import StructPruner
 from optimum_structprune.pruning.comparison import Comparison
-from optimum_structprune.record.plan import Plan
-from optimum_structprune.sources.data import CalibrationData, batches_of
 from optimum_structprune.steps.base import RunState
+from optimum_structprune.steps.data import CalibrationData, batches_of
 from optimum_structprune.system.stages import model_bytes
 
 

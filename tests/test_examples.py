@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from optimum_structprune import RunOptions, StructPruneConfig, StructPruner
 from optimum_structprune.domains.load import given_domains
 from optimum_structprune.domains.sources import builtin_documents
-from optimum_structprune.sources.data import batches_of
+from optimum_structprune.steps.data import batches_of
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -13,10 +13,10 @@ from torch import nn
 from optimum_structprune import DomainConfig, StructPruner, prune_model
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.manifest import CALIBRATED
-from optimum_structprune.errors import InPlaceError, StructPruneError
-from optimum_structprune.margins import MIN_RELATIVE_MARGIN, PARTS_DIFFER, margin_of_error
 from optimum_structprune.measure.losses import means, measure
 from optimum_structprune.measure.text import Text
+from optimum_structprune.system.errors import InPlaceError, StructPruneError
+from optimum_structprune.system.margins import MIN_RELATIVE_MARGIN, PARTS_DIFFER, margin_of_error
 
 
 LAST = {"llama-tied": "model.layers.1.mlp", "bert": "bert.encoder.layer.1.output"}

@@ -16,10 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_structprune import DomainConfig, StructPruneConfig, perplexity, prune_model
 from optimum_structprune.evaluation.heldout import read_heldout
-from optimum_structprune.measure import probe
 from optimum_structprune.record.cost import TIME_RANGE
 from optimum_structprune.record.report import RecoveryReport
-from optimum_structprune.search import sensitivity
+from optimum_structprune.search import probe, sensitivity
 
 
 pytestmark = pytest.mark.nightly

@@ -35,8 +35,8 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.domains.load import WRITTEN, load_domains
 from optimum_structprune.domains.packing import Domain
 from optimum_structprune.search.sensitivity import choose_shape
-from optimum_structprune.sources.data import CalibrationData
 from optimum_structprune.steps.base import RunState
+from optimum_structprune.steps.data import CalibrationData
 from optimum_structprune.widths.allocation import widths_of
 
 

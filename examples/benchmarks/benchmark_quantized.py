@@ -29,9 +29,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from optimum_structprune import DomainConfig, export_gguf
 from optimum_structprune.evaluation.heldout import read_heldout
-from optimum_structprune.margins import margin_of_error
 from optimum_structprune.measure.losses import measure, totals
 from optimum_structprune.measure.text import Text
+from optimum_structprune.system.margins import margin_of_error
 
 
 # The model in 16 bits.

@@ -27,7 +27,7 @@ from transformers.utils.logging import disable_progress_bar
 from optimum_structprune import StructPruneConfig, StructPruner
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.meta import meta_model
-from optimum_structprune.sources.offloaded import layer_device_map
+from optimum_structprune.method.offloaded import layer_device_map
 
 
 # Family, hidden size, FFN width, layers, heads, KV groups and vocabulary of a deeper TinyLlama, of Qwen2.5-7B, of

@@ -22,7 +22,7 @@ from optimum_structprune.arch.load import resolve
 from optimum_structprune.arch.meta import meta_model
 from optimum_structprune.arch.spaces import TensorShapes, heads_of
 from optimum_structprune.config.fields import parse_yaml
-from optimum_structprune.errors import StructPruneError
+from optimum_structprune.system.errors import StructPruneError
 
 
 Roles = dict[str, dict[str, list[str]]]

@@ -23,17 +23,17 @@ from optimum_structprune.commands.flags import LOADING, option, switch
 from optimum_structprune.commands.loading import Loading
 from optimum_structprune.commands.output import Result, note
 from optimum_structprune.config.pruning import StructPruneConfig
-from optimum_structprune.errors import StructPruneError
 from optimum_structprune.pruner import StructPruner
 from optimum_structprune.pruning.request import check_arguments, resolve_request
 from optimum_structprune.record.report import Report
 from optimum_structprune.record.table import aligned, number
-from optimum_structprune.sources.data import CalibrationData
 from optimum_structprune.steps.checkpoint import run_key
+from optimum_structprune.steps.data import CalibrationData
 from optimum_structprune.system.disk import Output
+from optimum_structprune.system.errors import StructPruneError
 from optimum_structprune.system.processes import across_processes, process_index
 from optimum_structprune.system.resume import Resume
-from optimum_structprune.written import replace_json
+from optimum_structprune.system.written import replace_json
 
 
 def sweep(args: Namespace) -> Result:

@@ -15,8 +15,8 @@ from typing import Any, TypeVar, get_origin, get_type_hints
 from huggingface_hub.dataclasses import type_validator
 
 from ..config.fields import parse_yaml
-from ..errors import StructPruneError
-from ..registry import did_you_mean
+from ..system.errors import StructPruneError
+from ..system.registry import did_you_mean
 
 
 T = TypeVar("T")

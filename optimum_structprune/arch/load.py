@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from ..errors import StructPruneError, one_line
+from ..system.errors import StructPruneError, one_line
 from ..system.offloading import compute_device
 from ..system.placement import check_devices
 from .family import TEXT_ONLY, UNDESCRIBED, Family, Template, UndescribedError, family_of

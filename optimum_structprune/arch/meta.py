@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreT
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import set_zero3_state
 
-from ..errors import StructPruneError, one_line
+from ..system.errors import StructPruneError, one_line
 from ..system.offloading import check_reachable
 from ..system.placement import check_devices
 from .family import family_of

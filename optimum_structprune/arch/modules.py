@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from ..errors import StructPruneError, one_line
+from ..system.errors import StructPruneError, one_line
 from ..system.modules import MODULES, modules_root
 from ..system.offloading import placing_hooks
 from .spec import ArchSpec

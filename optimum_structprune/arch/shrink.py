@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig
 
-from ..errors import StructPruneError
+from ..system.errors import StructPruneError
 from .per_layer import forget_modeling_file
 from .spec import GROUP, HIDDEN, LAYER, VOCAB, ArchSpec, Widths
 from .token_space import holds_token_ids, renumber_, resize_

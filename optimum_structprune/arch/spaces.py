@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..errors import StructPruneError
+from ..system.errors import StructPruneError
 from .family import ResidualTemplate, Template
 from .modules import embedding_of
 from .spec import CHANNEL, EXPERT, GROUP, HIDDEN, MODEL, ONE_PER_MODEL, TOKEN, VOCAB, Axis, Read, ResidualStream, Space

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from ..errors import StructPruneError
+from ..system.errors import StructPruneError
 from .modules import embedding_of, module_files
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from ..errors import StructPruneError, one_line
+from ..system.errors import StructPruneError, one_line
 from .inference import last_states, random_inputs, run_model
 from .meta import predicts_gaps, predicts_next, reads_text, skeleton
 from .modules import set_zeros_

@@ -11,8 +11,8 @@ from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
-from ..codec import FieldError, field_types, members_of
-from ..errors import StructPruneError
+from ..system.codec import FieldError, field_types, members_of
+from ..system.errors import StructPruneError
 
 
 if TYPE_CHECKING:

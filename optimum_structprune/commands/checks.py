@@ -18,9 +18,9 @@ from ..config.fields import read_mapping
 from ..config.pruning import RunOptions, StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.sources import check_source, resolve
-from ..errors import StructPruneError, reason_of
 from ..saving.gguf_types import GGUF_TYPES
 from ..system.disk import GGUF, GGUFOutput, Output, check_regular_files
+from ..system.errors import StructPruneError, reason_of
 from ..system.modules import transformer_folder
 from .arguments import pruning_config, recovery_config, run_options, tokens_config
 from .output import check_file

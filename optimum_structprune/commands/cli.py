@@ -12,9 +12,9 @@ from signal import SIGTERM, default_int_handler, signal
 from typing import Any
 
 from .. import __version__
-from ..errors import StructPruneError, one_line
-from ..registry import did_you_mean
+from ..system.errors import StructPruneError, one_line
 from ..system.processes import launched
+from ..system.registry import did_you_mean
 from .arguments import by_flag
 from .flags import COMMANDS
 from .output import Result, show, visible, working

@@ -5,11 +5,11 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import asdict, replace
 
-from ..errors import StructPruneError
 from ..saving.export import export_uniform
 from ..saving.gguf_file import GGUFFile, check_gguf, export_gguf
 from ..saving.gguf_types import GGUF_TYPES, gguf_bytes
 from ..system.disk import GGUF, GGUFOutput, Output
+from ..system.errors import StructPruneError
 from .checks import gguf_file
 from .loading import Loading, weights_bytes
 from .output import Result, note

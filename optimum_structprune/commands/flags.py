@@ -54,7 +54,7 @@ ATTENTION = {
     "--attn-implementation": option("NAME", "The attention implementation, such as sdpa, eager or flash_attention_2.")
 }
 OFFLOADS = ("cpu", "disk")
-OFFLOAD = {
+OFFLOAD_FLAGS = {
     "--offload": choice(
         "Keep the layers in the CPU's memory or on the disk, and load one at a time to the device. Use it for models "
         "that are larger than the memory of the device.",
@@ -142,7 +142,7 @@ PRUNE: Flags = {
     **RESULT,
     **LOADING,
     **ATTENTION,
-    **OFFLOAD,
+    **OFFLOAD_FLAGS,
 }
 SMOLLM = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -223,7 +223,7 @@ COMMANDS = (
             **ARCH,
             **LOADING,
             **ATTENTION,
-            **OFFLOAD,
+            **OFFLOAD_FLAGS,
         },
         examples=(f"structprune teacher {SMOLLM} notes.jsonl smollm2-teacher",),
     ),

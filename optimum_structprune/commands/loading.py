@@ -21,11 +21,11 @@ from ..arch.meta import meta_model, model_class
 from ..arch.per_layer import enable_heterogeneous
 from ..config.pruning import RunOptions, StructPruneConfig
 from ..domains.manifest import has_files
-from ..errors import StructPruneError, reason_of, some_of
+from ..method.offloaded import layer_device_map
 from ..pruning.cost import check_memory
 from ..pruning.request import PruningRequest, check_reads_text, resolve_request
-from ..sources.offloaded import layer_device_map
 from ..system.disk import check_regular_files
+from ..system.errors import StructPruneError, reason_of, some_of
 from ..system.offloading import check_reachable
 from ..system.placement import check_float64
 from ..system.stages import say

@@ -12,20 +12,20 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.generation import cache_name
 from ..arch.load import describe
 from ..arch.meta import predicts_next
 from ..domains.templates import distinct_names
-from ..errors import StructPruneError
 from ..evaluation import evaluate as quality
 from ..evaluation.evaluate import check_evaluation, default_seq_length
 from ..evaluation.speed import cache_per_token, check_speed, measure_speed
 from ..evaluation.tasks import check_tasks, measure_tasks, task_table
-from ..forward.generation import cache_name
 from ..record.figures import ORIGINAL, PRUNED, SizeResult
 from ..record.report import MeasuredModel, Measurement, TaskScore
 from ..saving.names import EVALUATION_NAME, SPEED_NAME, TASKS_NAME
 from ..saving.page import check_result, write_report
 from ..system.disk import check_folder
+from ..system.errors import StructPruneError
 from ..system.fingerprint import vocabulary_hash
 from ..system.stages import model_bytes
 from .loading import SPREAD_DEVICES, Loading

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..errors import SeenTextWarning, StructPruneError, one_line
+from ..system.errors import SeenTextWarning, StructPruneError, one_line
 from ..system.stages import logger as stages
-from ..written import to_json
+from ..system.written import to_json
 
 
 # Loggers of messages that help no user: that a config has widths for each layer too, that the clock of a disk differs,

@@ -14,10 +14,10 @@ from ..arch.load import describe
 from ..arch.shrink import legal_sizes
 from ..arch.spec import VOCAB, ArchSpec
 from ..config.pruning import StructPruneConfig
-from ..dryrun import dry_run
-from ..errors import StructPruneError
+from ..pruning.dryrun import dry_run
 from ..record.view import target_line
 from ..saving.gguf_file import check_gguf
+from ..system.errors import StructPruneError
 from .checks import prune_configs
 from .loading import SPREAD_DEVICES, Loading, loading_without_weights
 from .output import Result

@@ -9,7 +9,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from ..errors import StructPruneError
+from ..system.errors import StructPruneError
 from .fields import Config
 
 

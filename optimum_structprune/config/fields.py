@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 import yaml
 
-from ..codec import FieldError, check_names, check_types, field_types, from_plain, to_plain
-from ..errors import StructPruneError, one_line
-from ..written import unversioned
+from ..system.codec import FieldError, check_names, check_types, field_types, from_plain, to_plain
+from ..system.errors import StructPruneError, one_line
+from ..system.written import unversioned
 
 
 Self = TypeVar("Self", bound="Config")

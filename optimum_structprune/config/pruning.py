@@ -9,10 +9,10 @@ from pathlib import Path
 from reprlib import repr as short_repr
 from typing import Any, ClassVar, Literal
 
-from ..codec import by_layer, field_types
-from ..errors import StructPruneError, warn
-from ..registry import Registry, did_you_mean
-from ..written import replace_json, versioned
+from ..system.codec import by_layer, field_types
+from ..system.errors import StructPruneError, warn
+from ..system.registry import Registry, did_you_mean
+from ..system.written import replace_json, versioned
 from .domains import GENERAL, DomainConfig, check_domains, is_general
 from .fields import MAX_COUNT, Config, read_json
 from .recovery import RecoveryConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from ..errors import StructPruneError
+from ..system.errors import StructPruneError
 from .domains import DomainConfig, check_domains
 from .fields import Config
 

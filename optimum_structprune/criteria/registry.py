@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..arch.spec import EXPERT, LAYER
 from ..config.pruning import StructPruneConfig
-from ..errors import StructPruneError
 from ..method.loop import Criterion
-from ..registry import Registry, did_you_mean
+from ..system.errors import StructPruneError
+from ..system.registry import Registry, did_you_mean
 
 
 CRITERIA: Registry[Criterion] = Registry("criterion", "optimum_structprune.criteria")

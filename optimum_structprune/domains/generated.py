@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.generation import continuations, end_tokens
 from ..arch.inference import evaluating
 from ..arch.meta import check_positions, positions_of, predicts_next
 from ..config.domains import ANY, OTHER, SELF
 from ..config.fields import read_yaml
-from ..errors import StructPruneError
-from ..forward.generation import continuations, end_tokens
-from ..registry import did_you_mean
+from ..system.errors import StructPruneError
 from ..system.fingerprint import TextCache, fingerprint
 from ..system.processes import broadcast_object, gather_objects, process_index, unshared
+from ..system.registry import did_you_mean
 from ..system.stages import stage
 from .packing import tokenize_with_prefix
 from .templates import chat_text
@@ -34,7 +34,7 @@ from .templates import chat_text
 
 SEED_PROMPTS = Path(__file__).with_name("seed_prompts.yaml")
 # Documents in a batch. 8 documents take as long as 16, and a larger batch is cheaper per document.
-MIN_BATCH = 16
+MIN_DOCUMENTS = 16
 MAX_BATCH = 64
 # Tokens in a document. Shorter documents are dropped, and longer ones would take more steps.
 MIN_TOKENS = 32
@@ -320,7 +320,7 @@ def _batches(start: int, count: int) -> list[range]:
     batches: list[range] = []
 
     while count > 0 or not batches:
-        size = max(count, MIN_BATCH)
+        size = max(count, MIN_DOCUMENTS)
         if count > 1.5 * MAX_BATCH:
             size = MAX_BATCH
         batches.append(range(start, start + size))

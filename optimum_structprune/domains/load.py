@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..arch.meta import is_offloaded, is_quantized, predicts_next
 from ..config.domains import ANY, BUILTIN, GENERAL, SELF, DomainConfig, Reiterable, is_general, written_by_model
 from ..config.pruning import StructPruneConfig
-from ..errors import StructPruneError, capitalized, warn
-from ..margins import MANY_DOCUMENTS
+from ..system.errors import StructPruneError, capitalized, warn
+from ..system.margins import MANY_DOCUMENTS
 from .manifest import Manifest
 from .packing import HELDOUT, PROBE, USED, DocumentPool, Domain, SampleFormat, Tokens, check_vocabulary, tokenised
 from .sources import documents, resolve

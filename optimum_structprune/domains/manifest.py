@@ -17,13 +17,13 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import has_file
 
 from .. import __version__
-from ..codec import from_plain
 from ..config.domains import DomainConfig
 from ..config.fields import read_json
 from ..config.pruning import StructPruneConfig
-from ..errors import StructPruneError, some_of
+from ..system.codec import from_plain
+from ..system.errors import StructPruneError, some_of
 from ..system.fingerprint import tensor_hash
-from ..written import Record, without_folders
+from ..system.written import Record, without_folders
 from .packing import HELDOUT, PROBE, USED, Domain
 
 

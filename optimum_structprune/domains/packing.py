@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..config.domains import DomainConfig
-from ..errors import StructPruneError, one_line
+from ..system.errors import StructPruneError, one_line
 from .templates import chat_text
 
 

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config.domains import BUILTIN, GENERAL, IN_MEMORY, PRESET, SELF, DomainConfig
 from ..config.fields import read_yaml
-from ..errors import StructPruneError, one_line
-from ..registry import did_you_mean
+from ..system.errors import StructPruneError, one_line
+from ..system.registry import did_you_mean
 from .templates import Row, rendered, string
 
 

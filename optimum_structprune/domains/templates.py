@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config.domains import CHAT, DomainConfig, template_fields
-from ..errors import StructPruneError, one_line
-from ..registry import did_you_mean
+from ..system.errors import StructPruneError, one_line
+from ..system.registry import did_you_mean
 
 
 if TYPE_CHECKING:

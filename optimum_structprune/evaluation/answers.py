@@ -14,22 +14,22 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.generation import continuations, end_tokens
 from ..arch.inference import evaluating
 from ..arch.meta import check_positions, positions_of, predicts_next
-from ..codec import from_plain, to_plain
 from ..domains.packing import prompt_ids
 from ..domains.templates import question_messages, read_lines
-from ..errors import StructPruneError, one_line, warn
-from ..forward.generation import continuations, end_tokens
 from ..measure.batches import IGNORED
 from ..measure.losses import measure
 from ..measure.text import Text
 from ..record.figures import ORIGINAL, Answer, AnsweredQuestion, AnswersResult, Reading
+from ..system.codec import from_plain, to_plain
+from ..system.errors import StructPruneError, one_line, warn
 from ..system.fingerprint import TextCache, fingerprint, json_hash, vocabulary_hash
 from ..system.stages import stage
 
 
-BUILTIN = "builtin"
+BUILTIN_QUESTIONS = "builtin"
 QUESTIONS = Path(__file__).with_name("questions.jsonl")
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "use_cache": True}
 # An answer loops if the same run of tokens occurs more often than this.
@@ -109,7 +109,9 @@ class Question:
         return self.continuation_pattern.search(first_line) is not None
 
 
-def read_questions(source: str | Path = BUILTIN, tokenizers: Iterable[PreTrainedTokenizerBase] = ()) -> list[Question]:
+def read_questions(
+    source: str | Path = BUILTIN_QUESTIONS, tokenizers: Iterable[PreTrainedTokenizerBase] = ()
+) -> list[Question]:
     """Read the questions of a file, or the built-in ones.
 
     If a tokenizer has no chat template, only the questions with an opening are returned.
@@ -121,7 +123,7 @@ def read_questions(source: str | Path = BUILTIN, tokenizers: Iterable[PreTrained
     Raises:
         StructPruneError: If the file cannot be read, a line is not a question, or there are no questions.
     """
-    path = QUESTIONS if source == BUILTIN else Path(source)
+    path = QUESTIONS if source == BUILTIN_QUESTIONS else Path(source)
     questions = read_lines(path, Question.from_json, FORM)
     if not all(tokenizer.chat_template for tokenizer in tokenizers):
         questions = [question for question in questions if question.opening]

@@ -11,13 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.meta import check_positions, positions_of, predicts_next, reads_text
+from ..arch.settings import own_settings
 from ..config.domains import DomainConfig, as_domain
 from ..domains.manifest import CALIBRATED, Manifest, check_kinds, check_tokens
 from ..domains.packing import check_reads_any_text, check_vocabulary, prefix_token
 from ..domains.sources import resolve
 from ..domains.templates import read_pairs
-from ..errors import SeenTextWarning, StructPruneError, warn
-from ..forward.settings import own_settings
 from ..measure.languages import costs_before, with_costs_after
 from ..measure.losses import Losses, measure, totals
 from ..measure.text import Text
@@ -34,6 +33,7 @@ from ..record.figures import (
     perplexity_result,
 )
 from ..record.report import Evaluation
+from ..system.errors import SeenTextWarning, StructPruneError, warn
 from ..system.fingerprint import vocabulary_hash
 from ..system.placement import check_devices
 from ..system.stages import stage

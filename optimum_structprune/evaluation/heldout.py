@@ -13,9 +13,9 @@ from ..arch.meta import positions_of
 from ..config.domains import DomainConfig
 from ..domains.packing import SampleFormat, tokenised
 from ..domains.sources import documents, endless
-from ..errors import StructPruneError, warn
 from ..measure.text import Text
 from ..record.figures import ORIGINAL
+from ..system.errors import StructPruneError, warn
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from torch.utils.benchmark import Timer
 from torch.utils.benchmark import timer as wall_time
 from transformers import PreTrainedModel
 
+from ..arch.generation import cache_bytes, cache_name, read_prompt, write_tokens
 from ..arch.inference import evaluating, input_device, last_states
 from ..arch.meta import check_positions, predicts_next, reads_text
-from ..errors import StructPruneError
-from ..forward.generation import cache_bytes, cache_name, read_prompt, write_tokens
 from ..record.report import Speed, Spread, Timing
+from ..system.errors import StructPruneError
 
 
 # torch's clock waits for the accelerator. CPU time does not include the time of other jobs.

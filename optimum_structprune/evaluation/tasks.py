@@ -11,8 +11,8 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.meta import predicts_next
-from ..errors import StructPruneError
 from ..record.report import Tasks, TaskScore
+from ..system.errors import StructPruneError
 
 
 LM_EVAL, MTEB = "lm-eval", "mteb"

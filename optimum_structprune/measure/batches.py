@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..errors import warn
+from ..system.errors import warn
 from ..vocabulary.token_alignment import AlignedChunk, AlignedToken, TokenAlignment
 from .predictions import Predictions, StoredPredictions
 

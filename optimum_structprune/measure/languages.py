@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.meta import positions_of
+from ..domains.languages import texts, tokens_by_language
 from ..domains.packing import tokenize_with_prefix
-from ..errors import warn
-from ..vocabulary.languages import texts, tokens_by_language
+from ..system.errors import warn
 from .losses import measure_all, totals
 from .text import Text
 

@@ -23,9 +23,9 @@ from ..arch.inference import evaluating
 from ..arch.meta import is_offloaded, predicts_next
 from ..arch.modules import layer_list
 from ..arch.spec import ArchSpec
-from ..errors import StructPruneError
 from ..method.layers import Batch, InMemory
-from ..sources.offloaded import Offloaded
+from ..method.offloaded import Offloaded
+from ..system.errors import StructPruneError
 from ..system.processes import gather_objects, shard
 from ..system.stages import progress
 from ..vocabulary.token_alignment import TokenAlignment

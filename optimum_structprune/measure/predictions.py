@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arch.devices import rows_at_once
 from ..arch.hooks import in_fast_dtype, replaced_forward
 from ..arch.inference import input_device, run_model
-from ..method.devices import rows_at_once
 from .kl import Align, aligned_divergence, divergence, estimated_divergence
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..domains.packing import check_vocabulary, document_numbers, prefix_token
-from ..errors import StructPruneError
-from ..margins import MANY_DOCUMENTS
+from ..system.errors import StructPruneError
+from ..system.margins import MANY_DOCUMENTS
 from .batches import Sample
 
 

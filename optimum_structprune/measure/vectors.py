@@ -21,19 +21,19 @@ from ..arch.inference import evaluating, last_states
 from ..arch.meta import positions_of
 from ..arch.modules import PROMPTS, module_files
 from ..config.domains import DomainConfig, written_by_model
+from ..domains.languages import texts as language_texts
 from ..domains.manifest import JUDGED, Entry, Manifest
 from ..domains.packing import Domain, document_hash
 from ..domains.sources import documents
-from ..margins import MIN_DOCUMENTS, margin_of_error, margin_of_share
-from ..measure.text import Text
 from ..record.figures import ORIGINAL, PRUNED, Figure, TextResult
+from ..system.margins import MIN_DOCUMENTS, margin_of_error, margin_of_share
 from ..system.modules import MODULES
 from ..system.stages import progress
-from ..vocabulary.languages import texts as language_texts
 from .gaps import Gaps, fills_gaps
+from .text import Text
 
 
-SENTENCE_ENDS = re.compile(r"(?<=[.!?…।؟])\s+|(?<=[。！？])|\n+")  # in most scripts
+SENTENCE_BREAKS = re.compile(r"(?<=[.!?…।؟])\s+|(?<=[。！？])|\n+")  # in most scripts
 MOST_SENTENCES = 128  # per domain
 SENTENCE_LENGTH = 200  # characters; longer sentences are divided
 UNUSED_PER_TEXT = 8  # one of 8 unused documents is for evaluation
@@ -364,7 +364,7 @@ def sentences(documents: Sequence[str]) -> Texts:
     by_document: list[list[tuple[int, str]]] = []
     for number, text in enumerate(documents):
         parts: dict[str, None] = {}
-        for sentence in SENTENCE_ENDS.split(text):
+        for sentence in SENTENCE_BREAKS.split(text):
             for part in wrap(sentence, SENTENCE_LENGTH):
                 if len(part.encode()) >= 20 and part not in unique:
                     parts[part] = None

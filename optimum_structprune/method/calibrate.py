@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import StructPruneError
-from .devices import rows_at_once
+from ..arch.devices import rows_at_once
+from ..system.errors import StructPruneError
 
 
 # The minimum number of rows of a Gram matrix that are computed at a time.

@@ -16,7 +16,7 @@ from ..arch import hooks
 from ..arch.inference import run_model
 from ..arch.modules import layer_list
 from ..arch.spec import EXPERT, ArchSpec, Axis, Space
-from ..errors import StructPruneError
+from ..system.errors import StructPruneError
 from .calibrate import Moments
 from .shrink import check_same
 

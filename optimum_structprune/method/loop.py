@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..arch.spec import Axis, Space, Widths
-from ..errors import StructPruneError
+from ..system.errors import StructPruneError
 from .calibrate import Moments, mixed
 from .layers import Source
 from .refit import ridge_strength

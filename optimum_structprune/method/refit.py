@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..errors import StructPruneError
+from ..system.errors import StructPruneError
 from .calibrate import Moments, submatrix
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..arch.devices import free_bytes
 from ..arch.modules import layer_list, replace_
 from ..arch.spec import ArchSpec, Axis, Space
-from ..errors import StructPruneError
-from .devices import free_bytes
+from ..system.errors import StructPruneError
 
 
 # Weight `(out, n)` and bias `(out,)` of a consumer, whichever way round the model stores them.

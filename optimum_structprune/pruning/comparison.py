@@ -12,8 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..arch.meta import positions_of, reads_text
 from ..arch.spec import ArchSpec
 from ..domains.load import MEASURED_TOKENS
-from ..errors import StructPruneError
-from ..margins import KINDS_DIFFER, PARTS_DIFFER
 from ..measure.losses import measure_all, totals
 from ..measure.text import Text
 from ..record.figures import (
@@ -28,6 +26,8 @@ from ..record.figures import (
 )
 from ..record.report import Report
 from ..steps.base import RunState
+from ..system.errors import StructPruneError
+from ..system.margins import KINDS_DIFFER, PARTS_DIFFER
 
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Comparison:
 
         # Inputs that a program gave have no origin.
         if run.dense_tokenizer is not None and domains[0].origin is not None:
-            from ..sources.unseen import unseen_text
+            from ..domains.unseen import unseen_text
 
             with run.report.timed("unseen text"):
                 unseen = unseen_text(run.config, run.model, run.dense_tokenizer, domains, run.earlier)
@@ -139,7 +139,7 @@ class Comparison:
 
         unseen.source = self.unseen_source
         if isinstance(measure, DomainLosses) and run.report.trimmed is not None:
-            from ..sources.unseen import respelled
+            from ..domains.unseen import respelled
 
             assert run.dense_tokenizer is not None
             assert run.tokenizer is not None

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..arch.devices import rows_at_once
 from ..arch.spec import EXPERT, LAYER, VOCAB
 from ..config.domains import written_by_model
 from ..config.pruning import StructPruneConfig
 from ..criteria import reads_gram
 from ..domains.load import texts_of, with_written_text
-from ..errors import StructPruneError
-from ..method.devices import rows_at_once
 from ..record.cost import WRITING, Cost, check_fits, cost_of
+from ..system.errors import StructPruneError
 from ..system.placement import bytes_by_device
 from ..system.processes import process_count
 
@@ -27,12 +27,12 @@ SOFTMAX = 60
 # The number of tokens of half of the held-out text, of half of the unseen text, of the answers of a model, of texts
 # in 30 languages, of the text on which the model predicts the tokens to keep, of the fewest held-out documents of a
 # domain, of the text that judges a trial, and of a trial that divides a budget.
-HELDOUT = 2000
-UNSEEN = 2048
-ANSWERS = 32 * 64
-LANGUAGES = 2048
+MEASURED_TOKENS = 2000
+UNSEEN_TOKENS = 2048
+ANSWER_TOKENS = 32 * 64
+LANGUAGE_TOKENS = 2048
 EXPECTED = 4096
-FEW_DOCUMENTS = 12 * 64
+FEWEST_TOKENS = 12 * 64
 JUDGE = 2**13
 TRIAL = 2**13
 # The number of trials that divide a budget.
@@ -139,20 +139,20 @@ def _work(request: PruningRequest, tokens: int, channels: int, vocabulary: int, 
     unseen = 0.0
     work: dict[str, float] = {}
     if vocabulary and request.inputs is None:
-        unseen = measured * min(UNSEEN, tokens / 20)
+        unseen = measured * min(UNSEEN_TOKENS, tokens / 20)
         if writes:
             texts = texts_of(with_written_text(config))
             written = sum(text.weight for text in texts if written_by_model(text))
             share = (1 + config.holdout) * written / sum(text.weight for text in texts)
             work["writing"] = WRITING * reading * (share * tokens + unseen)
             # The original and the pruned model answer questions.
-            work["answers"] = 2 * WRITING * reading * min(ANSWERS, tokens)
+            work["answers"] = 2 * WRITING * reading * min(ANSWER_TOKENS, tokens)
         if trims or config.languages:
-            work["languages"] = 2 * reading * LANGUAGES
+            work["languages"] = 2 * reading * LANGUAGE_TOKENS
         if trims and config.domains is not None:
             work["vocabulary"] = reading * min(EXPECTED, tokens)
     # Each domain has a few short documents at least. The original and the pruned model are measured.
-    heldout = max(measured * min(HELDOUT, config.holdout * tokens / 2), FEW_DOCUMENTS * len(texts_of(config)))
+    heldout = max(measured * min(MEASURED_TOKENS, config.holdout * tokens / 2), FEWEST_TOKENS * len(texts_of(config)))
     work["perplexity"] = 2 * reading * (heldout + unseen)
     if trims:
         work["vocabulary"] = work.get("vocabulary", 0) + RANKING * arch.of(VOCAB)[0].size
@@ -172,7 +172,7 @@ def _work(request: PruningRequest, tokens: int, channels: int, vocabulary: int, 
             trials = TRIALS * (per_token * min(TRIAL, tokens) + refit + JUDGE * reading)
             work["search"] = work.get("search", 0) + trials
             if "writing" in work:
-                work["writing"] += WRITING * reading * min(UNSEEN, tokens / 10)
+                work["writing"] += WRITING * reading * min(UNSEEN_TOKENS, tokens / 10)
     return work
 
 

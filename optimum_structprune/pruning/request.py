@@ -1,7 +1,7 @@
 """Resolve a config for a model: compute the widths and tokens once, from shapes alone, and check the request.
 
 This module raises before any text is read or any weight is touched. `config.pruning` checks each config by itself,
-independently of the model. Optional features have their own checks: see `sources.offloaded`, `recovery.recover` and
+independently of the model. Optional features have their own checks: see `method.offloaded`, `recovery.recover` and
 `trainer`.
 """
 
@@ -27,7 +27,7 @@ from ..config.pruning import LOSS, RunOptions, StructPruneConfig
 from ..criteria import CRITERIA, DEFAULT_CRITERIA
 from ..domains.manifest import check_kinds, check_tokens
 from ..domains.packing import check_reads_any_text
-from ..errors import StructPruneError, capitalized, one_line, warn
+from ..system.errors import StructPruneError, capitalized, one_line, warn
 from ..widths.allocation import widths_of
 from ..widths.budget import UnreachableBudgetError
 
@@ -116,7 +116,7 @@ class PruningRequest:
 
         # Last, because it runs the model on a few tokens.
         if is_offloaded(info.plain_model):
-            from ..sources.offloaded import check_sequential
+            from ..method.offloaded import check_sequential
 
             check_sequential(info.plain_model, info.arch)
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..margins import MIN_RELATIVE_MARGIN, margin_of_error
+from ..system.margins import MIN_RELATIVE_MARGIN, margin_of_error
 from .figures import Answer, AnsweredQuestion, AnswersResult, Reading
 
 
@@ -21,7 +21,7 @@ QUANTILE = 1 - SIGNIFICANCE / 2
 MIN_OF_KIND = 20
 ALIKE, BETTER, WORSE = "alike", "better", "worse"
 # The fields of an answer that are counted, with the words for such answers.
-COUNTED = {"right": "correct", "loops": "repetitive", "stopped": "finished on their own"}
+PROPERTIES = {"right": "correct", "loops": "repetitive", "stopped": "finished on their own"}
 
 
 def mcnemar_p_value(last_only: int, first_only: int) -> float:
@@ -175,7 +175,7 @@ def is_compared(answers: AnswersResult | None) -> bool:
 def answers_lines(answers: AnswersResult) -> list[str]:
     """Return the correct, repetitive and finished answers of all models, and how the last model follows the first."""
     parts = []
-    for name, word in COUNTED.items():
+    for name, word in PROPERTIES.items():
         counts = " → ".join(map(str, answers.counts(name)))
         parts.append(f"{word} {counts}")
     if is_compared(answers):

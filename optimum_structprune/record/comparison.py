@@ -7,7 +7,7 @@ from statistics import median
 from typing import NamedTuple
 
 from .answers import (
-    COUNTED,
+    PROPERTIES,
     followed,
     is_compared,
     paired,
@@ -242,7 +242,7 @@ def _answer_rows(columns: Sequence[Column]) -> list[list[str]]:
         return []
 
     rows = []
-    for name, word in COUNTED.items():
+    for name, word in PROPERTIES.items():
         rows.append(_row(f"answers {word}", (_count(column, name) for column in columns)))
     rows += _difference_rows(columns)
     rows.append(_row("median length of an answer (tokens)", map(_median_length, columns)))

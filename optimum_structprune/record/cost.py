@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedModel
 
+from ..arch.devices import free_bytes
 from ..config.recovery import LORA, RecoveryConfig
-from ..errors import StructPruneError
-from ..method.devices import free_bytes
+from ..system.errors import StructPruneError
 from ..system.stages import readable_size, readable_time
 from .table import aligned
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ..margins import MIN_RELATIVE_MARGIN, margin_of_error
+from ..system.margins import MIN_RELATIVE_MARGIN, margin_of_error
 
 
 # The constants of `technical_ratio`: the additional loss in nats per token if every word is split, and the share of
@@ -458,7 +458,7 @@ def language_costs(languages: Mapping[str, Mapping[str, Any]]) -> dict[str, Lang
     """Return the results by language code.
 
     Args:
-        languages: The costs that `vocabulary.languages.costs_before` or `with_costs_after` return.
+        languages: The costs that `domains.languages.costs_before` or `with_costs_after` return.
     """
     results = {}
     for code, costs in languages.items():

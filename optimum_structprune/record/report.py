@@ -17,15 +17,15 @@ from transformers import PreTrainedModel
 
 from ..arch.meta import is_offloaded, skeleton
 from ..arch.spec import LAYER, MODEL, ArchSpec
-from ..codec import from_plain
 from ..config.fields import read_mapping
 from ..config.pruning import StructPruneConfig
 from ..domains.manifest import Manifest
-from ..errors import StructPruneError
+from ..method.plan import Plan
+from ..system.codec import from_plain
+from ..system.errors import StructPruneError
 from ..system.stages import model_bytes, stage
-from ..written import RECORD_VERSION, VERSION_KEY, Record, unversioned
+from ..system.written import RECORD_VERSION, VERSION_KEY, Record, unversioned
 from .figures import AnswersResult, Measurements, SizeResult, TrimResult
-from .plan import Plan
 from .version_2 import converted
 
 

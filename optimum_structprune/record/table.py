@@ -8,7 +8,7 @@ from math import floor, isfinite, log10
 from statistics import fmean
 from typing import Any
 
-from ..margins import MANY_DOCUMENTS
+from ..system.margins import MANY_DOCUMENTS
 from .figures import Figure
 
 

@@ -10,8 +10,8 @@ from shlex import join
 from ..arch.spec import LAYER, MODEL, VOCAB
 from ..config.domains import BUILT_IN, MODEL_WRITTEN
 from ..config.pruning import LANGUAGES
-from ..errors import capitalized
-from ..margins import MANY_DOCUMENTS
+from ..system.errors import capitalized
+from ..system.margins import MANY_DOCUMENTS
 from .answers import answers_lines, answers_warning
 from .figures import (
     ORIGINAL,

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..arch.meta import skeleton
 from ..config.fields import build
 from ..config.recovery import LORA, RecoveryConfig
-from ..errors import StructPruneError
+from ..system.errors import StructPruneError
 
 
 # The errors that peft, a training and its files raise for a wrong setting or a damaged file.

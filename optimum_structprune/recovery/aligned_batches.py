@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import StructPruneError
 from ..measure.batches import IGNORED, PADDING, AlignedTargets, Sample, aligned_sample, pad_samples
+from ..system.errors import StructPruneError
 from ..vocabulary.token_alignment import TokenAlignment
 
 

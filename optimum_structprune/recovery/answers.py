@@ -15,11 +15,11 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.generation import sampled_continuations
 from ..arch.inference import evaluating
 from ..arch.meta import positions_of
-from ..errors import StructPruneError, warn
-from ..forward.generation import sampled_continuations
 from ..measure.batches import Sample
+from ..system.errors import StructPruneError, warn
 from ..system.fingerprint import TextCache
 from ..system.stages import progress
 from .samples import SamplePacker

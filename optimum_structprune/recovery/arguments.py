@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from ..config.fields import build
 from ..config.recovery import LEARNING_RATES, TRAINING, RecoveryConfig
-from ..errors import StructPruneError
+from ..system.errors import StructPruneError
 from .chunked_loss import device_kind
 
 

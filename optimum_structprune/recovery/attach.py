@@ -16,9 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from ..arch.hooks import replaced_forward
 from ..arch.meta import predicts_next
-from ..errors import StructPruneError
 from ..measure.batches import IGNORED, AlignedTargets, next_tokens
 from ..measure.predictions import Predictions, StoredPredictions, accepted_inputs, bare_model, is_same
+from ..system.errors import StructPruneError
 from .aligned_batches import AlignedCollator, check_batch
 from .chunked_loss import TokenLosses, chunk_tokens, chunked_losses
 from .heads import attach_to_head, load_any_teacher

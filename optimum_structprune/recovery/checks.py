@@ -14,8 +14,8 @@ from ..config.recovery import RecoveryConfig
 from ..domains.load import texts_of
 from ..domains.sources import documents
 from ..domains.templates import read_pairs
-from ..errors import StructPruneError
 from ..system.disk import check_folder
+from ..system.errors import StructPruneError
 from ..system.processes import check_launch
 from .adapter import check_fits, lora_config
 from .arguments import TrainingSize, training_arguments

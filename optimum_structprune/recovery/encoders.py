@@ -19,11 +19,11 @@ from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.manifest import Entry, Manifest
 from ..domains.templates import read_pairs
-from ..errors import StructPruneError
 from ..measure.text import Text
-from ..measure.vectors import MOST_TOKENS, SENTENCE_ENDS, Embeddings, Pooling, Texts, judged_texts, passages_of
+from ..measure.vectors import MOST_TOKENS, SENTENCE_BREAKS, Embeddings, Pooling, Texts, judged_texts, passages_of
 from ..record.figures import PRUNED, RECOVERED, Figure, TextResult
 from ..record.report import RecoveryReport
+from ..system.errors import StructPruneError
 from ..system.stages import stage
 from .adapter import trainable
 from .heads import BothTokenizers, attach_to_head
@@ -158,7 +158,7 @@ def passages(rows: Tensor, tokenizer: PreTrainedTokenizerBase, generator: Random
     """
     for documents in Text.of(rows, tokenizer).strings:
         for document in documents:
-            sentences = [sentence.strip() for sentence in SENTENCE_ENDS.split(document) if sentence.strip()]
+            sentences = [sentence.strip() for sentence in SENTENCE_BREAKS.split(document) if sentence.strip()]
             start = 0
             while start < len(sentences):
                 end = start + generator.choice(SENTENCES)

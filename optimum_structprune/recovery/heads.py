@@ -18,10 +18,10 @@ from transformers import AutoConfig, PreTrainedTokenizerBase, Trainer
 from ..arch.inference import evaluating, random_inputs, run_model
 from ..arch.meta import model_class, predicts_next
 from ..domains.manifest import tokenizer_of
-from ..errors import StructPruneError, reason_of, some_of
 from ..measure.batches import IGNORED
 from ..measure.predictions import accepted_inputs, bare_model
 from ..measure.vectors import Pooling
+from ..system.errors import StructPruneError, reason_of, some_of
 from .logged_loss import LoggedLoss
 from .placement import check_device, is_sharded, place_teacher, reshard
 from .teacher import same_weights

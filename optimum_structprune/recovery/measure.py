@@ -10,7 +10,6 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..arch.meta import positions_of
-from ..margins import KINDS_DIFFER
 from ..measure import losses
 from ..measure.batches import Sample, SampleCollator
 from ..measure.losses import Losses
@@ -18,6 +17,7 @@ from ..measure.predictions import Predictor
 from ..measure.text import Text
 from ..record.figures import ORIGINAL, PRUNED, RECOVERED, UNSEEN_TEXT, Figure, TextResult, perplexity_result, unseen_of
 from ..record.report import CurvePoint, RecoveryReport
+from ..system.margins import KINDS_DIFFER
 from .chunked_loss import device_kind
 from .placement import is_sharded
 from .teacher import Teacher

@@ -14,21 +14,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..arch.meta import is_offloaded
-from ..errors import StructPruneError
+from ..system.errors import StructPruneError
 
 
-OFFLOAD = "offload"
+ON_CPU = "offload"
 
 
 def check_device(device: str | torch.device | int | None) -> None:
     """Raise `StructPruneError` if `teacher_device` names no device."""
-    if device is None or device == OFFLOAD:
+    if device is None or device == ON_CPU:
         return
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise StructPruneError(
-            f"`teacher_device` must be a device such as 'cuda:1' or 'cpu', or {OFFLOAD!r}, got {device!r}."
+            f"`teacher_device` must be a device such as 'cuda:1' or 'cpu', or {ON_CPU!r}, got {device!r}."
         ) from error
 
     num_gpus = torch.cuda.device_count()
@@ -38,7 +38,7 @@ def check_device(device: str | torch.device | int | None) -> None:
 
 def check_movable(model: nn.Module, device: str | torch.device | int | None) -> None:
     """Raise `StructPruneError` if accelerate would move the inputs of a teacher back from `teacher_device`."""
-    is_moved = device is not None and not (device == OFFLOAD and is_offloaded(model))
+    is_moved = device is not None and not (device == ON_CPU and is_offloaded(model))
     if is_moved and _has_hooks(model):
         raise StructPruneError(
             f"`teacher_device`={device!r} cannot be used with a teacher that accelerate has spread over devices or "
@@ -112,9 +112,9 @@ def place_teacher(
             return _zero_3(model, accelerator)
         return _fsdp(model, accelerator)
 
-    if device == OFFLOAD and _has_hooks(model):
+    if device == ON_CPU and _has_hooks(model):
         return model
-    if device == OFFLOAD:
+    if device == ON_CPU:
         return cpu_offload(model, execution_device=accelerator.device)
     if device is None and _is_placed(model):
         return model

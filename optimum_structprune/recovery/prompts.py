@@ -15,16 +15,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..arch.meta import positions_of
 from ..config.domains import template_fields
 from ..config.fields import read_yaml
+from ..domains.languages import tokens_by_language
 from ..domains.packing import prompt_ids
 from ..domains.templates import question_messages, read_lines
-from ..errors import StructPruneError
-from ..vocabulary.languages import tokens_by_language
-from ..written import whole_lines
+from ..system.errors import StructPruneError
+from ..system.written import whole_lines
 
 
 Messages = list[dict[str, str]]
 
-QUESTIONS = Path(__file__).parents[1] / "evaluation" / "questions.jsonl"
+ASKED = Path(__file__).parents[1] / "evaluation" / "questions.jsonl"
 # The number of tokens in an opening. Openings are the prompts of a model without a chat template.
 OPENING_TOKENS = 24
 MAX_PROMPT_TOKENS = 128
@@ -179,7 +179,7 @@ def _openings(
 
 def _question_words() -> list[set[str]]:
     questions = []
-    for question in whole_lines(QUESTIONS):
+    for question in whole_lines(ASKED):
         for field in ("prompt", "opening"):
             if field in question:
                 questions.append(_words(question[field]))

@@ -16,9 +16,11 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, wait_for_everyone
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
+from ..arch.devices import default_device
 from ..arch.hooks import without_new_forward_hooks
 from ..arch.inference import evaluating
 from ..arch.meta import check_changeable, positions_of, predicts_next
+from ..arch.settings import own_settings
 from ..config.domains import DomainConfig
 from ..config.fields import read_json
 from ..config.pruning import StructPruneConfig
@@ -33,18 +35,16 @@ from ..domains.manifest import (
     tokenizer_of,
 )
 from ..domains.packing import check_reads_any_text
-from ..errors import StructPruneError, warn
-from ..forward.settings import own_settings
 from ..measure.batches import SampleCollator
 from ..measure.languages import cost_by_language
-from ..method.devices import default_device
 from ..record.cost import check_recovery_memory, recovery_cost
 from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME, RecoveryReport, Report
 from ..saving.save import RECORD_NAMES, save_checked
 from ..system.disk import Output, used_paths
+from ..system.errors import StructPruneError, warn
 from ..system.processes import across_processes
 from ..system.stages import stage
-from ..written import replace_json
+from ..system.written import replace_json
 from .adapter import lora_config, trainable
 from .arguments import TrainingSize, training_arguments
 from .checks import check_recovery, trains_on_cpu

@@ -12,11 +12,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import sort_checkpoints
 
-from ..codec import to_plain
 from ..config.fields import read_json
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
-from ..errors import StructPruneError, warn
+from ..system.codec import to_plain
+from ..system.errors import StructPruneError, warn
 from ..system.fingerprint import fingerprint
 
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from ..arch.inference import input_device
 from ..arch.meta import predicts_next
 from ..domains.manifest import tokenizer_of
-from ..errors import StructPruneError, reason_of
 from ..measure.predictions import Predictor, accepted_inputs
+from ..system.errors import StructPruneError, reason_of
 from ..system.placement import is_spread
 from ..vocabulary.token_alignment import TokenAlignment
 from .placement import check_device, check_movable, gathered, is_sharded, place_teacher, reshard

@@ -15,20 +15,20 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel
 
-from ..codec import from_plain
 from ..config.fields import read_json
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.manifest import Entry, Manifest
-from ..errors import StructPruneError, one_line
+from ..domains.unseen import UnseenText
 from ..measure.batches import IGNORED, Sample
-from ..sources.unseen import UnseenText
+from ..system.codec import from_plain
 from ..system.disk import Output, is_write_error, used_paths
+from ..system.errors import StructPruneError, one_line
 from ..system.fingerprint import fingerprint, json_hash
 from ..system.processes import is_first_rank, wait_for_all
-from ..written import Record
+from ..system.written import Record
 from .resume import differences
-from .teacher_file import MANIFEST_NAME, TeacherManifest, bytes_per_token, is_teacher_file
+from .teacher_file import TEACHER_FILE_NAME, TeacherManifest, bytes_per_token, is_teacher_file
 from .text import text_config
 from .training_data import RecoveryData
 
@@ -155,7 +155,7 @@ class TeacherCache:
     @property
     def is_complete(self) -> bool:
         """Return whether the folder has all predictions."""
-        return self.record is not None and (self.folder / MANIFEST_NAME).is_file()
+        return self.record is not None and (self.folder / TEACHER_FILE_NAME).is_file()
 
     @property
     def data(self) -> CachedData:

@@ -31,25 +31,25 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 from ..arch.inference import evaluating
 from ..arch.load import describe
 from ..arch.meta import check_positions, meta_model, predicts_next
-from ..codec import from_plain
 from ..config.domains import CHAT, DomainConfig
 from ..config.fields import read_json
 from ..domains.manifest import tokenizer_of
 from ..domains.sources import documents
-from ..errors import StructPruneError, one_line
 from ..measure.losses import batches_of, predicted
 from ..measure.predictions import Predictor, StoredPredictions, tokens_per_pass
 from ..measure.text import Text
+from ..system.codec import from_plain
 from ..system.disk import Output, is_write_error
+from ..system.errors import StructPruneError, one_line
 from ..system.fingerprint import fingerprint, json_hash, vocabulary_hash
 from ..system.processes import is_first_rank, shard, wait_for_all
 from ..system.stages import progress, readable_size, say, stage
+from ..system.written import Record, without_folders
 from ..vocabulary.token_alignment import TokenAlignment
-from ..written import Record, without_folders
 from .teacher import check_weights, tokens_of_teacher
 
 
-MANIFEST_NAME = "teacher_file.json"
+TEACHER_FILE_NAME = "teacher_file.json"
 # The folder inside with the config and the tokenizer of the teacher.
 TEACHER = "teacher"
 MAX_SAMPLES = 1024
@@ -200,7 +200,7 @@ class TeacherManifest(Record):
         Raises:
             StructPruneError: If there is no complete teacher file in the folder.
         """
-        path = folder / MANIFEST_NAME
+        path = folder / TEACHER_FILE_NAME
         if not path.is_file():
             reason = "holds no teacher file. Write one with `structprune teacher`, or check the path"
             if any(folder.glob("shard-*.safetensors")):
@@ -217,7 +217,7 @@ def is_teacher_file(folder: Any) -> bool:
     """
     if not isinstance(folder, (str, Path)) or not Path(folder).is_dir():
         return False
-    is_file = Path(folder, MANIFEST_NAME).is_file() or any(Path(folder).glob("shard-*.safetensors"))
+    is_file = Path(folder, TEACHER_FILE_NAME).is_file() or any(Path(folder).glob("shard-*.safetensors"))
     if is_file and Path(folder, "config.json").is_file():
         raise StructPruneError(f"{folder} holds both a model and a teacher file. Move one of them to another folder.")
     return is_file
@@ -393,7 +393,7 @@ def write_shards(
             for part in teacher:
                 if part is not None:
                     part.save_pretrained(folder / TEACHER)
-            manifest.save(folder / MANIFEST_NAME)
+            manifest.save(folder / TEACHER_FILE_NAME)
     except Exception as error:
         if not is_write_error(error):
             raise
@@ -651,7 +651,7 @@ class TeacherFile:
         except (OSError, SafetensorError) as error:
             raise StructPruneError(f"{path} cannot be read: {one_line(error)}. Write the file again.") from error
         if settings != identity:
-            raise StructPruneError(f"{path} belongs to another teacher file than {MANIFEST_NAME}. Write it again.")
+            raise StructPruneError(f"{path} belongs to another teacher file than {TEACHER_FILE_NAME}. Write it again.")
         return file
 
     def tokens(self, row: int) -> list[int]:

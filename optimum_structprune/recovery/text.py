@@ -13,6 +13,7 @@ from math import ceil
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.devices import default_device
 from ..arch.meta import positions_of, predicts_next
 from ..config.domains import BUILTIN, GENERAL, DomainConfig, written_by_model
 from ..config.pruning import StructPruneConfig
@@ -21,8 +22,7 @@ from ..domains.load import WRITTEN, builtin_source_except, load_domains, texts_o
 from ..domains.manifest import TRAINED, Entry, Manifest
 from ..domains.packing import HELDOUT, Domain, SampleFormat, check_vocabulary, tokenised
 from ..domains.sources import documents, endless, resolve
-from ..errors import StructPruneError, warn
-from ..method.devices import default_device
+from ..system.errors import StructPruneError, warn
 from .chunked_loss import device_kind
 
 

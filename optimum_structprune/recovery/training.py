@@ -13,9 +13,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import IntervalStrategy
 
-from ..errors import StructPruneError, one_line, reason_of
 from ..measure.batches import SampleCollator
 from ..system.disk import is_write_error
+from ..system.errors import StructPruneError, one_line, reason_of
 from ..system.stages import progress, say, stage
 from .adapter import LIBRARY_ERRORS
 from .attach import attach_loaded_teacher

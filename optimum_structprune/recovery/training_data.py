@@ -8,13 +8,13 @@ from typing import Any
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.generation import end_tokens
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.manifest import Entry, Manifest
-from ..forward.generation import end_tokens
+from ..domains.unseen import UnseenText, unseen_text
 from ..measure.batches import Sample
 from ..record.figures import UNSEEN_TEXT
-from ..sources.unseen import UnseenText, unseen_text
 from ..system.fingerprint import fingerprint
 from .answers import ANSWER_TOKENS, TEMPERATURE, Answers, answer_file, prompts_per_batch, write_answers, writer_of
 from .prompts import MAX_PROMPT_TOKENS, prompts_of

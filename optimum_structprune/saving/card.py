@@ -23,7 +23,7 @@ from ..record import table
 from ..record.report import Report
 from ..system.disk import CARD, resolved
 from ..system.modules import modules_root
-from ..written import replace_text, warn_on_error, written_files
+from ..system.written import replace_text, warn_on_error, written_files
 from .chart import loss_chart
 from .names import CHART_NAME
 from .records import Records

@@ -10,10 +10,10 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.load import describe
-from ..errors import StructPruneError
+from ..method.resize import pad_
 from ..record.report import RECOVERY_CONFIG_NAME, RECOVERY_REPORT_NAME, REPORT_NAME, Report
-from ..steps.resize import pad_
 from ..system.disk import Output
+from ..system.errors import StructPruneError
 from ..system.stages import model_bytes
 from .card import write_card
 from .save import RECORD_NAMES, save_checked

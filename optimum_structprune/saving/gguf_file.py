@@ -19,8 +19,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ..arch import llama_cpp
 from ..arch.meta import check_plain, is_quantized
 from ..domains.manifest import check_tokens
-from ..errors import StructPruneError
 from ..system.disk import GGUFOutput
+from ..system.errors import StructPruneError
 from .gguf_metadata import add_metadata, add_sizes, add_vocabulary, tokenizer_parts
 from .gguf_types import BLOCKS, K_QUANTS, QUANTISER, WHOLE, check_gguf_type
 

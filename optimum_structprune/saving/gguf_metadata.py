@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from .. import __version__
 from ..arch import llama_cpp
 from ..arch.spaces import heads_of
-from ..errors import StructPruneError
+from ..system.errors import StructPruneError
 from ..vocabulary.tokens import SPACE
 
 

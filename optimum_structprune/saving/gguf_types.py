@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import shutil
 
-from ..errors import StructPruneError
-from ..registry import did_you_mean
+from ..system.errors import StructPruneError
+from ..system.registry import did_you_mean
 
 
 WHOLE = ("f32", "f16", "bf16")

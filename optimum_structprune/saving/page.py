@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import StructPruneError
 from ..record.report import REPORT_NAME
+from ..system.errors import StructPruneError
 from ..system.processes import is_first_rank
-from ..written import replace_text, warn_on_error
+from ..system.written import replace_text, warn_on_error
 from .chart import NARROW, WIDE, curve_chart, loss_chart, widths_chart
 from .names import PAGE_NAME
 from .records import Records

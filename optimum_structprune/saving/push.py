@@ -11,9 +11,9 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from ..errors import StructPruneError, one_line
 from ..system.disk import CARD
-from ..written import LIST_NAME, replace_text, written_files
+from ..system.errors import StructPruneError, one_line
+from ..system.written import LIST_NAME, replace_text, written_files
 
 
 HOW_TO_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"

@@ -22,7 +22,7 @@ from ..record.report import (
     Speed,
     Tasks,
 )
-from ..written import without_folders
+from ..system.written import without_folders
 from .names import EVALUATION_NAME, SPEED_NAME, TASKS_NAME
 
 

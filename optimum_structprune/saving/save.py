@@ -18,29 +18,29 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.devices import free_bytes
 from ..arch.family import with_former_rope
 from ..arch.inference import outputs_for, random_inputs
 from ..arch.meta import is_offloaded, is_quantized
 from ..arch.per_layer import heterogeneous
+from ..arch.settings import own_settings
 from ..arch.spec import MODEL, VOCAB
 from ..arch.token_space import MODULE_IDS
 from ..config.pruning import CONFIG_NAME
 from ..domains.manifest import MANIFEST_NAME, Manifest, check_tokens
-from ..errors import StructPruneError, some_of, warn
-from ..forward.settings import own_settings
-from ..method.devices import free_bytes
-from ..record.plan import PLAN_NAME
+from ..method.offloaded import layer_device_map
+from ..method.plan import PLAN_NAME
 from ..record.report import REPORT_NAME, PruneRecords
 from ..record.view import CHANGED
-from ..sources.offloaded import layer_device_map
 from ..system.disk import OFFLOAD, Output, used_paths
+from ..system.errors import StructPruneError, some_of, warn
 from ..system.fingerprint import checksums
 from ..system.modules import MODULES, modules_root
 from ..system.offloading import declared, places
 from ..system.placement import bytes_by_device
 from ..system.processes import is_first_rank
 from ..system.stages import model_bytes
-from ..written import replace_json, without_folders, written_files
+from ..system.written import replace_json, without_folders, written_files
 
 
 logger = logging.getLogger(__name__)

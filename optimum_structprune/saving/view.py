@@ -14,12 +14,12 @@ from .. import __version__
 from ..config.pruning import CONFIG_NAME
 from ..domains.manifest import CALIBRATED, TRAINED
 from ..domains.sources import FORMATS
-from ..errors import capitalized, one_line
 from ..record.answers import outcome, sample_questions
 from ..record.comparison import measurement_table, speed_note, task_note
 from ..record.figures import PRUNED
 from ..record.report import RECOVERY_CONFIG_NAME, MeasuredModel, Measurement
 from ..record.view import View
+from ..system.errors import capitalized, one_line
 from .records import Records
 
 

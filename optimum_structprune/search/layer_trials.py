@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ..arch.spec import Axis, Space
-from ..measure.probe import PROBE_TOKENS, STRIDE, Probe
 from ..method.calibrate import output_energy
 from ..method.layers import Source
 from ..method.loop import Method, best_units, calibrate, consumer_scores, refit_consumers
 from ..method.shrink import Masks, Values, write_consumer_
-from ..sources.data import CalibrationData, source_of
+from ..steps.data import CalibrationData, source_of
 from ..system.resume import Resume
 from ..system.stages import progress
+from .probe import PROBE_TOKENS, STRIDE, Probe
 
 
 # The shares of a space that are removed in the trials. The loss is measured at the larger share, and estimated from

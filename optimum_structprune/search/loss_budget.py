@@ -16,12 +16,12 @@ from ..arch.modules import copy_with_shared_weights
 from ..arch.spec import VOCAB
 from ..config.pruning import LOSS, StructPruneConfig
 from ..domains.manifest import EARLIER, Entry, Manifest
-from ..errors import StructPruneError
-from ..margins import MIN_RELATIVE_MARGIN
 from ..pruning.cost import check_memory
 from ..pruning.request import PruningRequest, resolve_request
 from ..record.figures import Figure, TextResult, margin_of_mean, mean_ratio, ratios_of
 from ..record.report import LossSearch, PruneRecords, Report
+from ..system.errors import StructPruneError
+from ..system.margins import MIN_RELATIVE_MARGIN
 from ..system.stages import say
 
 

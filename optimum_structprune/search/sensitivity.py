@@ -12,16 +12,16 @@ from transformers import PreTrainedModel
 from ..arch.inference import evaluating
 from ..arch.spec import ArchSpec, Space, Widths
 from ..config.pruning import StructPruneConfig
-from ..measure.probe import Probe
 from ..method.shrink import Masks
 from ..pruning.request import PruningRequest
-from ..sources.data import CalibrationData
 from ..steps.base import RunState
+from ..steps.data import CalibrationData
 from ..system.processes import broadcast_object
 from ..widths.allocation import widths_of
 from ..widths.budget import budget_of, removed_parameters
 from ..widths.legal import legal_widths
 from .layer_trials import LAYER_TOKENS, SHAPE_TOKENS, Curves, Key, LayerTrials
+from .probe import Probe
 from .trials import Candidate, Divergence, Trials, record_shapes
 
 

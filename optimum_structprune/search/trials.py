@@ -20,16 +20,16 @@ from ..arch.meta import positions_of
 from ..arch.modules import copy_with_shared_weights
 from ..arch.spec import VOCAB, Width, Widths
 from ..config.domains import OTHER
+from ..domains.unseen import texts_for_choices
 from ..measure.losses import measure_all, totals
-from ..measure.probe import Probe
 from ..measure.text import ROW, Text
 from ..measure.vectors import embed
+from ..method.resize import drop_tokens_
 from ..record.report import Report
-from ..sources.unseen import texts_for_choices
 from ..steps.base import RunState
-from ..steps.resize import drop_tokens_
 from ..steps.temporary import temporarily_pruned
 from ..system.processes import broadcast_object
+from .probe import Probe
 
 
 # The number of held-out tokens that compare models with different tokens.

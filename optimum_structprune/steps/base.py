@@ -17,10 +17,10 @@ from ..arch.meta import dequantized, is_quantized, stays_packed
 from ..arch.spec import VOCAB, ArchSpec, Widths
 from ..config.pruning import StructPruneConfig
 from ..domains.manifest import Entry, Manifest
-from ..errors import InPlaceError
-from ..record.plan import Plan
+from ..method.plan import Plan
 from ..record.report import Report
-from ..sources.data import CalibrationData
+from ..system.errors import InPlaceError
+from .data import CalibrationData
 
 
 @dataclass

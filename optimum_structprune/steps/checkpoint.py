@@ -9,10 +9,10 @@ from transformers import PreTrainedModel
 from ..arch.modules import layer_list
 from ..arch.spec import Widths
 from ..method.layers import Source
+from ..method.plan import Plan
 from ..method.shrink import Masks, fill_layer_
-from ..record.plan import Plan
-from ..sources.data import CalibrationData
 from ..system.resume import Resume
+from .data import CalibrationData
 
 
 def run_key(data: CalibrationData, model: PreTrainedModel, widths: Widths) -> str:

@@ -15,18 +15,18 @@ from ..arch.shrink import shrunk_config
 from ..arch.spec import EXPERT, Axis, Space, Widths
 from ..criteria import criterion_of
 from ..method.calibrate import Moments
+from ..method.expert_source import contributions, experts_of, inner_activations, route
 from ..method.layers import Gain, InMemory, OneProcess
 from ..method.loop import Criterion, best_units
+from ..method.plan import Plan
 from ..method.refit import least_squares
+from ..method.resize import rebuilding_
 from ..method.shrink import read_consumer, shrink_layer_, write_consumer_
-from ..record.plan import Plan
-from ..sources.data import CalibrationData, source_of
-from ..sources.experts import contributions, experts_of, inner_activations, route
-from ..sources.whole_model import WholeModel
+from ..method.whole_model import WholeModel
 from ..system.processes import all_reduce_
 from ..system.stages import progress
 from .base import RunState, Step
-from .resize import rebuilding_
+from .data import CalibrationData, source_of
 
 
 class DropExperts(Step):

@@ -15,12 +15,12 @@ from ..arch.spec import HIDDEN, MODEL, ArchSpec, Axis, ResidualStream, Widths
 from ..method.calibrate import Moments, mixed
 from ..method.layers import Batch, run_model
 from ..method.loop import best_units
+from ..method.plan import Plan
+from ..method.resize import mask_channels_, narrow_, scaled_norms
 from ..method.shrink import check_same, read_consumer
-from ..record.plan import Plan
-from ..sources.data import CalibrationData, ranks, source_of
 from .base import RunState, Step
+from .data import CalibrationData, ranks, source_of
 from .layers import refit_consumer_
-from .resize import mask_channels_, narrow_, scaled_norms
 
 
 class NarrowHidden(Step):

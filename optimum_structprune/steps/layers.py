@@ -20,13 +20,13 @@ from ..criteria import criterion_of
 from ..method.calibrate import Moments, mixed, output_energy
 from ..method.layers import MAX_DEVIATION, Batch, InMemory, equal, noise_like
 from ..method.loop import best_units, check_scores
+from ..method.plan import Plan
 from ..method.refit import ridge_strength
+from ..method.resize import drop_layers_
 from ..method.shrink import check_same, read_consumer, write_consumer_
-from ..record.plan import Plan
-from ..sources.data import CalibrationData, source_of
 from ..system.processes import broadcast_
 from .base import RunState, Step
-from .resize import drop_layers_
+from .data import CalibrationData, source_of
 
 
 class DropLayers(Step):

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from ..arch.spec import ArchSpec, Widths
 from ..method.loop import prune_layers_
 from ..method.shrink import Masks
-from ..sources.data import CalibrationData, source_of
 from ..system.stages import progress
+from .data import CalibrationData, source_of
 
 
 # The approximate number of calibration tokens of a trial that divides a budget between tokens and layers.

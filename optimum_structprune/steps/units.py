@@ -10,13 +10,13 @@ from ..arch.modules import adopt_config_
 from ..arch.spec import Widths
 from ..method.layers import Source
 from ..method.loop import prune_layers_
+from ..method.plan import Plan
 from ..method.shrink import Masks
-from ..record.plan import Plan
-from ..sources.data import source_of
 from ..system.stages import give_back_free_memory, progress
 from ..widths.schedule import round_widths
 from .base import RunState, Step
 from .checkpoint import LayerCheckpoint, run_key
+from .data import source_of
 
 
 class ShrinkLayers(Step):

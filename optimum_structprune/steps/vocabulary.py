@@ -18,13 +18,13 @@ from ..domains.load import load_domains
 from ..domains.manifest import Manifest, remember_text
 from ..domains.packing import USED
 from ..measure.losses import expected_shares
+from ..method.plan import Plan
+from ..method.resize import drop_tokens_
 from ..method.shrink import check_same
 from ..record.figures import TrimResult
-from ..record.plan import Plan
 from ..vocabulary.amount import without_tokens
 from ..vocabulary.choose import Choice, Ranking, VocabularyRequest, choose_tokens, rank_tokens
 from .base import RunState, Step
-from .resize import drop_tokens_
 
 
 # The number of positions at which the dense model predicts the next token.

@@ -20,10 +20,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from ..errors import StructPruneError, one_line, some_of
-from ..written import add_to_result, foreign_files, write_file_list, written_files
+from .errors import StructPruneError, one_line, some_of
 from .processes import is_first_rank, rank_zero_first, wait_for_all
 from .stages import readable_size
+from .written import add_to_result, foreign_files, write_file_list, written_files
 
 
 logger = logging.getLogger(__name__)

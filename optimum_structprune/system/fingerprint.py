@@ -13,9 +13,9 @@ from huggingface_hub import constants
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import StructPruneError
-from ..written import whole_lines
+from .errors import StructPruneError
 from .offloading import weight_of
+from .written import whole_lines
 
 
 WORD_BYTES = 8

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..errors import StructPruneError
+from .errors import StructPruneError
 
 
 # The list of modules in the root of a folder, and the config of every model and module.

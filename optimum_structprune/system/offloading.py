@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..errors import StructPruneError, one_line, some_of
+from .errors import StructPruneError, one_line, some_of
 
 
 def places(model: nn.Module) -> dict[str, str]:

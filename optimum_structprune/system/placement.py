@@ -7,7 +7,7 @@ from collections import Counter
 import torch
 from torch import nn
 
-from ..errors import StructPruneError
+from .errors import StructPruneError
 
 
 def devices_of(model: nn.Module) -> list[torch.device]:

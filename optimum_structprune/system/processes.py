@@ -11,7 +11,7 @@ from datetime import timedelta
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..errors import StructPruneError
+from .errors import StructPruneError
 
 
 if TYPE_CHECKING:

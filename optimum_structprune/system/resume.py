@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..errors import StructPruneError
-from ..written import replace_text
+from .errors import StructPruneError
 from .processes import process_count, process_index, wait_for_all
+from .written import replace_text
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from ..errors import capitalized
+from .errors import capitalized
 
 
 if TYPE_CHECKING:

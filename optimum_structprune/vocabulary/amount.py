@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..arch.load import ModelInfo
 from ..arch.spec import VOCAB, ArchSpec, Space, Width, Widths
 from ..config.pruning import CACHE, StructPruneConfig
-from ..errors import StructPruneError
+from ..system.errors import StructPruneError
 from ..widths.allocation import widths_of
 from ..widths.budget import Budget, budget_of, check_reach
 from ..widths.legal import check_may_differ, choices, legal_widths, smallest_widths

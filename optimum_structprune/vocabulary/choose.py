@@ -20,15 +20,15 @@ from ..arch.modules import PROMPTS, module_files
 from ..arch.spec import VOCAB, Widths
 from ..arch.token_space import counted_from, named_ids
 from ..config.pruning import StructPruneConfig
+from ..domains.languages import script, scripts_in
 from ..domains.load import builtin_domains
 from ..domains.manifest import Entry
 from ..domains.packing import Domain
 from ..domains.sources import resolve
-from ..errors import StructPruneError
+from ..system.errors import StructPruneError
 from ..system.stages import progress, say
 from .amount import VocabBudget
 from .count import MOST_COUNTED, has_words, language_shares, note_missing_words, shares_of, text_shares
-from .languages import script, scripts_in
 from .tokens import Vocabulary, with_dependencies
 
 

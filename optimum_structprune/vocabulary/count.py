@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..config.domains import written_by_model
+from ..domains.languages import CHOOSING, texts
 from ..domains.manifest import COUNTED, Entry
 from ..domains.packing import Domain, tokenised
 from ..domains.sources import documents
 from ..system.stages import progress
-from .languages import CHOOSING, texts
 
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.token_space import named_ids
 from ..domains.manifest import ids_in
-from ..errors import StructPruneError
+from ..system.errors import StructPruneError
 from .tokens import Vocabulary
 
 

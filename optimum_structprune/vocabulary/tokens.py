@@ -15,14 +15,14 @@ from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..domains.templates import DATES, chat_text
-from ..errors import StructPruneError
+from ..system.errors import StructPruneError
 from .segmenters import KINDS, BPESegmenter, Segmenter, WordPieceSegmenter
 
 
 SPACE = "▁"  # SentencePiece writes it for a space
 DIGITS = frozenset("0123456789")
 # The roles in the conversations that a chat template is checked on.
-ROLES = (("system", "user", "assistant", "user"), ("user", "assistant", "user"), ("user",))
+CHAT_ROLES = (("system", "user", "assistant", "user"), ("user", "assistant", "user"), ("user",))
 # A tool, and the end of a conversation that calls it.
 NUMBER = {"type": "object", "properties": {"a": {"type": "number", "description": "A."}}, "required": ["a"]}
 TOOLS: Any = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": NUMBER}}]
@@ -305,7 +305,7 @@ def chats(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
         templates = {"": templates}
 
     conversations = []
-    for roles in ROLES:
+    for roles in CHAT_ROLES:
         conversations.append([{"role": role, "content": "0"} for role in roles])
     conversations.append(conversations[-1] + TOOL_MESSAGES)
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..arch.shrink import shrunk_config
 from ..arch.spec import LAYER, ArchSpec, Width, Widths
 from ..config.pruning import ACTIVE, CACHE, StructPruneConfig
-from ..errors import StructPruneError
+from ..system.errors import StructPruneError
 from .budget import Budget, budget_of, check_reach, removed_parameters
 from .legal import (
     LEAST_KEPT,

@@ -11,7 +11,7 @@ from ..arch.load import describe
 from ..arch.meta import is_offloaded, shrunk_skeleton
 from ..arch.spec import EXPERT, LAYER, MODEL, VOCAB, ArchSpec, Space, Widths
 from ..config.pruning import ACTIVE, CACHE, StructPruneConfig
-from ..errors import StructPruneError, capitalized
+from ..system.errors import StructPruneError, capitalized
 from ..system.stages import saved_bytes
 
 
@@ -144,7 +144,7 @@ def _active_shares(arch: ArchSpec) -> dict[str, float]:
 
 def _cache_of(name: str, arch: ArchSpec, model: PreTrainedModel) -> Callable[[Widths], float]:
     """Return the function from widths to the bytes of the cache per token."""
-    from ..forward.generation import cached_values
+    from ..arch.generation import cached_values
 
     def cost(widths: Widths) -> float:
         values = cached_values(shrunk_skeleton(model, arch, widths), arch)

@@ -13,8 +13,8 @@ from transformers import PretrainedConfig
 from ..arch.shrink import legal_sizes
 from ..arch.spec import CHANNEL, EXPERT, GROUP, TOKEN, ArchSpec, Space, Width, Widths
 from ..config.pruning import AUTO, CACHE, StructPruneConfig
-from ..errors import StructPruneError
-from ..registry import did_you_mean
+from ..system.errors import StructPruneError
+from ..system.registry import did_you_mean
 
 
 # The legal widths by kind of space, ascending.

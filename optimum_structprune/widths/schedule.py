@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 from ..arch.shrink import legal_sizes
 from ..arch.spec import ArchSpec, Width, Widths
 from ..config.pruning import StructPruneConfig
-from ..errors import StructPruneError
+from ..system.errors import StructPruneError
 
 
 # The number of removals in a training whose config has one round.

@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from optimum_structprune import prune_model
 from optimum_structprune.arch import hooks
+from optimum_structprune.arch.generation import continuations
 from optimum_structprune.arch.modules import blocks
-from optimum_structprune.forward.generation import continuations
 from optimum_structprune.method.layers import run_model
 
 

@@ -17,8 +17,8 @@ from optimum_structprune.arch import per_layer
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.modules import layer_list
 from optimum_structprune.arch.shrink import legal_sizes, shrunk_config
-from optimum_structprune.errors import StructPruneError
-from optimum_structprune.steps.resize import pad_, resize_
+from optimum_structprune.method.resize import pad_, resize_
+from optimum_structprune.system.errors import StructPruneError
 from optimum_structprune.system.fingerprint import fingerprint
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_structprune import StructPruneError
 from optimum_structprune.commands.loading import Loading, usable_device, weights_bytes
-from optimum_structprune.errors import reason_of
+from optimum_structprune.system.errors import reason_of
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from optimum_structprune import DomainConfig, RecoveryConfig, StructPruneConfig, StructPruneError, StructPruner
 from optimum_structprune.arch.family import read_families
-from optimum_structprune.codec import by_layer
 from optimum_structprune.config.fields import parse_yaml, read_yaml
-from optimum_structprune.record.plan import Plan
+from optimum_structprune.method.plan import Plan
+from optimum_structprune.system.codec import by_layer
 
 
 words = st.text("abcxyz_", min_size=1, max_size=8)

@@ -10,13 +10,14 @@ import torch
 from accelerate import disk_offload
 from models import build, config, tokenizer
 
-from optimum_structprune import StructPruneConfig, StructPruneError, StructPruner, register_criterion, registry
+from optimum_structprune import StructPruneConfig, StructPruneError, StructPruner, register_criterion
 from optimum_structprune.arch.load import describe
 from optimum_structprune.config.pruning import REFITS
 from optimum_structprune.criteria import CRITERIA, parameters_of, per_unit
 from optimum_structprune.criteria.obs_drive import producer_norms
 from optimum_structprune.method.calibrate import Moments
-from optimum_structprune.registry import Registry
+from optimum_structprune.system import registry
+from optimum_structprune.system.registry import Registry
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from optimum_structprune.domains.sources import documents, presets, resolve
 from optimum_structprune.domains.templates import DATES, chat_text, rendered
 from optimum_structprune.evaluation.answers import read_questions
 from optimum_structprune.method.layers import Batch, run_model
-from optimum_structprune.sources.data import source_of
+from optimum_structprune.steps.data import source_of
 
 
 CHATML = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>\n{% endfor %}"

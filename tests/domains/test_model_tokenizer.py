@@ -18,9 +18,9 @@ from optimum_structprune import DomainConfig, StructPruner, evaluate, export_ggu
 from optimum_structprune.commands.cli import main
 from optimum_structprune.domains.manifest import check_tokens, has_files, remember_text, tokenizer_of
 from optimum_structprune.domains.packing import check_reads_any_text
-from optimum_structprune.errors import StructPruneError
 from optimum_structprune.evaluation.heldout import read_heldout
 from optimum_structprune.measure.text import Text
+from optimum_structprune.system.errors import StructPruneError
 
 
 # The special tokens first, and all words in the opposite order.

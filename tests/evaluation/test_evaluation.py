@@ -19,10 +19,10 @@ from optimum_structprune.commands.cli import main
 from optimum_structprune.domains.manifest import Entry
 from optimum_structprune.domains.packing import document_numbers
 from optimum_structprune.evaluation.heldout import read_heldout
-from optimum_structprune.margins import margin_of_error
 from optimum_structprune.measure.losses import means
 from optimum_structprune.measure.losses import measure as measure_text
 from optimum_structprune.measure.text import Text
+from optimum_structprune.system.margins import margin_of_error
 
 
 MODEL = build("llama-tied", 0)

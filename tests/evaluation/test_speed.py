@@ -8,8 +8,8 @@ from helpers import first_units, modes
 from models import build, token_ids
 
 from optimum_structprune import Speed, StructPruneError, measure_speed
+from optimum_structprune.arch.generation import cache_bytes, read_prompt, write_tokens
 from optimum_structprune.evaluation.speed import cache_per_token, spread
-from optimum_structprune.forward.generation import cache_bytes, read_prompt, write_tokens
 from optimum_structprune.record.comparison import speed_rows
 from optimum_structprune.record.report import Spread
 

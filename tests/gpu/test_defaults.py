@@ -11,13 +11,13 @@ from models import build, token_ids
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from optimum_structprune import StructPruneConfig, prune_model
+from optimum_structprune.arch.devices import rows_at_once
 from optimum_structprune.arch.load import ModelInfo, describe
 from optimum_structprune.arch.meta import meta_model
 from optimum_structprune.measure.losses import expected_shares, measure, perplexity, totals
 from optimum_structprune.measure.predictions import tokens_at_once, tokens_per_pass
 from optimum_structprune.measure.text import Text
 from optimum_structprune.method.calibrate import Moments
-from optimum_structprune.method.devices import rows_at_once
 from optimum_structprune.pruning.cost import UNCOUNTED_BYTES, pruning_cost
 from optimum_structprune.pruning.request import PruningRequest
 from optimum_structprune.record.cost import REFUSED_SHARE

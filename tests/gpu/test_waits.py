@@ -17,12 +17,12 @@ from optimum_structprune.arch.meta import shrunk_skeleton
 from optimum_structprune.arch.modules import layer_list
 from optimum_structprune.criteria import CRITERIA
 from optimum_structprune.method import calibrate, shrink
+from optimum_structprune.method import expert_source as sources_experts
 from optimum_structprune.method.calibrate import Moments
+from optimum_structprune.method.expert_source import contributions, expert_moments
 from optimum_structprune.method.shrink import shrink_layer_
-from optimum_structprune.sources import experts as sources_experts
-from optimum_structprune.sources.data import source_of
-from optimum_structprune.sources.experts import contributions, expert_moments
 from optimum_structprune.steps import experts as steps_experts
+from optimum_structprune.steps.data import source_of
 from optimum_structprune.system import fingerprint
 from optimum_structprune.system.fingerprint import checksums
 from optimum_structprune.trainer import RecentText

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optimum_structprune.domains.packing import document_numbers
-from optimum_structprune.margins import MANY_DOCUMENTS
 from optimum_structprune.measure.text import ROW, Text
+from optimum_structprune.system.margins import MANY_DOCUMENTS
 
 
 EOS = -1  # no token

@@ -12,12 +12,12 @@ from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.meta import shrunk_skeleton
 from optimum_structprune.arch.modules import layer_list
 from optimum_structprune.criteria.reap import reap
+from optimum_structprune.method.expert_source import contributions
 from optimum_structprune.method.layers import Batch, InMemory, NotSequentialError, capture, gain_of, run_model
 from optimum_structprune.method.loop import prune_layers_
 from optimum_structprune.method.shrink import Masks
-from optimum_structprune.sources.data import source_of
-from optimum_structprune.sources.experts import contributions
-from optimum_structprune.sources.whole_model import WholeModel
+from optimum_structprune.method.whole_model import WholeModel
+from optimum_structprune.steps.data import source_of
 from optimum_structprune.steps.layers import Norm
 
 

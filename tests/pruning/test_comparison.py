@@ -5,7 +5,7 @@ from math import isfinite
 from models import build, config, documents, tokenizer
 
 from optimum_structprune import DomainConfig, StructPruner
-from optimum_structprune.margins import MANY_DOCUMENTS
+from optimum_structprune.system.margins import MANY_DOCUMENTS
 
 
 def test_a_run_measures_a_limited_number_of_tokens():

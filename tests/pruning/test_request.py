@@ -16,11 +16,11 @@ from optimum_structprune.arch.load import ModelInfo
 from optimum_structprune.config.domains import DomainConfig
 from optimum_structprune.criteria import CRITERIA, register_criterion
 from optimum_structprune.domains.sources import documents as read
-from optimum_structprune.dryrun import dry_run
-from optimum_structprune.errors import InPlaceError, StructPruneError
 from optimum_structprune.measure.losses import perplexity
+from optimum_structprune.pruning.dryrun import dry_run
 from optimum_structprune.pruning.request import DRY_RUN, resolve_request, without_effect
 from optimum_structprune.saving.gguf_file import export_gguf
+from optimum_structprune.system.errors import InPlaceError, StructPruneError
 
 
 def unread_config(**fields) -> StructPruneConfig:

@@ -18,9 +18,9 @@ from optimum_structprune import (
     prune_model,
     recover,
 )
+from optimum_structprune.arch.devices import cpu_speed
 from optimum_structprune.arch.load import ModelInfo, describe
 from optimum_structprune.arch.meta import meta_model
-from optimum_structprune.method.devices import cpu_speed
 from optimum_structprune.pruning.cost import UNCOUNTED_BYTES, check_memory, pruning_cost
 from optimum_structprune.pruning.request import PruningRequest, resolve_request
 from optimum_structprune.record.cost import REFUSED_SHARE, recovery_cost

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optimum_structprune import StructPruneError
-from optimum_structprune.margins import margin_of_error
 from optimum_structprune.record.figures import Figure, LanguageResult, TextResult, mean_ratio, perplexity_result
 from optimum_structprune.record.report import CurvePoint, RecoveryReport, Report
-from optimum_structprune.written import to_json
+from optimum_structprune.system.margins import margin_of_error
+from optimum_structprune.system.written import to_json
 
 
 numbers = st.none() | st.floats(0.1, 1e6) | st.just(inf)

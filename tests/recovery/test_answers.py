@@ -13,8 +13,8 @@ from models import CHATML, build, config, real_text_model, token_ids, tokenizer
 from transformers import TrainerCallback
 
 from optimum_structprune import DomainConfig, Recovery, StructPruneError, prune_model, recover
+from optimum_structprune.arch.generation import sampled_continuations
 from optimum_structprune.evaluation.answers import read_questions
-from optimum_structprune.forward.generation import sampled_continuations
 from optimum_structprune.measure.batches import SampleCollator
 from optimum_structprune.recovery import answers as module
 from optimum_structprune.recovery.answers import AnswerFile, Answers, prompts_per_batch, write_answers

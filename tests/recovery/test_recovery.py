@@ -21,12 +21,12 @@ from optimum_structprune.config.pruning import StructPruneConfig
 from optimum_structprune.config.recovery import LEARNING_RATES
 from optimum_structprune.domains.load import texts_of
 from optimum_structprune.domains.manifest import JUDGED, TRAINED, Manifest
-from optimum_structprune.errors import StructPruneError
 from optimum_structprune.measure.languages import cost_by_language
 from optimum_structprune.record.report import REPORT_NAME, Report
 from optimum_structprune.recovery.adapter import adapted, lora_config
 from optimum_structprune.recovery.text import TextStream, text_config, validation_text
 from optimum_structprune.recovery.training import NothingGainedWarning
+from optimum_structprune.system.errors import StructPruneError
 from optimum_structprune.system.fingerprint import computing
 
 

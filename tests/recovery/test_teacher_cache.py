@@ -11,7 +11,7 @@ from models import build, documents, full_disk, tokenizer
 
 from optimum_structprune import DomainConfig, Recovery, RecoveryConfig, StructPruneError, recover, write_teacher
 from optimum_structprune.recovery.teacher_cache import RECORD_NAME, SAMPLES_NAME
-from optimum_structprune.recovery.teacher_file import MANIFEST_NAME, TeacherManifest, shard_name
+from optimum_structprune.recovery.teacher_file import TEACHER_FILE_NAME, TeacherManifest, shard_name
 
 
 CONFIG = RecoveryConfig(
@@ -136,7 +136,7 @@ def test_a_full_disk_is_one_error_and_the_next_run_goes_on(pruned, teacher, tmp_
     folder = tmp_path / "cache"
     with full_disk(room), pytest.raises(StructPruneError, match="could not be written"):
         Recovery(CONFIG).cache_teacher(pruned, tokenizer(), teacher, folder)
-    assert not (folder / MANIFEST_NAME).exists()
+    assert not (folder / TEACHER_FILE_NAME).exists()
 
     Recovery(CONFIG).cache_teacher(pruned, tokenizer(), teacher, folder)
 

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 from optimum_structprune import StructPruneError, attach_teacher, write_teacher, write_teacher_rows
 from optimum_structprune.measure.kl import divergence
 from optimum_structprune.recovery.teacher_file import (
-    MANIFEST_NAME,
+    TEACHER_FILE_NAME,
     StoredTeacher,
     TeacherFile,
     compressed,
@@ -200,7 +200,7 @@ def test_a_killed_run_resumes_with_the_same_predictions(teacher, tmp_path, monke
     write_teacher(teacher, rows, tmp_path / "whole")
 
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
-    (tmp_path / "killed" / MANIFEST_NAME).unlink()
+    (tmp_path / "killed" / TEACHER_FILE_NAME).unlink()
     (tmp_path / "killed" / shard_name(1)).write_bytes(b"half")
     with pytest.raises(StructPruneError, match="not complete"):
         TeacherFile(tmp_path / "killed")
@@ -310,7 +310,7 @@ def test_a_second_writer_and_an_early_reader_are_refused(teacher, tmp_path):
         write_teacher(teacher, rows, tmp_path / "file")
 
     write_teacher(teacher, rows, tmp_path / "file")
-    (tmp_path / "file" / MANIFEST_NAME).unlink()
+    (tmp_path / "file" / TEACHER_FILE_NAME).unlink()
     trainer = Trainer(build("llama-untied", 2), arguments(tmp_path), train_dataset=[])
     with pytest.raises(StructPruneError, match="not complete"):
         attach_teacher(trainer, tmp_path / "file")

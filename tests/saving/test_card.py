@@ -37,7 +37,7 @@ from optimum_structprune.record.table import escaped
 from optimum_structprune.record.verdict import judge
 from optimum_structprune.record.view import View
 from optimum_structprune.saving.card import model_card
-from optimum_structprune.written import LIST_NAME, replace_text, to_json, written_files
+from optimum_structprune.system.written import LIST_NAME, replace_text, to_json, written_files
 
 
 def tables(text: str) -> dict[str, list[list[str]]]:

@@ -7,8 +7,8 @@ from models import build, config, tokenizer
 from transformers import AutoModelForCausalLM
 
 from optimum_structprune import Manifest, Plan, StructPruneConfig, StructPruner, export_uniform
-from optimum_structprune.errors import StructPruneError
 from optimum_structprune.record.report import Report
+from optimum_structprune.system.errors import StructPruneError
 
 
 @pytest.fixture(scope="module")

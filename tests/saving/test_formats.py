@@ -23,12 +23,12 @@ from optimum_structprune import (
     evaluate,
     write_report,
 )
-from optimum_structprune.codec import to_plain
 from optimum_structprune.domains.manifest import Manifest
-from optimum_structprune.errors import StructPruneError
 from optimum_structprune.record import figures, report
 from optimum_structprune.record.report import Report
-from optimum_structprune.written import to_json
+from optimum_structprune.system.codec import to_plain
+from optimum_structprune.system.errors import StructPruneError
+from optimum_structprune.system.written import to_json
 
 
 LOADERS = {

@@ -22,7 +22,7 @@ from optimum_structprune import (
     write_report,
 )
 from optimum_structprune.commands.cli import main
-from optimum_structprune.written import LIST_NAME, without_folders
+from optimum_structprune.system.written import LIST_NAME, without_folders
 
 
 TOKEN = "hf_right"

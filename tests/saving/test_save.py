@@ -29,11 +29,11 @@ from optimum_structprune import (
     write_report,
 )
 from optimum_structprune.commands.cli import main
-from optimum_structprune.record.plan import PLAN_NAME, Plan
+from optimum_structprune.method.plan import PLAN_NAME, Plan
 from optimum_structprune.record.report import Report
 from optimum_structprune.saving.save import check_reload, copy_extra_files, make_portable
 from optimum_structprune.system.fingerprint import fingerprint
-from optimum_structprune.written import written_files
+from optimum_structprune.system.written import written_files
 
 
 @pytest.fixture(scope="module")

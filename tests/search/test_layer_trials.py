@@ -14,14 +14,14 @@ from optimum_structprune import StructPruner
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.modules import layer_list
 from optimum_structprune.domains.packing import Domain
-from optimum_structprune.measure.probe import STRIDE, Probe
 from optimum_structprune.method.layers import Batch
 from optimum_structprune.method.loop import best_units, calibrate, consumer_scores, prune_layers_, refit_consumers
 from optimum_structprune.method.shrink import Masks, read_consumer
 from optimum_structprune.search.layer_trials import layer_cuts, trial_losses, unit_losses, values_on_trial
+from optimum_structprune.search.probe import STRIDE, Probe
 from optimum_structprune.search.sensitivity import Search, choose_shape
-from optimum_structprune.sources.data import batches_of, source_of
 from optimum_structprune.steps.base import RunState
+from optimum_structprune.steps.data import batches_of, source_of
 
 
 def random_domains():

@@ -12,8 +12,8 @@ from models import build, config, documents, three_layers, tokenizer
 
 from optimum_structprune import DomainConfig, RunOptions, StructPruner
 from optimum_structprune.arch.load import describe
-from optimum_structprune.measure.probe import Probe
 from optimum_structprune.search import layer_trials, sensitivity
+from optimum_structprune.search.probe import Probe
 
 
 @pytest.fixture(scope="module")

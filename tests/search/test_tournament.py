@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 from optimum_structprune import StructPruner
 from optimum_structprune.arch.load import describe
 from optimum_structprune.search.trials import SeveralTexts, Trials
-from optimum_structprune.sources.data import CalibrationData
 from optimum_structprune.steps.base import RunState
+from optimum_structprune.steps.data import CalibrationData
 
 
 READER = real_text_model()[1]

@@ -12,7 +12,7 @@ from optimum_structprune import StructPruneConfig, StructPruner
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.spec import HIDDEN, LAYER, MODEL
 from optimum_structprune.domains.load import given_domains
-from optimum_structprune.steps.resize import narrow_
+from optimum_structprune.method.resize import narrow_
 
 
 WIDTH = 24

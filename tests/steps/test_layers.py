@@ -19,9 +19,9 @@ from optimum_structprune.arch.spec import HIDDEN, LAYER, MODEL
 from optimum_structprune.criteria.block_influence import block_influence
 from optimum_structprune.domains.load import given_domains
 from optimum_structprune.method.layers import Batch, InMemory
-from optimum_structprune.sources.data import CalibrationData, batches_of
+from optimum_structprune.method.resize import drop_layers_
+from optimum_structprune.steps.data import CalibrationData, batches_of
 from optimum_structprune.steps.layers import remove_layers_
-from optimum_structprune.steps.resize import drop_layers_
 
 
 # The structures, and models whose configs describe single layers in other ways.

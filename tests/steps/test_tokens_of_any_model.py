@@ -39,11 +39,11 @@ from optimum_structprune.arch.meta import model_class
 from optimum_structprune.arch.modules import PROMPTS, TASK
 from optimum_structprune.arch.token_space import named_ids
 from optimum_structprune.commands.cli import main
+from optimum_structprune.domains.languages import CHOOSING, texts
 from optimum_structprune.domains.sources import builtin_documents
 from optimum_structprune.method.layers import run_model
-from optimum_structprune.steps.resize import drop_tokens_
+from optimum_structprune.method.resize import drop_tokens_
 from optimum_structprune.vocabulary.choose import VocabularyRequest
-from optimum_structprune.vocabulary.languages import CHOOSING, texts
 from optimum_structprune.vocabulary.token_alignment import TokenAlignment
 
 

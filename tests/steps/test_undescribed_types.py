@@ -11,7 +11,7 @@ from optimum_structprune import DomainConfig, StructPruneError, StructPruner
 from optimum_structprune.arch.inference import last_states
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.token_space import named_ids
-from optimum_structprune.steps.resize import drop_tokens_
+from optimum_structprune.method.resize import drop_tokens_
 
 
 SIZE = 96

@@ -17,11 +17,11 @@ from models import build, config, full_disk, tokenizer
 
 from optimum_structprune import RecoveryConfig, RunOptions, StructPruner, export_uniform, prune_model
 from optimum_structprune.config.domains import DomainConfig
-from optimum_structprune.errors import StructPruneError
 from optimum_structprune.saving.save import save_checked
 from optimum_structprune.system import disk
 from optimum_structprune.system.disk import OFFLOAD, SAVING, Output, check_apart, check_folder
-from optimum_structprune.written import LIST_NAME
+from optimum_structprune.system.errors import StructPruneError
+from optimum_structprune.system.written import LIST_NAME
 
 
 def write_result(folder):

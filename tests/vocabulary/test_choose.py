@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from optimum_structprune import DomainConfig
 from optimum_structprune.arch.load import ModelInfo
 from optimum_structprune.config.pruning import LANGUAGES
+from optimum_structprune.domains.languages import CHOOSING, script, texts, tokens_by_language
 from optimum_structprune.domains.manifest import COUNTED
 from optimum_structprune.domains.packing import Domain, document_hash
 from optimum_structprune.measure.languages import (
@@ -19,11 +20,10 @@ from optimum_structprune.measure.languages import (
     measured_texts,
     with_costs_after,
 )
-from optimum_structprune.steps.resize import drop_tokens_
+from optimum_structprune.method.resize import drop_tokens_
 from optimum_structprune.vocabulary import choose, count
 from optimum_structprune.vocabulary.choose import VocabularyRequest, token_shares
 from optimum_structprune.vocabulary.count import language_shares, note_missing_words, text_shares
-from optimum_structprune.vocabulary.languages import CHOOSING, script, texts, tokens_by_language
 from optimum_structprune.vocabulary.tokens import Vocabulary, with_dependencies
 
 

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
 from optimum_structprune import StructPruneConfig, StructPruneError, StructPruner, dry_run
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.spec import GROUP, ArchSpec, Space
-from optimum_structprune.dryrun import lost_kernels
+from optimum_structprune.pruning.dryrun import lost_kernels
 from optimum_structprune.widths.allocation import ranked_widths, widths_for_sparsity
 from optimum_structprune.widths.legal import LEAST_KEPT, multiple_of
 from optimum_structprune.widths.schedule import removal_steps, round_widths

@@ -8,10 +8,10 @@ from helpers import config_of
 from models import STRUCTURES, build, config, described, random_model, tokenizer
 
 from optimum_structprune import StructPruneError, dry_run, prune_model
+from optimum_structprune.arch.generation import cached_values
 from optimum_structprune.arch.load import ModelInfo, describe
 from optimum_structprune.arch.meta import skeleton
 from optimum_structprune.arch.shrink import shrunk_config
-from optimum_structprune.forward.generation import cached_values
 from optimum_structprune.system.stages import model_bytes
 from optimum_structprune.vocabulary.amount import with_tokens
 from optimum_structprune.widths.allocation import widths_of

@@ -34,7 +34,7 @@ from optimum_structprune.measure.kl import divergence
 from optimum_structprune.measure.predictions import LOSS_TOKENS
 from optimum_structprune.method.calibrate import Moments
 from optimum_structprune.method.layers import run_model
-from optimum_structprune.sources.data import CalibrationData
+from optimum_structprune.steps.data import CalibrationData
 from optimum_structprune.system.offloading import compute_device
 from optimum_structprune.system.processes import all_reduce_, shard
 from optimum_structprune.widths.allocation import widths_of

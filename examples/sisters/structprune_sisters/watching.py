@@ -13,7 +13,7 @@ from optimum_structprune import StructPruneError
 from optimum_structprune.arch.hooks import observe
 from optimum_structprune.arch.spec import ArchSpec, Axis
 from optimum_structprune.method.layers import Batch, run_model
-from optimum_structprune.sources.data import CalibrationData
+from optimum_structprune.steps.data import CalibrationData
 
 
 def of_samples(watch: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:

@@ -9,7 +9,7 @@ from optimum_structprune import prune_model
 from optimum_structprune.arch.load import describe
 from optimum_structprune.method.loop import calibrate
 from optimum_structprune.method.shrink import Masks, read_consumer
-from optimum_structprune.sources.data import source_of
+from optimum_structprune.steps.data import source_of
 
 
 def test_the_bias_is_the_mean_output_of_the_removed_channels():

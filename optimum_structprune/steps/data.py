@@ -31,7 +31,7 @@ REFITS.register("none")(no_refit)
 REFITS.register("least_squares")(least_squares)
 
 if TYPE_CHECKING:
-    from .whole_model import WholeModel
+    from ..method.whole_model import WholeModel
 
 # The weight of text in the configured languages. All other domains share the remaining weight.
 LANGUAGES_WEIGHT = 0.1
@@ -85,7 +85,7 @@ class CalibrationData:
 
     def with_languages(self, tokenizer: PreTrainedTokenizerBase | None) -> CalibrationData:
         """Return the data with a further domain of text in the configured languages, without held-out text."""
-        from ..vocabulary.languages import samples_of
+        from ..domains.languages import samples_of
 
         if tokenizer is None:
             return self
@@ -200,20 +200,20 @@ def source_of(
     """Return a source that runs the layers of a model one by one, or the whole model if they cannot run alone."""
     source: InMemory | WholeModel
     if is_offloaded(model):
-        from .offloaded import Offloaded
+        from ..method.offloaded import Offloaded
 
         source = Offloaded(model, arch, batches, feedback, fixed)
     else:
         try:
             source = InMemory(model, arch, batches, feedback, fixed)
         except NotSequentialError:
-            from .whole_model import WholeModel
+            from ..method.whole_model import WholeModel
 
             source = WholeModel(model, arch, batches)
 
     source.ranks = ranks()
     if any(space.experts for space in arch.spaces):
-        from .experts import expert_moments
+        from ..method.expert_source import expert_moments
 
         source.expert_moments = expert_moments
     return source

@@ -20,7 +20,7 @@ from optimum_structprune.arch.meta import is_offloaded
 from optimum_structprune.arch.modules import layer_list
 from optimum_structprune.measure.losses import measure_all
 from optimum_structprune.measure.text import Text
-from optimum_structprune.sources.offloaded import Offloaded
+from optimum_structprune.method.offloaded import Offloaded
 from optimum_structprune.system.offloading import bring_in, weight_of
 
 

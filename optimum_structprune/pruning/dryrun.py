@@ -9,22 +9,22 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .arch.load import ModelInfo, describe
-from .arch.meta import model_class
-from .arch.per_layer import is_non_uniform
-from .arch.spec import CHANNEL, EXPERT, GROUP, VOCAB, ArchSpec, Space, Widths
-from .config.pruning import RunOptions, StructPruneConfig
-from .errors import StructPruneError
-from .forward.generation import cached_values
-from .method.devices import cpu_speed, default_device
-from .pruning.cost import pruning_cost
-from .pruning.request import DRY_RUN, PruningRequest, check_config_kind, resolve_request
-from .record.cost import Cost, check_recovery_memory, recovery_cost
-from .record.table import aligned, change_row
-from .system.stages import saved_bytes
-from .vocabulary.amount import large_vocabulary
-from .widths.budget import active_parameters, budget_of
-from .written import Record
+from ..arch.devices import cpu_speed, default_device
+from ..arch.generation import cached_values
+from ..arch.load import ModelInfo, describe
+from ..arch.meta import model_class
+from ..arch.per_layer import is_non_uniform
+from ..arch.spec import CHANNEL, EXPERT, GROUP, VOCAB, ArchSpec, Space, Widths
+from ..config.pruning import RunOptions, StructPruneConfig
+from ..record.cost import Cost, check_recovery_memory, recovery_cost
+from ..record.table import aligned, change_row
+from ..system.errors import StructPruneError
+from ..system.stages import saved_bytes
+from ..system.written import Record
+from ..vocabulary.amount import large_vocabulary
+from ..widths.budget import active_parameters, budget_of
+from .cost import pruning_cost
+from .request import DRY_RUN, PruningRequest, check_config_kind, resolve_request
 
 
 # The multiples that kernels need for the width of channels. Each entry has the number, whether tensor parallelism
@@ -249,10 +249,10 @@ def _recovery(request: PruningRequest) -> tuple[dict[str, Cost], str]:
         return {}, ""
 
     # Training libraries take seconds to import.
-    from .recovery.arguments import computes_in_bf16
-    from .recovery.checks import check_recovery
-    from .recovery.teacher_cache import cache_bytes
-    from .recovery.text import sample_length
+    from ..recovery.arguments import computes_in_bf16
+    from ..recovery.checks import check_recovery
+    from ..recovery.teacher_cache import cache_bytes
+    from ..recovery.text import sample_length
 
     dense = request.model_info.plain_model
     check_recovery(config.recovery, config, dense)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..domains.packing import tokenize_with_prefix
+from .packing import tokenize_with_prefix
 
 
 # Files with one line of text for each language. The first file has the same text in all languages, to compare them.

@@ -20,10 +20,10 @@ from ..arch.load import describe
 from ..arch.meta import meta_model
 from ..arch.modules import layer_list
 from ..arch.spec import ArchSpec
-from ..errors import StructPruneError
-from ..method.layers import Batch, InMemory, NotSequentialError
+from ..system.errors import StructPruneError
 from ..system.offloading import bring_in, put_back
 from ..system.stages import give_back_free_memory
+from .layers import Batch, InMemory, NotSequentialError
 
 
 def layer_device_map(

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimum_structprune.margins import KINDS_DIFFER, MIN_RELATIVE_MARGIN, margin_of_error, margin_of_share
 from optimum_structprune.record.figures import perplexity_result
+from optimum_structprune.system.margins import KINDS_DIFFER, MIN_RELATIVE_MARGIN, margin_of_error, margin_of_share
 
 
 def random_losses(documents: int, rows: int, spread: float) -> torch.Tensor:

@@ -8,9 +8,9 @@ from models import STRUCTURES, build, config, token_ids, tokenizer
 from optimum_structprune import StructPruner, prune_model
 from optimum_structprune.arch.load import describe
 from optimum_structprune.criteria import CRITERIA
+from optimum_structprune.method.expert_source import contributions, expert_moments, inner_activations, route
 from optimum_structprune.method.shrink import read_consumer
-from optimum_structprune.sources.data import source_of
-from optimum_structprune.sources.experts import contributions, expert_moments, inner_activations, route
+from optimum_structprune.steps.data import source_of
 
 
 MIXTURES = [case for case in ["mixtral"] + STRUCTURES if describe(build(case)).of("expert")]

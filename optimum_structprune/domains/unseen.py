@@ -17,14 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config.domains import BUILT_IN, FROM_HUB, MODEL_WRITTEN, OTHER, PRESET, DomainConfig, is_general
 from ..config.pruning import StructPruneConfig
-from ..domains.load import builtin_source_except, can_write, texts_of
-from ..domains.manifest import JUDGED, Entry, Manifest
-from ..domains.packing import Domain, document_hash, tokenize_with_prefix
-from ..domains.sources import documents, resolve
-from ..errors import StructPruneError
-from ..margins import MIN_DOCUMENTS
+from ..system.errors import StructPruneError
 from ..system.fingerprint import TextCache
+from ..system.margins import MIN_DOCUMENTS
 from ..system.processes import broadcast_object, process_index
+from .load import builtin_source_except, can_write, texts_of
+from .manifest import JUDGED, Entry, Manifest
+from .packing import Domain, document_hash, tokenize_with_prefix
+from .sources import documents, resolve
 
 
 # The maximum number of tokens, over all documents.
@@ -195,8 +195,8 @@ def _written(
     config: StructPruneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int
 ) -> Iterator[str]:
     """Return text that the dense model continues from words in the configured languages, or from English openings."""
-    from ..domains.generated import self_documents
-    from ..vocabulary.languages import openings
+    from .generated import self_documents
+    from .languages import openings
 
     prompts = None
     if config.languages:

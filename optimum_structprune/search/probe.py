@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..arch.generation import last_logits_only
 from ..arch.inference import run_model
 from ..arch.spec import ArchSpec
-from ..forward.generation import last_logits_only
+from ..measure.losses import skipping_layers, values_of
+from ..measure.predictions import Predictions, tokens_at_once
 from ..method.layers import Batch, InMemory
-from ..sources.data import CalibrationData, batches_of, source_of
+from ..steps.data import CalibrationData, batches_of, source_of
 from ..system.placement import is_spread
 from ..system.processes import all_reduce_, process_count, process_index
-from .losses import skipping_layers, values_of
-from .predictions import Predictions, tokens_at_once
 
 
 # A probe has about this many tokens, over all domains, and compares every fourth prediction.

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from ..arch.hooks import observe_products
 from ..arch.inference import outputs_for, run_model
 from ..arch.spec import ArchSpec, Space
-from ..method.calibrate import Moments
-from ..method.layers import Batch, Source
-from ..method.shrink import check_same
+from .calibrate import Moments
+from .layers import Batch, Source
+from .shrink import check_same
 
 
 class WholeModel(Source):

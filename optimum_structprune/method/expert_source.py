@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ..arch.hooks import intercept
 from ..arch.spec import Space
-from ..method.calibrate import Moments
-from ..method.layers import InMemory
-from ..method.loop import Criterion
 from ..system.processes import all_reduce_
+from .calibrate import Moments
+from .layers import InMemory
+from .loop import Criterion
 from .whole_model import WholeModel
 
 

@@ -18,9 +18,9 @@ from ..arch.modules import adopt_config_, layer_list, replace_
 from ..arch.shrink import shrunk_config
 from ..arch.spec import HIDDEN, LAYER, MODEL, VOCAB, ArchSpec, Read, ResidualStream, Width
 from ..arch.token_space import renumber_
-from ..errors import StructPruneError, some_of
-from ..method.shrink import fill_layer_, slice_tensors, tensors_under
-from ..record.plan import Plan
+from ..system.errors import StructPruneError, some_of
+from .plan import Plan
+from .shrink import fill_layer_, slice_tensors, tensors_under
 
 
 @contextmanager

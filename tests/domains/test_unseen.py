@@ -10,12 +10,12 @@ from models import real_text_model
 
 from optimum_structprune import DomainConfig, StructPruneConfig, StructPruner
 from optimum_structprune.domains import generated
+from optimum_structprune.domains import unseen as unseen_module
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.manifest import Manifest
-from optimum_structprune.margins import MIN_DOCUMENTS, MIN_RELATIVE_MARGIN
+from optimum_structprune.domains.unseen import respelled, texts_for_choices, unseen_text
 from optimum_structprune.record.view import View
-from optimum_structprune.sources import unseen as unseen_module
-from optimum_structprune.sources.unseen import respelled, texts_for_choices, unseen_text
+from optimum_structprune.system.margins import MIN_DOCUMENTS, MIN_RELATIVE_MARGIN
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..arch.spec import EXPERT, LAYER, MODEL, ArchSpec, kind_of
-from ..codec import by_layer
 from ..config.fields import read_json
-from ..errors import StructPruneError
+from ..system.codec import by_layer
+from ..system.errors import StructPruneError
 from ..system.fingerprint import fingerprint
-from ..written import replace_text, versioned
+from ..system.written import replace_text, versioned
 
 
 PLAN_NAME = "pruning_plan.json"

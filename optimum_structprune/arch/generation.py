@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.hooks import in_fast_dtype
-from ..arch.inference import input_device
-from ..arch.modules import blocks
-from ..arch.spec import ArchSpec
 from ..system.stages import progress
+from .hooks import in_fast_dtype
+from .inference import input_device
+from .modules import blocks
+from .spec import ArchSpec
 
 
 def cache_name(model: PreTrainedModel) -> str | None:

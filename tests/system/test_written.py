@@ -5,7 +5,7 @@ from helpers import contents, put_into
 
 from optimum_structprune import StructPruneError
 from optimum_structprune.system.disk import GGUFOutput, Output
-from optimum_structprune.written import LIST_NAME, replace_text, to_json, written_files
+from optimum_structprune.system.written import LIST_NAME, replace_text, to_json, written_files
 
 
 OWN = {"config.json": b"{}", "model.safetensors": b"12345", "README.md": b"# A card", "1_Pooling/config.json": b"{}"}

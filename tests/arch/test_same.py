@@ -5,9 +5,9 @@ import torch
 from models import build, config, real_text_model, token_ids, tokenizer
 
 from optimum_structprune import InPlaceError, StructPruneError, prune_model
-from optimum_structprune.method import shrink
+from optimum_structprune.method import resize, shrink
 from optimum_structprune.method.shrink import check_same
-from optimum_structprune.steps import layers, resize, vocabulary
+from optimum_structprune.steps import layers, vocabulary
 
 
 def reverse_units(slice_tensors):

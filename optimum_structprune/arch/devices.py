@@ -11,7 +11,7 @@ from time import process_time
 import psutil
 import torch
 
-from ..arch.hooks import is_emulated
+from .hooks import is_emulated
 
 
 # A GPU takes at most this many times the rows that a CPU takes.
