@@ -90,6 +90,7 @@ def snippets_with_output(page: Path) -> list[tuple[str, str, str]]:
 RUN = ("python", "py", "bash")
 # The blocks in these and other languages that are not run here: the page, the beginning, and the reason.
 NOT_RUN = [
+    ("teacher_file.md", "structprune recover small", "takes hours; `test_cli_recover.py` runs the same commands"),
     ("tour.md", "The capital of France", "the printed answers of a real model"),
     ("evaluation.md", '{"prompt": ', "a file of questions, which a test below reads"),
     ("extending.md", "[project.entry-points", "`test_extending.py` builds the package"),

@@ -34,13 +34,13 @@ def rows_of(path: str, tokenizer, count: int) -> list[dict[str, list[int]]]:
     return [{"input_ids": sample, "labels": sample} for sample in samples]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("teacher")
     parser.add_argument("student")
     parser.add_argument("text")
     parser.add_argument("--rounds", type=int, default=8)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
 
     tokenizer = AutoTokenizer.from_pretrained(options.teacher)
     teacher = AutoModelForCausalLM.from_pretrained(options.teacher, dtype=torch.float32)

@@ -34,7 +34,7 @@ from .templates import chat_text
 
 SEED_PROMPTS = Path(__file__).with_name("seed_prompts.yaml")
 # Documents in a batch. 8 documents take as long as 16, and a larger batch is cheaper per document.
-MIN_DOCUMENTS = 16
+FIRST_BATCH = 16
 MAX_BATCH = 64
 # Tokens in a document. Shorter documents are dropped, and longer ones would take more steps.
 MIN_TOKENS = 32
@@ -320,7 +320,7 @@ def _batches(start: int, count: int) -> list[range]:
     batches: list[range] = []
 
     while count > 0 or not batches:
-        size = max(count, MIN_DOCUMENTS)
+        size = max(count, FIRST_BATCH)
         if count > 1.5 * MAX_BATCH:
             size = MAX_BATCH
         batches.append(range(start, start + size))

@@ -29,7 +29,7 @@ def short(tmp_path, monkeypatch):
     """Let models write few tokens, and store them in a folder of this test. Do not use the Hub."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for name, number in {"MIN_BATCH": 4, "MAX_BATCH": 8, "MAX_TOKENS": 40, "MIN_TOKENS": 8}.items():
+    for name, number in {"FIRST_BATCH": 4, "MAX_BATCH": 8, "MAX_TOKENS": 40, "MIN_TOKENS": 8}.items():
         monkeypatch.setattr(generated, name, number)
     for name, number in {"MIN_TOKENS_READ": 64, "MAX_UNSEEN_TOKENS": 560}.items():
         monkeypatch.setattr(unseen_module, name, number)

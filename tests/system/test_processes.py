@@ -139,7 +139,7 @@ def prune_real_text_model(case):
     pruner = StructPruner(config(domains=[DomainConfig(name="a", source=source)], **RUNS[case]))
 
     # A separate home hides the generated text from other tests.
-    short = patch.multiple(generated, MIN_BATCH=2, MAX_BATCH=4, MAX_TOKENS=40, MIN_TOKENS=8)
+    short = patch.multiple(generated, FIRST_BATCH=2, MAX_BATCH=4, MAX_TOKENS=40, MIN_TOKENS=8)
     with TemporaryDirectory() as home, patch("huggingface_hub.constants.HF_HOME", home), short:
         return pruner, pruner.prune_model(model, reader)
 
