@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from filelock import FileLock
+from helpers import same_weights
 from models import build
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from optimum_structprune import StructPruneError, attach_teacher, write_teacher, write_teacher_rows
 from optimum_structprune.measure.kl import divergence
@@ -211,6 +215,65 @@ def test_a_killed_run_resumes_with_the_same_predictions(teacher, tmp_path, monke
         second = TeacherFile(tmp_path / "killed").predictions(row)
         assert torch.equal(first.ids, second.ids)
         assert torch.equal(first.probabilities, second.probabilities)
+
+
+@pytest.mark.slow
+def test_a_writer_that_is_killed_leaves_a_file_that_resumes(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr("optimum_structprune.recovery.teacher_file.SHARD_TOKENS", 20)
+    rows = rows_of_lengths(*[15] * 8)
+    teacher.save_pretrained(tmp_path / "teacher")
+    script = f"""
+import os, signal
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+from optimum_structprune import write_teacher
+from optimum_structprune.recovery import teacher_file
+
+replace = Path.replace
+def killed(path, target):
+    result = replace(path, target)
+    if Path(target).name == teacher_file.shard_name(2):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+
+Path.replace = killed
+teacher_file.SHARD_TOKENS = 20
+teacher = AutoModelForCausalLM.from_pretrained({str(tmp_path / "teacher")!r})
+write_teacher(teacher, {rows}, {str(tmp_path / "killed")!r})
+"""
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert (tmp_path / "killed" / shard_name(2)).is_file()
+    with pytest.raises(StructPruneError, match="not complete"):
+        TeacherFile(tmp_path / "killed")
+
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
+    write_teacher(reloaded, rows, tmp_path / "killed")
+    write_teacher(reloaded, rows, tmp_path / "whole")
+    for row in rows:
+        first = TeacherFile(tmp_path / "whole").predictions(row)
+        second = TeacherFile(tmp_path / "killed").predictions(row)
+        assert torch.equal(first.ids, second.ids)
+        assert torch.equal(first.probabilities, second.probabilities)
+
+
+def test_a_training_from_a_file_resumes_to_the_same_weights(teacher, tmp_path):
+    rows = rows_of_lengths(16, 16, 16, 16)
+    write_teacher(teacher, rows, tmp_path / "file")
+
+    def trained(folder, resume=None):
+        settings = TrainingArguments(
+            str(folder), max_steps=4, save_steps=2, per_device_train_batch_size=2, use_cpu=True, report_to="none"
+        )
+        data = [{"input_ids": row, "labels": row} for row in rows]
+        trainer = Trainer(build("llama-untied", 2), settings, train_dataset=data)
+        attach_teacher(trainer, tmp_path / "file")
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.model
+
+    whole = trained(tmp_path / "whole")
+    resumed = trained(tmp_path / "resumed", resume=str(tmp_path / "whole" / "checkpoint-2"))
+    assert same_weights(whole, resumed)
 
 
 def test_bad_folders_and_arguments_are_refused(teacher, tmp_path):
