@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import chain
 from math import isfinite
 from typing import Any
 
@@ -125,7 +126,7 @@ def _text_config(model: PreTrainedModel) -> PretrainedConfig:
 
 def _lm_eval_scores(results: Mapping[str, Any]) -> dict[str, TaskScore]:
     """Return the scores of lm-eval, of groups without their single tasks."""
-    parts = {part for tasks in results.get("group_subtasks", {}).values() for part in tasks}
+    parts = set(chain.from_iterable(results.get("group_subtasks", {}).values()))
     scores = {}
     for task, values in results["results"].items():
         for key, value in values.items():
@@ -134,7 +135,9 @@ def _lm_eval_scores(results: Mapping[str, Any]) -> dict[str, TaskScore]:
             if task in parts or not is_score:
                 continue
 
-            label = f"{task}, {metric}" if kind == "none" else f"{task}, {metric} ({kind})"
+            label = f"{task}, {metric}"
+            if kind != "none":
+                label += f" ({kind})"
             error = values.get(f"{metric}_stderr,{kind}")
             if not isinstance(error, (int, float)) or not isfinite(error):
                 error = None

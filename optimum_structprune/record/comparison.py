@@ -270,7 +270,11 @@ def _difference_rows(columns: Sequence[Column]) -> list[list[str]]:
         if result is not None:
             for label, interval, digits in zip(labels, result, (3, 1, 3), strict=True):
                 cells.setdefault(label, {})[column.name] = with_ends(interval, digits)
-    return [_row(label, (by_name.get(column.name, UNKNOWN) for column in columns)) for label, by_name in cells.items()]
+
+    rows = []
+    for label, by_name in cells.items():
+        rows.append(_row(label, [by_name.get(column.name, UNKNOWN) for column in columns]))
+    return rows
 
 
 def _count(column: Column, name: str) -> str:

@@ -353,15 +353,19 @@ class View:
             can_recover: Whether `recover` can train the result, and has not trained it.
             flags: Flags that loading the models takes.
         """
-        needs_recovery = self.verdict is not None and self.verdict.level in (Level.OWN_DOMAINS, Level.RECOVER)
+        needs_recovery = False
+        if self.verdict is not None:
+            needs_recovery = self.verdict.level in (Level.OWN_DOMAINS, Level.RECOVER)
+
         if can_recover and needs_recovery:
             words = ["structprune", "recover", output, f"{output.rstrip('/')}-recovered", "--teacher", model]
-            return join([*words, *flags])
+            return join(words + list(flags))
 
         words = ["structprune", "evaluate", output]
         if model:
             words += ["--against", model]
-        return join([*words, *SUGGESTED_TEXT, *flags])
+        words += SUGGESTED_TEXT
+        return join(words + list(flags))
 
 
 def report_lines(report: Report) -> list[str]:

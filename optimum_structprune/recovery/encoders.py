@@ -143,8 +143,9 @@ class Passages:
             if count:
                 self.measured[name] = Texts.one_each(measured)
                 self.pairs.append(name)
-            trained = [texts[place] for number in numbers[count:] for place in (number, half + number)]
-            self.training += trained
+
+            for number in numbers[count:]:
+                self.training += [texts[number], texts[half + number]]
         generator.shuffle(self.training)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +110,7 @@ class CachedData:
                 f"{folder / SAMPLES_NAME} cannot be read: {one_line(error)}. Remove {folder}, and write it again."
             ) from error
 
-        self.validation = [sample for kind in record.validation for sample in self.measured[kind]]
+        self.validation = list(chain.from_iterable(self.measured[kind] for kind in record.validation))
         self.unseen = UnseenText(record.unseen_source)
         self.entries = record.entries
         self.seq_length = self.stream.seq_length
@@ -265,6 +267,6 @@ def _file_hash(path: Path) -> str:
     """Return the hash of the bytes of a file."""
     digest = sha256()
     with path.open("rb") as file:
-        while part := file.read(2**20):
+        for part in iter(partial(file.read, 2**20), b""):
             digest.update(part)
     return digest.hexdigest()

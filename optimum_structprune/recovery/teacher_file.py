@@ -495,13 +495,13 @@ def write_teacher(
                 losses = cross_entropy(logits, targets, reduction="none").half()
                 parts_of_chunk = (*compressed(logits, top, samples, generator), losses)
                 chunks.append([part.cpu() for part in parts_of_chunk])
+
             columns = [torch.cat(column).split(batch.counts) for column in zip(*chunks, strict=True)]
             for place, number in enumerate(batch.numbers):
                 parts[number] = [column[place] for column in columns]
 
-        ids, log_probabilities, negative_entropy, losses = (
-            torch.cat([parts[number][index] for number in range(len(own_rows))]) for index in range(4)
-        )
+        parts_in_order = [parts[number] for number in range(len(own_rows))]
+        ids, log_probabilities, negative_entropy, losses = map(torch.cat, zip(*parts_in_order, strict=True))
         tensors = pack_ids(ids, high_bits(vocab_size))
         tensors["log_probabilities"] = log_probabilities
         tensors["negative_entropy"] = negative_entropy
@@ -602,7 +602,11 @@ def write_teacher_rows(
 
 def _sorted(predictions: Sequence[Mapping[int, float]]) -> list[list[tuple[int, float]]]:
     """Return predictions as plain values in one order."""
-    return [sorted((int(token), float(value)) for token, value in prediction.items()) for prediction in predictions]
+    plain = []
+    for prediction in predictions:
+        pairs = [(int(token), float(value)) for token, value in prediction.items()]
+        plain.append(sorted(pairs))
+    return plain
 
 
 class TeacherFile:
