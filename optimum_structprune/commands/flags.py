@@ -117,7 +117,7 @@ SPEED: Flags = {
 }
 
 # The flags of `prune`, all of which `plan` takes too.
-PRUNE: Flags = {
+PRUNE_FLAGS: Flags = {
     "--recover": switch("Train the pruned model afterwards, with the original model as the teacher; see --recovery."),
     "--recovery-tokens": option(
         "N",
@@ -151,7 +151,7 @@ COMMANDS = (
         "prune",
         "prune.prune",
         "Prune a model and save one that plain from_pretrained loads.",
-        {"model": "Model id or folder.", "output": "Folder for the pruned model.", **PRUNE},
+        {"model": "Model id or folder.", "output": "Folder for the pruned model.", **PRUNE_FLAGS},
         examples=(
             f"structprune prune {SMOLLM} small --budget parameters=0.9 --target mlp --text notes.jsonl",
             "structprune prune intfloat/multilingual-e5-small mine --budget parameters=0.4 --target vocab "
@@ -172,7 +172,7 @@ COMMANDS = (
                 "Show the share of the text (--text) and of --languages that keeps its tokens in vocabularies of "
                 "eight sizes. It also needs the tokenizer."
             ),
-            **PRUNE,
+            **PRUNE_FLAGS,
         },
         examples=(
             f"structprune plan {SMOLLM} --budget parameters=0.9 --target mlp --cost",

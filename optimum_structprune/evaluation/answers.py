@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..arch.generation import continuations, end_tokens
 from ..arch.inference import evaluating
 from ..arch.meta import check_positions, positions_of, predicts_next
+from ..domains.generated import RUN_TOKENS
 from ..domains.packing import prompt_ids
 from ..domains.templates import question_messages, read_lines
 from ..measure.batches import IGNORED
@@ -32,8 +33,7 @@ from ..system.stages import stage
 BUILTIN_QUESTIONS = "builtin"
 QUESTIONS = Path(__file__).with_name("questions.jsonl")
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "use_cache": True}
-# An answer loops if the same run of tokens occurs more often than this.
-RUN_TOKENS = 4
+# An answer loops if the same run of `RUN_TOKENS` tokens occurs more often than this.
 MAX_REPEATS = 3
 # The form of a line in a file of questions, for an error.
 FORM = 'is not a question: it needs a "prompt" or "messages", and in "right" a regular expression ("" accepts all)'

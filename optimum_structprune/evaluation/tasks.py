@@ -17,7 +17,7 @@ from ..system.errors import StructPruneError
 
 
 LM_EVAL, MTEB = "lm-eval", "mteb"
-MODULES = {LM_EVAL: "lm_eval", MTEB: "mteb"}
+LIBRARY_MODULES = {LM_EVAL: "lm_eval", MTEB: "mteb"}
 
 
 def check_tasks(models: Mapping[str, PreTrainedModel], names: Sequence[str], new_tokens: int) -> str:
@@ -38,7 +38,7 @@ def check_tasks(models: Mapping[str, PreTrainedModel], names: Sequence[str], new
     library = LM_EVAL if generate == {True} else MTEB
     if any(model.config.is_encoder_decoder for model in models.values()):
         raise StructPruneError("`tasks` of encoder-decoders are not supported. Run the harness on the folder.")
-    if find_spec(MODULES[library]) is None:
+    if find_spec(LIBRARY_MODULES[library]) is None:
         raise StructPruneError(f"`tasks` need the package {library}: pip install {library}.")
 
     if library == MTEB:

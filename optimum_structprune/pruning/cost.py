@@ -27,16 +27,16 @@ SOFTMAX = 60
 # The number of tokens of half of the held-out text, of half of the unseen text, of the answers of a model, of texts
 # in 30 languages, of the text on which the model predicts the tokens to keep, of the fewest held-out documents of a
 # domain, of the text that judges a trial, and of a trial that divides a budget.
-MEASURED_TOKENS = 2000
+TOKENS_OF_TEXTS = 2000
 UNSEEN_TOKENS = 2048
-ANSWER_TOKENS = 32 * 64
-LANGUAGE_TOKENS = 2048
+TOKENS_OF_ANSWERS = 32 * 64
+TOKENS_OF_LANGUAGES = 2048
 EXPECTED = 4096
 FEWEST_TOKENS = 12 * 64
 JUDGE = 2**13
 TRIAL = 2**13
 # The number of trials that divide a budget.
-TRIALS = 6
+NUM_TRIALS = 6
 # The number of tokens whose logits a CPU holds at a time.
 LOGIT_TOKENS = 128
 # Multiply-adds that take as long as ranking a token of the vocabulary.
@@ -146,13 +146,13 @@ def _work(request: PruningRequest, tokens: int, channels: int, vocabulary: int, 
             share = (1 + config.holdout) * written / sum(text.weight for text in texts)
             work["writing"] = WRITING * reading * (share * tokens + unseen)
             # The original and the pruned model answer questions.
-            work["answers"] = 2 * WRITING * reading * min(ANSWER_TOKENS, tokens)
+            work["answers"] = 2 * WRITING * reading * min(TOKENS_OF_ANSWERS, tokens)
         if trims or config.languages:
-            work["languages"] = 2 * reading * LANGUAGE_TOKENS
+            work["languages"] = 2 * reading * TOKENS_OF_LANGUAGES
         if trims and config.domains is not None:
             work["vocabulary"] = reading * min(EXPECTED, tokens)
     # Each domain has a few short documents at least. The original and the pruned model are measured.
-    heldout = max(measured * min(MEASURED_TOKENS, config.holdout * tokens / 2), FEWEST_TOKENS * len(texts_of(config)))
+    heldout = max(measured * min(TOKENS_OF_TEXTS, config.holdout * tokens / 2), FEWEST_TOKENS * len(texts_of(config)))
     work["perplexity"] = 2 * reading * (heldout + unseen)
     if trims:
         work["vocabulary"] = work.get("vocabulary", 0) + RANKING * arch.of(VOCAB)[0].size
@@ -169,7 +169,7 @@ def _work(request: PruningRequest, tokens: int, channels: int, vocabulary: int, 
             # Each layer is pruned alone, and half of the layers then read 1,024 tokens.
             work["search"] = per_token * tokens + refit + 512 * arch.num_layers * reading
         if trims and config.budget is not None:
-            trials = TRIALS * (per_token * min(TRIAL, tokens) + refit + JUDGE * reading)
+            trials = NUM_TRIALS * (per_token * min(TRIAL, tokens) + refit + JUDGE * reading)
             work["search"] = work.get("search", 0) + trials
             if "writing" in work:
                 work["writing"] += WRITING * reading * min(UNSEEN_TOKENS, tokens / 10)

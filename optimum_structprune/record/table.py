@@ -17,7 +17,7 @@ MAX_DIGITS = 3
 # The units of byte sizes, the largest first.
 BYTE_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 # The active characters of Markdown, and the parts of addresses that GitHub and the Hub turn into links.
-ACTIVE = re.compile(r"[\\`*_~\[\]<&|$@]|:(?=//)|(?<=www)\.", re.IGNORECASE)
+MARKUP = re.compile(r"[\\`*_~\[\]<&|$@]|:(?=//)|(?<=www)\.", re.IGNORECASE)
 
 
 def change_row(
@@ -154,7 +154,7 @@ def aligned(table: Sequence[Sequence[str]]) -> str:
 
 def escaped(text: str) -> str:
     """Return text as Markdown that shows the same text in one line."""
-    return ACTIVE.sub(r"\\\g<0>", re.sub(r"\s+", " ", text))
+    return MARKUP.sub(r"\\\g<0>", re.sub(r"\s+", " ", text))
 
 
 def markdown(table: Sequence[Sequence[str]]) -> str:

@@ -92,6 +92,8 @@ def _loaded(name: str | Path, dtype: torch.dtype, trust_remote_code: bool, devic
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, trust_remote_code=trust_remote_code, device_map=device_map
         )
+    except (OSError, ValueError) as error:
+        raise StructPruneError(f"The teacher {str(name)!r} cannot be loaded: {error}") from error
     except Exception as error:
         # The libraries raise errors of many types for files that are damaged or hold code.
         raise StructPruneError(f"The teacher {str(name)!r} cannot be loaded: {reason_of(error)}.") from error

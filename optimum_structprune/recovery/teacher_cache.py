@@ -37,7 +37,7 @@ from .training_data import RecoveryData
 
 RECORD_NAME = "recovery_samples.json"
 SAMPLES_NAME = "recovery_samples.safetensors"
-TRAINING = "training"
+TRAINING_NAME = "training"
 SAMPLE_BYTES = 6  # of a token in a sample
 
 
@@ -103,7 +103,7 @@ class CachedData:
     def __init__(self, folder: Path, record: SampleRecord):
         try:
             file = safe_open(folder / SAMPLES_NAME, framework="pt")
-            self.stream = StoredSamples(file, TRAINING)
+            self.stream = StoredSamples(file, TRAINING_NAME)
             self.measured = {kind: list(StoredSamples(file, f"measured.{kind}")) for kind in record.kinds}
         except (OSError, SafetensorError) as error:
             raise StructPruneError(
@@ -198,7 +198,7 @@ class TeacherCache:
             unseen_source=data.unseen.source,
             entries=[],
         )
-        tensors = _tensors_of(list(data.stream), TRAINING)
+        tensors = _tensors_of(list(data.stream), TRAINING_NAME)
         for kind, samples in measured.items():
             tensors.update(_tensors_of(samples, f"measured.{kind}"))
         self.record.entries = data.entries  # all documents have been read now

@@ -51,7 +51,7 @@ from .teacher import check_weights, tokens_of_teacher
 
 TEACHER_FILE_NAME = "teacher_file.json"
 # The folder inside with the config and the tokenizer of the teacher.
-TEACHER = "teacher"
+TEACHER_NAME = "teacher"
 MAX_SAMPLES = 1024
 # The number of stored tokens: the most probable ones, and samples of the rest.
 TOP = 16
@@ -392,7 +392,7 @@ def write_shards(
         if is_first_rank():
             for part in teacher:
                 if part is not None:
-                    part.save_pretrained(folder / TEACHER)
+                    part.save_pretrained(folder / TEACHER_NAME)
             manifest.save(folder / TEACHER_FILE_NAME)
     except Exception as error:
         if not is_write_error(error):
@@ -775,7 +775,7 @@ def stored_teacher(
             f"{temperature:g}. Pass `temperature={manifest.temperature:g}`, or write another file."
         )
 
-    if not (file.folder / TEACHER / "config.json").is_file():
+    if not (file.folder / TEACHER_NAME / "config.json").is_file():
         size = model.config.get_text_config().vocab_size
         if size == manifest.vocab_size:
             return StoredTeacher(file, tokenizer)
@@ -784,8 +784,8 @@ def stored_teacher(
             "the `config` and the `tokenizer` of the teacher."
         )
 
-    teacher = meta_model(AutoConfig.from_pretrained(file.folder / TEACHER))
-    teacher.name_or_path = str(file.folder / TEACHER)
+    teacher = meta_model(AutoConfig.from_pretrained(file.folder / TEACHER_NAME))
+    teacher.name_or_path = str(file.folder / TEACHER_NAME)
     return StoredTeacher(file, *tokens_of_teacher(teacher, model, tokenizer, teacher_tokenizer))
 
 

@@ -583,14 +583,18 @@ def assert_two_processes_train_like_one(folder, launch, *arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "lora"), [("llama-tied", False), ("llama-untied", True)])
-@pytest.mark.parametrize("launch", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(("launch", "case", "lora"), [
+    ("ddp", "llama-tied", False),
+    ("fsdp2", "llama-untied", True),
+    pytest.param("ddp", "llama-untied", True, marks=pytest.mark.nightly),
+    pytest.param("fsdp2", "llama-tied", False, marks=pytest.mark.nightly),
+])  # fmt: skip
 def test_two_processes_train_like_one(launch, case, lora, tmp_path):
     assert_two_processes_train_like_one(tmp_path, launch, case, lora, "memory")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launch", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("launch", [pytest.param("ddp", marks=pytest.mark.nightly), "fsdp2"])
 def test_two_processes_with_a_teacher_file_train_like_one(launch, tmp_path):
     write_teacher(build("llama-untied", seed=1), labelled_rows(64), tmp_path / "file")
     assert_two_processes_train_like_one(tmp_path, launch, "llama-untied", False, tmp_path / "file")
@@ -636,7 +640,7 @@ def printed_divergences(output):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["rows", "padding-free"])
+@pytest.mark.parametrize("kind", [pytest.param("rows", marks=pytest.mark.nightly), "padding-free"])
 def test_samples_that_fill_the_last_batch_are_not_counted(kind, tmp_path):
     """Two processes with batches of two evaluate eleven samples, and repeat one."""
     (expected,) = printed_divergences(on_one_rank(EVALUATION, tmp_path, kind, tmp_path))
