@@ -119,7 +119,7 @@ def test_a_full_disk_is_reported_in_one_line_and_keeps_the_former_result(desk, t
 
 
 def test_layers_of_several_widths_are_pruned_as_in_memory(desk, tmp_path):
-    """Other models and settings: `sources/test_offloaded.py`."""
+    """Other models and settings: `method/test_offloaded.py`."""
     flags = ["--dtype", "bfloat16", "--skip-layer", "0"]
     uneven = tmp_path / "uneven"
     assert main(prune_command(desk, desk / "model", uneven, offload=None) + flags) == 0
