@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,15 @@ def input_device(model: Any) -> torch.device:
     if device.type == "meta":
         return torch.device("cpu")
     return device
+
+
+def on_device(inputs: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """Return the inputs of a model with their tensors on a device."""
+    moved = dict(inputs)
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            moved[name] = value.to(device)
+    return moved
 
 
 def run_model(model: Any, ids: Tensor, **options: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..arch.devices import rows_at_once
 from ..arch.hooks import in_fast_dtype, replaced_forward
-from ..arch.inference import input_device, run_model
+from ..arch.inference import input_device, on_device, run_model
 from .kl import Align, aligned_divergence, divergence, estimated_divergence
 
 
@@ -165,10 +165,7 @@ class Predictor:
         if not self.model.config.is_encoder_decoder:
             options.pop("labels", None)
         ids = options.pop("input_ids")
-        for name, value in options.items():
-            if isinstance(value, Tensor):
-                options[name] = value.to(input_device(self.model))
-        return run_model(self.model, ids, **options).logits
+        return run_model(self.model, ids, **on_device(options, input_device(self.model))).logits
 
     @torch.no_grad()
     def predict(self, inputs: Mapping[str, Any], positions: Tensor) -> Predictions:

@@ -78,9 +78,10 @@ def right_difference(answers: AnswersResult) -> Interval:
         answers: The answers of at least two models.
     """
     counts = Counter((question.first.right, question.last.right) for question in answers.questions)
-    both, first_only, last_only, neither = (
-        counts[pair] for pair in ((True, True), (True, False), (False, True), (False, False))
-    )
+    both = counts[True, True]
+    first_only = counts[True, False]
+    last_only = counts[False, True]
+    neither = counts[False, False]
     total = len(answers.questions)
     first = _wilson((both + first_only) / total, total)
     last = _wilson((both + last_only) / total, total)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from inspect import unwrap
 from pathlib import Path
 from typing import Any
@@ -129,9 +128,7 @@ def attach_loaded_teacher(
     if teacher.alignment is not None and not getattr(collator, "aligns_tokens", False):
         trainer.data_collator = AlignedCollator(collator, teacher.alignment, teacher.tokenizer, tokenizer)
 
-    trainer.compute_loss = loss.compute_loss  # type: ignore[method-assign]
-    trainer.log = partial(loss.log, trainer.log)  # type: ignore[method-assign]
-    trainer.evaluation_loop = partial(loss.evaluation_loop, trainer.evaluation_loop)  # type: ignore[method-assign]
+    loss.attach()
 
     # The Trainer counts the tokens of an accumulated batch only for losses that use the number.
     trainer.model_accepts_loss_kwargs = True
@@ -226,10 +223,7 @@ class TeacherLoss(LoggedLoss):
     """
 
     def __init__(self, trainer: Trainer, teacher: Teacher | StoredTeacher, temperature: float, task_weight: float):
-        super().__init__(trainer, "kl")
-        self.teacher = teacher
-        self.temperature = temperature
-        self.task_weight = task_weight
+        super().__init__(trainer, "kl", teacher, temperature, task_weight)
         # Whether the output of the head is the output of the student, or None before the first forward pass.
         self._plain_head: bool | None = None
         if trainer.args.torch_compile:

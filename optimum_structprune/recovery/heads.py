@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,16 +15,16 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, kl_div, logsigmoid
 from transformers import AutoConfig, PreTrainedTokenizerBase, Trainer
 
-from ..arch.inference import evaluating, random_inputs, run_model
+from ..arch.inference import evaluating, on_device, random_inputs, run_model
 from ..arch.meta import model_class, predicts_next
 from ..domains.manifest import tokenizer_of
 from ..measure.batches import IGNORED
 from ..measure.predictions import accepted_inputs, bare_model
 from ..measure.vectors import Pooling
-from ..system.errors import StructPruneError, reason_of, some_of
+from ..system.errors import StructPruneError, some_of
 from .logged_loss import LoggedLoss
 from .placement import check_device, is_sharded, place_teacher, reshard
-from .teacher import same_weights
+from .teacher import check_differs, loading_errors
 
 
 # The prefix of the teacher's inputs in a batch if the teacher has other tokens.
@@ -82,7 +82,7 @@ HEADS: Mapping[str, Head] = {
     "start_logits": Head("positions", kl_of_classes),
     "end_logits": Head("positions", kl_of_classes),
 }
-# The divergences of labels that are no distribution, by the `problem_type` of a config.
+# The divergences of labels that are not exclusive classes, by the `problem_type` of a config.
 PROBLEMS = {"regression": squared_error, "multi_label_classification": kl_of_labels}
 
 
@@ -121,7 +121,7 @@ class Reader:
     def predict(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the outputs of a placed teacher; see `outputs`."""
         if not self._sharded:
-            inputs = _moved(inputs, next(self.model.parameters()).device)
+            inputs = on_device(inputs, next(self.model.parameters()).device)
         outputs = self.outputs(self._placed, inputs)
         if self._sharded:
             reshard(self.model)
@@ -165,7 +165,7 @@ class Reader:
                 sample: Any = "text"
                 if hasattr(self.model, "predict"):
                     sample = ("text", "text")
-                outputs = self.outputs(self.model, _moved(self.model.preprocess([sample]), self.model.device))
+                outputs = self.outputs(self.model, on_device(self.model.preprocess([sample]), self.model.device))
             else:
                 outputs = self._compared(run_model(self.model, random_inputs(self.model)), {})
         return {name: output.shape for name, output in outputs.items()}
@@ -192,15 +192,12 @@ def load_any_teacher(
         teacher = _loaded(str(teacher), student, dtype, trust_remote_code)
     elif dtype is not None:
         teacher = teacher.to(dtype)
-    if teacher is student or (not is_pruned_later and same_weights(teacher, student)):
-        raise StructPruneError(
-            "`teacher` and the trained model are the same model. Pass the original model, or remove `teacher`."
-        )
+    check_differs(teacher, student, is_pruned_later)
     return teacher
 
 
 def _loaded(name: str, student: Any, dtype: torch.dtype | None, trust_remote_code: bool) -> Any:
-    try:
+    with loading_errors(name):
         if has_modules(student):
             teacher = type(student)(name, trust_remote_code=trust_remote_code)
             return teacher.to(dtype or student.dtype)
@@ -212,8 +209,6 @@ def _loaded(name: str, student: Any, dtype: torch.dtype | None, trust_remote_cod
         teacher, info = kind.from_pretrained(
             name, dtype=dtype or student.dtype, trust_remote_code=trust_remote_code, output_loading_info=True
         )
-    except (OSError, ValueError) as error:
-        raise StructPruneError(f"The teacher {name!r} cannot be loaded: {reason_of(error)}") from error
 
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
     if missing:
@@ -255,9 +250,7 @@ def attach_to_head(
     if not reads_same and not isinstance(trainer.data_collator, BothTokenizers):
         trainer.data_collator = _collator_for_both(trainer, student, teacher, tokenizer, teacher_tokenizer)
     loss = HeadLoss(trainer, student, reader, list(shapes), temperature, task_weight)
-    trainer.compute_loss = loss.compute_loss  # type: ignore[method-assign]
-    trainer.log = partial(loss.log, trainer.log)  # type: ignore[method-assign]
-    trainer.evaluation_loop = partial(loss.evaluation_loop, trainer.evaluation_loop)  # type: ignore[method-assign]
+    loss.attach()
 
     # The Trainer counts the tokens of an accumulated batch only for losses of tokens with labels.
     trainer.model_accepts_loss_kwargs = len(shapes.get("logits", ())) == 3
@@ -406,13 +399,10 @@ class HeadLoss(LoggedLoss):
         temperature: float,
         task_weight: float,
     ):
-        super().__init__(trainer, "divergence")
-        self.teacher = teacher
-        self.temperature = temperature
-        self.task_weight = task_weight
+        super().__init__(trainer, "divergence", teacher, temperature, task_weight)
         self.student = student
         self.names = names
-        # Whether the student drops outputs while it trains. Their noise is no part of the teacher.
+        # Whether dropout is on while the student trains.
         self.drops_out = True
         self._own_loss = trainer.compute_loss
 
@@ -432,8 +422,11 @@ class HeadLoss(LoggedLoss):
         for student_inputs, teacher_inputs in self._readings(dict(inputs)):
             with torch.no_grad(), accelerator.autocast():
                 expected = self.teacher.predict(teacher_inputs)
-            with nullcontext() if self.drops_out else evaluating(self.student.model):
+            with ExitStack() as stack:
+                if not self.drops_out:
+                    stack.enter_context(evaluating(self.student.model))
                 compared = self.student.outputs(model, student_inputs)
+
             parts = []
             for name in self.names:
                 values = self._divergence(name, compared[name], expected[name], student_inputs)
@@ -495,7 +488,7 @@ class HeadLoss(LoggedLoss):
 
         pairs = list(_pairs(columns))
         device = trainer.accelerator.device
-        student_inputs = _moved(self.student.model.preprocess(pairs, **options), device)
+        student_inputs = on_device(self.student.model.preprocess(pairs, **options), device)
         yield student_inputs, self.teacher.model.preprocess(pairs, **options)
 
 
@@ -506,15 +499,6 @@ def _pairs(columns: Sequence[Sequence[Any]]) -> Iterator[tuple[str, str]]:
             documents = [value] if isinstance(value, str) else value
             for document in documents:
                 yield query, document
-
-
-def _moved(inputs: Mapping[str, Any], device: Any) -> dict[str, Any]:
-    """Return inputs with their tensors on a device."""
-    moved = dict(inputs)
-    for name, value in inputs.items():
-        if isinstance(value, Tensor):
-            moved[name] = value.to(device)
-    return moved
 
 
 def _counted(inputs: Mapping[str, Any], output: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,16 +17,32 @@ class LoggedLoss:
     Attributes:
         trainer: The Trainer.
         value: The name of the divergence in the logs.
+        teacher: The teacher.
+        temperature: The temperature of both distributions.
+        task_weight: The weight of the loss without the teacher.
     """
 
-    def __init__(self, trainer: Trainer, value: str):
+    # The loss of a batch; see `transformers.Trainer.compute_loss`.
+    compute_loss: Callable[..., Any]
+
+    def __init__(self, trainer: Trainer, value: str, teacher: Any, temperature: float, task_weight: float):
         self.trainer = trainer
         self.value = value
+        self.teacher = teacher
+        self.temperature = temperature
+        self.task_weight = task_weight
         # The sums of the divergence and of the items since the last log, on the device, so that no step waits for the
         # CPU.
         self._sums: dict[str, Tensor] = {}
         # Whether the Trainer reads the logits of an evaluation.
         self._returns_logits = False
+
+    def attach(self) -> None:
+        """Replace the loss of the Trainer, and add the divergence to its logs."""
+        trainer: Any = self.trainer
+        trainer.compute_loss = self.compute_loss
+        trainer.log = partial(self.log, trainer.log)
+        trainer.evaluation_loop = partial(self.evaluation_loop, trainer.evaluation_loop)
 
     def evaluation_loop(self, evaluation_loop: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Evaluate without earlier losses of the model in eval mode, such as the losses of trial steps."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, distributed, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.inference import input_device
+from ..arch.inference import input_device, on_device
 from ..arch.meta import predicts_next
 from ..domains.manifest import tokenizer_of
 from ..measure.predictions import Predictor, accepted_inputs
@@ -77,30 +78,40 @@ def load_teacher(
         )
 
     check_movable(teacher, device)
-    if teacher is model or (not is_pruned_later and same_weights(teacher, model)):
-        raise StructPruneError(
-            "`teacher` and the trained model are the same model. Pass the original model, or remove `teacher`. If the "
-            "model is pruned in this training, pass a copy, and call `attach_pruner` first."
-        )
+    check_differs(teacher, model, is_pruned_later)
 
     reader, alignment = tokens_of_teacher(teacher, model, tokenizer, teacher_tokenizer, trust_remote_code)
     return Teacher(teacher, reader, alignment, device)
 
 
 def _loaded(name: str | Path, dtype: torch.dtype, trust_remote_code: bool, device_map: str | None) -> PreTrainedModel:
-    try:
+    with loading_errors(name):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, trust_remote_code=trust_remote_code, device_map=device_map
         )
-    except (OSError, ValueError) as error:
-        raise StructPruneError(f"The teacher {str(name)!r} cannot be loaded: {error}") from error
-    except Exception as error:
-        # The libraries raise errors of many types for files that are damaged or hold code.
-        raise StructPruneError(f"The teacher {str(name)!r} cannot be loaded: {reason_of(error)}.") from error
     return model
 
 
-def same_weights(teacher: nn.Module, model: nn.Module) -> bool:
+@contextmanager
+def loading_errors(name: str | Path) -> Iterator[None]:
+    """Raise `StructPruneError` for an error of the libraries that load a teacher."""
+    try:
+        yield
+    except Exception as error:
+        # The libraries raise errors of many types for files that are damaged or hold code.
+        raise StructPruneError(f"The teacher {str(name)!r} cannot be loaded: {reason_of(error)}.") from error
+
+
+def check_differs(teacher: nn.Module, model: nn.Module, is_pruned_later: bool) -> None:
+    """Raise `StructPruneError` if a teacher is the model itself or has its weights."""
+    if teacher is model or (not is_pruned_later and _same_weights(teacher, model)):
+        raise StructPruneError(
+            "`teacher` and the trained model are the same model. Pass the original model, or remove `teacher`. If the "
+            "model is pruned in this training, pass a copy, and call `attach_pruner` first."
+        )
+
+
+def _same_weights(teacher: nn.Module, model: nn.Module) -> bool:
     """Return whether two models have the same weights. Every process must call it, because weights may be sharded."""
     weights = dict(model.named_parameters())
     teacher_weights = dict(teacher.named_parameters())
@@ -198,10 +209,7 @@ class Teacher(Predictor):
 
         arguments = accepted_inputs(self.model, inputs)
         if not self._sharded:
-            device = input_device(self.model)
-            for name, value in arguments.items():
-                if isinstance(value, Tensor):
-                    arguments[name] = value.to(device)
+            arguments = on_device(arguments, input_device(self.model))
 
         logits: Tensor = caller(**arguments).logits
         if self._sharded:

@@ -24,7 +24,7 @@ from ..domains.manifest import Entry, Manifest
 from ..domains.unseen import UnseenText
 from ..measure.batches import IGNORED, Sample
 from ..system.codec import from_plain
-from ..system.disk import Output, is_write_error, used_paths
+from ..system.disk import Output, used_paths, write_errors
 from ..system.errors import StructPruneError, one_line
 from ..system.fingerprint import fingerprint, json_hash
 from ..system.processes import is_first_rank, wait_for_all
@@ -204,17 +204,11 @@ class TeacherCache:
         self.record.entries = data.entries  # all documents have been read now
 
         if is_first_rank():
-            try:
+            with write_errors(self.folder):
                 Output(self.folder).check_place(sum(tensor.nbytes for tensor in tensors.values()))
                 self.folder.mkdir(parents=True, exist_ok=True)
                 save_file(tensors, self.folder / SAMPLES_NAME)
                 self.record.save(self.folder / RECORD_NAME)
-            except Exception as error:
-                if not is_write_error(error):
-                    raise
-                raise StructPruneError(
-                    f"{self.folder} could not be written: {one_line(error)}. Free some space, and run again."
-                ) from error
         wait_for_all()
 
 

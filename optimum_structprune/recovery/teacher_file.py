@@ -39,7 +39,7 @@ from ..measure.losses import batches_of, predicted
 from ..measure.predictions import Predictor, StoredPredictions, tokens_per_pass
 from ..measure.text import Text
 from ..system.codec import from_plain
-from ..system.disk import Output, is_write_error
+from ..system.disk import Output, write_errors
 from ..system.errors import StructPruneError, one_line
 from ..system.fingerprint import fingerprint, json_hash, vocabulary_hash
 from ..system.processes import is_first_rank, shard, wait_for_all
@@ -376,7 +376,7 @@ def write_shards(
     if done:
         say(f"Resuming after {done} of {len(manifest.shards)} shards")
 
-    try:
+    with write_errors(folder):
         for number in progress(shard(numbers), desc="Writing predictions", unit="shard"):
             own_rows = rows[starts[number] : starts[number + 1]]
             generator = torch.Generator().manual_seed(manifest.seed + number)
@@ -394,13 +394,6 @@ def write_shards(
                 if part is not None:
                     part.save_pretrained(folder / TEACHER_NAME)
             manifest.save(folder / TEACHER_FILE_NAME)
-    except Exception as error:
-        if not is_write_error(error):
-            raise
-        raise StructPruneError(
-            f"{folder} could not be written: {one_line(error)}. Free some space, and run the command again, which "
-            "resumes."
-        ) from error
     wait_for_all()
 
 

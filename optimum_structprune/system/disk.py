@@ -274,6 +274,20 @@ def check_regular_files(folder: str | Path) -> None:
             raise StructPruneError(f"{path} is not a regular file. Replace it by one.")
 
 
+@contextmanager
+def write_errors(folder: Path) -> Iterator[None]:
+    """Raise `StructPruneError` if files of a folder that a later run completes cannot be written."""
+    try:
+        yield
+    except Exception as error:
+        if not is_write_error(error):
+            raise
+        raise StructPruneError(
+            f"{folder} could not be written: {one_line(error)}. Free some space, and run the command again, which "
+            "resumes."
+        ) from error
+
+
 def is_write_error(error: BaseException) -> bool:
     """Return whether an error means that a file could not be written."""
     if isinstance(error, (OSError, SafetensorError)):

@@ -52,6 +52,8 @@ def reason_of(error: BaseException) -> str:
     if "weights_only" in line:
         # PyTorch advises to load the objects, which runs their code.
         return "a file holds Python objects besides tensors, which could run code. Pass a safetensors file"
+    if "trust_remote_code" in line:
+        return "it runs code of its own. Read the code, and set trust_remote_code=True"
     if len(line) > MAX_REASON:
         line = line[:MAX_REASON]
         end = max(line.rfind(". "), line.rfind("; "))

@@ -257,6 +257,15 @@ def test_a_teacher_with_another_head_is_refused(tmp_path):
     attach_teacher(trainer, tmp_path / "classes")
 
 
+def test_a_pickled_teacher_is_refused(tmp_path):
+    student = random_model(*HEADS["classes"][:3])
+    student.config.save_pretrained(tmp_path / "pickled")
+    torch.save({"classifier.weight": tmp_path}, tmp_path / "pickled" / "pytorch_model.bin")
+    trainer = trainer_for(student, tmp_path / "run", rows_of(batch_for("classes")))
+    with pytest.raises(StructPruneError, match="holds Python objects .* Pass a safetensors file"):
+        attach_teacher(trainer, tmp_path / "pickled")
+
+
 KEPT = list(range(60))
 SENTENCE_SETTINGS = {
     "use_cpu": True,
