@@ -18,7 +18,7 @@ SMOKE := tests/config tests/method/test_shrink.py tests/saving/test_save.py
 smoke: .venv/.test ## in a minute: what is asked for, the cut of every family, a saved folder that reloads
 	$(PYTEST) -q -x -m "not (slow or nightly)" $(SMOKE)
 
-test: .venv/.test ## all tests but those of the targets below, on two workers: five minutes
+test: .venv/.test ## all tests but those of the targets below, on two workers
 	$(PYTEST) -m "not (slow or nightly)" --junitxml=build/tests/test.xml
 
 test-long: .venv/.test ## what takes several seconds each, and the pages of the docs from first snippet to last
