@@ -560,6 +560,15 @@ def on_one_rank(script: str, folder: Path, *arguments: object) -> str:
     return ran([sys.executable, folder / "script.py", *arguments], env=environment)
 
 
+# A process that ends with a process group may abort in a thread of the group.
+LEAVE_GROUP = """
+import torch.distributed
+
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
+"""
+
+
 def on_two_ranks(script: str, folder: Path, *arguments: object) -> subprocess.CompletedProcess:
     """Run a script in two processes of `torchrun`, fail unless it succeeds, and return the process with its output.
 
@@ -567,7 +576,7 @@ def on_two_ranks(script: str, folder: Path, *arguments: object) -> subprocess.Co
     pipe would mix their lines.
     """
     script_path = folder / "script.py"
-    script_path.write_text(script)
+    script_path.write_text(script + LEAVE_GROUP)
     logs = folder / "logs"
 
     environment = dict(os.environ)

@@ -581,7 +581,6 @@ except StructPruneError as error:
     results["evaluated"] = str(error)
 
 (folder / f"{rank}.json").write_text(json.dumps(results))
-dist.destroy_process_group()
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from collections import Counter
@@ -48,12 +49,19 @@ def across_processes() -> Iterator[None]:
         StructPruneError: If the processes were started to shard the model; see `check_launch`.
     """
     check_launch()
-    if launched("WORLD_SIZE", 1) > 1:  # a single process may still choose its device
+    if launched("WORLD_SIZE", 1) > 1 and not _initialized():  # a single process may still choose its device
         has_gpu = import_module("torch").cuda.is_available()
         import_module("accelerate").PartialState(cpu=not has_gpu)
+        atexit.register(_disconnect)
 
     with _sharing(_initialized() and _dist().get_world_size() > 1):
         yield
+
+
+def _disconnect() -> None:
+    """Destroy the process group. A process that ends with a group may abort in a thread of the group."""
+    if _initialized():
+        _dist().destroy_process_group()
 
 
 def launched(variable: str, default: int) -> int:

@@ -118,7 +118,6 @@ for way in WAYS:
         train(way, resume=True, learning_rate=0.5)
     except StructPruneError as error:
         print(f"rank {rank} refused {way}: {error}", flush=True)
-dist.destroy_process_group()
 """
 
 
