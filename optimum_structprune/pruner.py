@@ -62,7 +62,7 @@ class PruneResult:
 
     @property
     def plan(self) -> Plan:
-        """Return the kept units of the dense model."""
+        """Return the kept units of the original model."""
         return self.records.plan
 
     @property
@@ -89,7 +89,7 @@ class PruneResult:
         Args:
             save_directory: The folder to write to. It is created if it does not exist.
             tokenizer: A tokenizer to save instead of the tokenizer of this result. It may have additional tokens if
-                the model has rows for them. If it is the tokenizer of the dense model and the vocabulary has become
+                the model has rows for them. If it is the tokenizer of the original model and the vocabulary has become
                 smaller, the new tokenizer is saved.
             overwrite: Whether an existing folder is replaced.
             model: The pruned model after further training, if it is another object.
@@ -120,11 +120,11 @@ class PruneResult:
         if keep is None or self.tokenizer is None:
             return tokenizer
 
-        # The ids of the new tokenizer's tokens in the dense model. Rows that only a config names have no tokens.
+        # The ids of the new tokenizer's tokens in the original model. Rows that only a config names have no tokens.
         tokens = self.tokenizer.get_vocab()
-        dense_ids = {token: keep[number] for token, number in tokens.items() if number < len(keep)}
-        is_dense_tokenizer = dense_ids.items() <= tokenizer.get_vocab().items()
-        if is_dense_tokenizer:
+        original_ids = {token: keep[number] for token, number in tokens.items() if number < len(keep)}
+        is_original_tokenizer = original_ids.items() <= tokenizer.get_vocab().items()
+        if is_original_tokenizer:
             return self.tokenizer
         return tokenizer
 
@@ -260,23 +260,23 @@ class StructPruner:
         return self.prune(model, tokenizer, inplace, inputs).model
 
     def _teacher(self, state: RunState) -> PreTrainedModel | None:
-        """Return the dense model if the pruned model will be trained, or else None."""
+        """Return the original model if the pruned model will be trained, or else None."""
         if state.config.recovery is None:
             return None
-        if state.dense_model is not None:
-            return state.dense_model
+        if state.original_model is not None:
+            return state.original_model
         return deepcopy(state.model)
 
     def _finish(self, state: RunState) -> PruneResult:
         """Complete the records of a run, and warn if the target was missed."""
         report = state.report
-        report.finish(state.model, state.arch, state.dense_arch, state.plan)
+        report.finish(state.model, state.arch, state.original_arch, state.plan)
         report.target = state.config.sparsity
 
         manifest = state.manifest()
         # Evaluations and later runs read the text from the models.
-        if state.dense_model is not None:
-            remember_text(state.dense_model, state.dense_tokenizer)
+        if state.original_model is not None:
+            remember_text(state.original_model, state.original_tokenizer)
         remember_text(state.model, state.tokenizer, manifest)
 
         for line in View(report).request:
@@ -292,7 +292,7 @@ class StructPruner:
         """Return the steps to the final widths: layers first, then experts, hidden channels, and units in the layers.
 
         Args:
-            arch: The description of the dense model. If tokens were removed, it describes the smaller model.
+            arch: The description of the original model. If tokens were removed, it describes the smaller model.
             model: The model that `arch` describes. Only steps of subclasses may depend on it.
             widths: The final widths.
         """
@@ -382,7 +382,7 @@ def prune_model(
 
 
 def recover_(state: RunState, teacher: PreTrainedModel) -> None:
-    """Train the pruned model with the dense model as its teacher, by the `recovery` of the config."""
+    """Train the pruned model with the original model as its teacher, by the `recovery` of the config."""
     # Training libraries take seconds to import, and most runs have no recovery.
     from .recovery.recover import Recovery
     from .system.processes import unshared
@@ -391,7 +391,7 @@ def recover_(state: RunState, teacher: PreTrainedModel) -> None:
     with state.report.timed("recovery"), unshared():
         remember_text(state.model, manifest=state.manifest())
         recovery = Recovery(state.config.recovery, state.config)
-        recovery.recover_model(state.model, state.tokenizer, teacher, teacher_tokenizer=state.dense_tokenizer)
+        recovery.recover_model(state.model, state.tokenizer, teacher, teacher_tokenizer=state.original_tokenizer)
 
         assert recovery.report is not None
         state.report.recovery = recovery.report

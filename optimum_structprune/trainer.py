@@ -172,14 +172,14 @@ class StructPruneCallback(TrainerCallback):
         self.plan: Plan | None = None
         self.steps: dict[int, Widths] = {}
         self.text = RecentText(config.num_samples, config.seq_length)
-        self._dense: tuple[ArchSpec, Widths] | None = None
+        self._original: tuple[ArchSpec, Widths] | None = None
         self._due: dict[int, Widths] = {}
         self._domains: list[Domain] = []
         self.hooks = ExitStack()
         self.trainer: Trainer | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Record the dense widths, and resize the model when a checkpoint with other widths is loaded into it."""
+        """Record the original widths, and resize the model when a checkpoint with other widths is loaded into it."""
         self.begin(model)
         self.hooks.close()
         self.hooks.enter_context(self.resizing(model))
@@ -189,19 +189,19 @@ class StructPruneCallback(TrainerCallback):
         self.hooks.close()
         _check_run(args, model, self.trainer)
         arch = describe(model, self.config.arch_file)
-        is_restart = state.global_step == 0 and self._dense is not None and arch == self._dense[0]
-        if self._dense is None or is_restart:
+        is_restart = state.global_step == 0 and self._original is not None and arch == self._original[0]
+        if self._original is None or is_restart:
             self.begin(model)
         _adapt_(self._wrapped(model))  # the same Trainer may have resumed from other widths
         check_reads_text(model)
         if state.global_step and PLAN in state.stateful_callbacks:
             self.plan = self._resumed(state)
-        assert self._dense is not None and self.plan is not None
+        assert self._original is not None and self.plan is not None
 
-        dense, widths = self._dense
+        original, widths = self._original
         removals = removal_steps(self.config, self.start, self.end, self.every, state.max_steps)
         round_config = replace(self.config, rounds=len(removals))
-        widths_of_rounds = legal_round_widths(round_config, dense, model.config, widths)
+        widths_of_rounds = legal_round_widths(round_config, original, model.config, widths)
         self.steps = dict(zip(removals, widths_of_rounds, strict=True))
         self._due = dict(self.steps)
         state.stateful_callbacks[PLAN] = self.plan.to_dict()
@@ -287,13 +287,13 @@ class StructPruneCallback(TrainerCallback):
         return before_load(model, adapt)
 
     def begin(self, model: PreTrainedModel) -> None:
-        """Record the widths of a dense model. Raise `StructPruneError` if the config does not fit it."""
+        """Record the widths of an original model. Raise `StructPruneError` if the config does not fit it."""
         request = resolve_request(self.config, ModelInfo.of(model, self.config.arch_file), use=TRAINER)
-        self._dense = request.model_info.arch, request.widths
+        self._original = request.model_info.arch, request.widths
         self.plan = Plan.of(model, request.model_info.arch)
 
     def _resumed(self, state: Any) -> Plan:
-        """Return the plan of a checkpoint: the kept units of the dense model of its run."""
+        """Return the plan of a checkpoint: the kept units of the original model of its run."""
         checkpoint = f"The checkpoint of step {state.global_step}"
         plan = Plan.from_dict(state.stateful_callbacks[PLAN])
         if self.plan is not None and plan.sizes != self.plan.sizes:

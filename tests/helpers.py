@@ -219,7 +219,7 @@ def pruned_on(data, model, widths) -> RunState:
         step.apply(state)
 
     comparison.finish()
-    state.report.finish(state.model, state.arch, state.dense_arch, state.plan)
+    state.report.finish(state.model, state.arch, state.original_arch, state.plan)
     return state
 
 
@@ -362,16 +362,16 @@ def without_refit(model, plan, widths=None):
     return small
 
 
-def aligned_divergence(alignment, logits, dense, rows, nodes) -> torch.Tensor:
-    """Return the divergence of each dense token by its parts in fewer tokens, in chunks of 64 positions.
+def aligned_divergence(alignment, logits, original, rows, nodes) -> torch.Tensor:
+    """Return the divergence of each original token by its parts in fewer tokens, in chunks of 64 positions.
 
     `rows` and `nodes` are the fields of `AlignedToken` at each position of the logits.
     """
     all_rows, chunks = alignment.chunks(rows, nodes, 64, logits.device)
     parts = []
     for values, chunk in zip(logits.split(64), chunks, strict=True):
-        parts.append(divergence(values, dense[chunk.dense], align=partial(alignment.next_part, chunk=chunk)))
-    return logits.new_zeros(len(dense)).index_add(0, all_rows, torch.cat(parts))
+        parts.append(divergence(values, original[chunk.original], align=partial(alignment.next_part, chunk=chunk)))
+    return logits.new_zeros(len(original)).index_add(0, all_rows, torch.cat(parts))
 
 
 def first_units(model, ffn, groups=()):

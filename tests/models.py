@@ -295,8 +295,8 @@ STRUCTURES = [
     "gemma2",  # sliding windows, norms behind the blocks
     "gpt_oss",  # stacked experts, transposed and interleaved, with biases
     "ernie4_5_moe",  # several shared experts in one module
-    "deepseek_v2",  # latent attention, a dense layer before the experts
-    "qwen3_next",  # a gated query, linear attention, a dense layer, a shared expert
+    "deepseek_v2",  # latent attention, an original layer before the experts
+    "qwen3_next",  # a gated query, linear attention, an original layer, a shared expert
     "nemotron_h",  # layers that are attention, experts, a mixer or an MLP
 ]
 # The same for the models in OTHERS.

@@ -53,7 +53,7 @@ def test_figures_measures_a_folder_against_the_original(tmp_path, capsys, monkey
     assert row["parameters"] == 0
     assert row["heldout"] == row["unseen"] == 1
     assert row["heldout_kl"] == pytest.approx(0, abs=1e-6)
-    assert row["right"] == row["right_of_dense"]
+    assert row["right"] == row["right_of_original"]
     assert row["log_probability"] == pytest.approx(0, abs=1e-6)
     assert row["speedup"] > 0
 
@@ -65,8 +65,8 @@ def test_pick_yours_measures_each_row_once(tmp_path, capsys, monkeypatch):
     command = [str(tmp_path / "model"), str(tmp_path / "out"), "--num-samples", "1", "--questions", "1"]
 
     main_of("pick_yours")(command + ["--other", "letters=builtin:letters", "--row", flags])
-    dense_line, pruned_line = capsys.readouterr().out.splitlines()[-2:]
-    assert dense_line.split(" | ")[1] == "the dense model"
+    original_line, pruned_line = capsys.readouterr().out.splitlines()[-2:]
+    assert original_line.split(" | ")[1] == "the original model"
     cells = pruned_line.split(" | ")
     assert cells[1] == f"`{flags}`"
     assert " of " in cells[5]
@@ -189,7 +189,7 @@ SMALL = {
         [],
     ),
     "benchmark_peers": (
-        f"{TINY} {DATA} peers.json --domains stories --samples 4 --eval-samples 1 --rows dense '*, defaults'",
+        f"{TINY} {DATA} peers.json --domains stories --samples 4 --eval-samples 1 --rows original '*, defaults'",
         [],
     ),
     "benchmark_experts": (
@@ -204,8 +204,8 @@ SMALL = {
     "train_tiny": (f"{DATA} trained --tokens 5120 --vocabulary 400 --seq-length 64 --batch-size 4", []),
     "benchmark_table": (
         f"{DATA} out --models stories={TINY} --domains stories --removed 50 --seeds 0 --samples 4 --eval-samples 1 "
-        "--cells '*dense, seed*' '*FLAP*'",
-        ["| stories, dense | ", "| stories, 50 %, FLAP | -", " | 1.00 / 1.00 | "],
+        "--cells '*original, seed*' '*FLAP*'",
+        ["| stories, original | ", "| stories, 50 %, FLAP | -", " | 1.00 / 1.00 | "],
     ),
     "set_aside": (f"{DATA} divided --domains wiki", []),
 }

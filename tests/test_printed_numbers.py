@@ -70,11 +70,11 @@ def printed_json(capsys, *words) -> dict:
 
 def save_pair(case, folder, widths, dtype=torch.float32):
     """Save an original model, a pruned model, and a text."""
-    dense = build(case).to(dtype)
-    save_with_tokenizer(dense, folder / "dense")
+    original = build(case).to(dtype)
+    save_with_tokenizer(original, folder / "original")
 
     pruner = StructPruner(config(widths=widths))
-    small = pruner.prune_model(dense, tokenizer())
+    small = pruner.prune_model(original, tokenizer())
     pruner.save(small, folder / "small", tokenizer())
     write_texts(folder / "a.jsonl", documents(40))
 
@@ -89,11 +89,13 @@ def test_sizes_match_the_saved_files(case, widths, dtype, tmp_path, capsys):
     flags = []
     for name, width in widths.items():
         flags += ["--width", f"{name}={width}"]
-    plan = printed_json(capsys, "plan", tmp_path / "dense", *flags)
+    plan = printed_json(capsys, "plan", tmp_path / "original", *flags)
     report = json.loads((tmp_path / "small" / "report.json").read_text())
-    measured = printed_json(capsys, "evaluate", tmp_path / "dense", tmp_path / "small", "--device", "cpu", "--quiet")
+    measured = printed_json(
+        capsys, "evaluate", tmp_path / "original", tmp_path / "small", "--device", "cpu", "--quiet"
+    )
 
-    for when, label, name in (("before", "original", "dense"), ("after", "pruned", "small")):
+    for when, label, name in (("before", "original", "original"), ("after", "pruned", "small")):
         folder = tmp_path / name
         assert plan["parameters"][when] == report[label]["parameters"] == number_of_values(folder)
         assert plan["memory"][when] == number_of_bytes(folder)
@@ -103,14 +105,14 @@ def test_sizes_match_the_saved_files(case, widths, dtype, tmp_path, capsys):
         assert size["bytes"] == number_of_bytes(folder)
         assert size["cache_per_token"] == cache_bytes(folder)
 
-    dense_parameters = layer_parameters(tmp_path / "dense")
+    original_parameters = layer_parameters(tmp_path / "original")
     small_parameters = layer_parameters(tmp_path / "small")
-    assert plan["sparsity"] == pytest.approx(1 - small_parameters / dense_parameters)
+    assert plan["sparsity"] == pytest.approx(1 - small_parameters / original_parameters)
 
 
 def samples_of(folder) -> torch.Tensor:
     """Return the saved text in samples. EOS tokens separate the documents, and a BOS token starts each sample."""
-    reader = AutoTokenizer.from_pretrained(folder / "dense")
+    reader = AutoTokenizer.from_pretrained(folder / "original")
     ids = []
     for line in (folder / "a.jsonl").read_text().splitlines():
         text = json.loads(line)["text"]
@@ -146,27 +148,34 @@ def log_probabilities(folder, samples):
 
 def test_perplexity_kl_and_agreement_match_the_saved_models(tmp_path, capsys):
     save_pair("llama-tied", tmp_path, {"mlp": 16})
-    words = ["evaluate", tmp_path / "small", "--against", tmp_path / "dense", "--domain", f"a={tmp_path / 'a.jsonl'}"]
+    words = [
+        "evaluate",
+        tmp_path / "small",
+        "--against",
+        tmp_path / "original",
+        "--domain",
+        f"a={tmp_path / 'a.jsonl'}",
+    ]
     values = printed_json(capsys, *words, "--seq-length", LENGTH, "--device", "cpu", "--quiet")
     figures = values["models"]["pruned"]["evaluation"]["domains"]["a"]
 
     samples = samples_of(tmp_path)[: figures["tokens"] // (LENGTH - 1)]
     assert figures["tokens"] == samples[:, 1:].numel()
     pruned_logprobs = log_probabilities(tmp_path / "small", samples)
-    dense_logprobs = log_probabilities(tmp_path / "dense", samples)
+    original_logprobs = log_probabilities(tmp_path / "original", samples)
 
     targets = samples[:, 1:, None]
-    num_bytes = sum(len(text.encode()) for text in documents_in(samples, tmp_path / "dense"))
-    for label, logprobs in (("pruned", pruned_logprobs), ("original", dense_logprobs)):
+    num_bytes = sum(len(text.encode()) for text in documents_in(samples, tmp_path / "original"))
+    for label, logprobs in (("pruned", pruned_logprobs), ("original", original_logprobs)):
         losses = -logprobs.gather(-1, targets)
         assert figures["perplexity"][label] == pytest.approx(math.exp(float(losses.mean())), rel=1e-5)
         bits = float(losses.sum()) / math.log(2)
         assert figures["bits_per_byte"][label] == pytest.approx(bits / num_bytes, rel=1e-5)
 
-    kl = (dense_logprobs.exp() * (dense_logprobs - pruned_logprobs)).sum(-1).mean()
+    kl = (original_logprobs.exp() * (original_logprobs - pruned_logprobs)).sum(-1).mean()
     assert figures["divergence"]["pruned"] == pytest.approx(float(kl), rel=1e-3)
 
-    agreement = (pruned_logprobs.argmax(-1) == dense_logprobs.argmax(-1)).double().mean()
+    agreement = (pruned_logprobs.argmax(-1) == original_logprobs.argmax(-1)).double().mean()
     assert figures["agreement"]["pruned"] == pytest.approx(float(agreement))
 
 
@@ -192,20 +201,20 @@ def nearest_neighbours(vectors, number) -> set:
 
 
 def test_cosines_and_neighbours_match_the_saved_encoders(tmp_path, capsys):
-    save_with_tokenizer(build("bert-no-head", seed=0), tmp_path / "dense")
+    save_with_tokenizer(build("bert-no-head", seed=0), tmp_path / "original")
     save_with_tokenizer(build("bert-no-head", seed=1), tmp_path / "small")
     first = [text[:40] for text in documents(30)]
     second = [text[5:50] for text in documents(30)]
     lines = [json.dumps(pair) for pair in zip(first, second, strict=True)]
     (tmp_path / "xx.jsonl").write_text("\n".join(lines))
-    words = ["evaluate", tmp_path / "small", "--against", tmp_path / "dense", "--pairs", tmp_path / "xx.jsonl"]
+    words = ["evaluate", tmp_path / "small", "--against", tmp_path / "original", "--pairs", tmp_path / "xx.jsonl"]
     values = printed_json(capsys, *words, "--device", "cpu", "--quiet")
     figures = values["models"]["pruned"]["evaluation"]["domains"]["pairs xx"]
 
     texts = [text.strip() for text in first + second]
     pruned_vectors = normalized_vectors(tmp_path / "small", texts)
-    dense_vectors = normalized_vectors(tmp_path / "dense", texts)
-    cosines = (pruned_vectors * dense_vectors).sum(1)
+    original_vectors = normalized_vectors(tmp_path / "original", texts)
+    cosines = (pruned_vectors * original_vectors).sum(1)
     assert figures["texts"] == len(texts)
     assert figures["cosine"]["pruned"] == pytest.approx(cosines.mean(), abs=1e-5)
     assert figures["cosine_worst"]["pruned"] == pytest.approx(cosines.min(), abs=1e-5)
@@ -213,14 +222,14 @@ def test_cosines_and_neighbours_match_the_saved_encoders(tmp_path, capsys):
 
     shares = []
     for number in range(len(texts)):
-        shared = nearest_neighbours(pruned_vectors, number) & nearest_neighbours(dense_vectors, number)
+        shared = nearest_neighbours(pruned_vectors, number) & nearest_neighbours(original_vectors, number)
         shares.append(len(shared) / NEIGHBOURS)
     assert figures["neighbours"]["pruned"] == pytest.approx(np.mean(shares), abs=1e-6)
 
     # A text finds its translation if no other translation is nearer.
     half = len(first)
     translations = np.arange(half)
-    for label, vectors in (("pruned", pruned_vectors), ("original", dense_vectors)):
+    for label, vectors in (("pruned", pruned_vectors), ("original", original_vectors)):
         similarities = vectors[:half] @ vectors[half:].T
         forward = (similarities.argmax(1) == translations).mean()
         backward = (similarities.argmax(0) == translations).mean()

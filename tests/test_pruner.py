@@ -147,9 +147,9 @@ def test_perplexities_have_margins_of_error():
     pruner = StructPruner(settings)
     small = pruner.prune_model(model, reader)
 
-    dense_losses = means(measure(model, text).loss)
+    original_losses = means(measure(model, text).loss)
     pruned_losses = means(measure(small, text).loss)
-    increases = pruned_losses - dense_losses
+    increases = pruned_losses - original_losses
     num_documents = len(numbers.unique())
     ratio = float(increases.mean().exp())
     margin = ratio * max(margin_of_error(increases, numbers), MIN_RELATIVE_MARGIN / num_documents)

@@ -47,7 +47,7 @@ def test_every_size_has_a_model_and_a_point_on_the_curve(folder, capsys, monkeyp
     out = folder / "out"
     values = json.loads(capsys.readouterr().out)["parameters"]
     curve = json.loads((out / "curve.json").read_text())
-    assert list(values) == list(curve["parameters"]) == ["dense", "0.1", "0.3"]
+    assert list(values) == list(curve["parameters"]) == ["original", "0.1", "0.3"]
     assert len(list((out / "losses").iterdir())) == 1
 
     for size in ("0.1", "0.3"):
@@ -55,7 +55,7 @@ def test_every_size_has_a_model_and_a_point_on_the_curve(folder, capsys, monkeyp
         assert curve["parameters"][size] == small.num_parameters() == values[size]
         report = json.loads((out / f"sparsity-{size}" / "report.json").read_text())
         perplexity = report["domains"]["a"]["perplexity"]
-        assert curve["perplexity"]["a"]["dense"] == pytest.approx(perplexity["original"])
+        assert curve["perplexity"]["a"]["original"] == pytest.approx(perplexity["original"])
         assert curve["perplexity"]["a"][size] == pytest.approx(perplexity["pruned"])
 
 

@@ -98,13 +98,13 @@ def test_widths_by_measured_loss_beat_one_width(smollm2, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
     domains = [DomainConfig(name=name, source=str(text / f"{name}.jsonl")) for name in ("wiki", "code")]
     samples = torch.cat([read_heldout(domain, tokenizer, 256, 8).samples for domain in domains])
-    dense_perplexity = perplexity(model, samples)
+    original_perplexity = perplexity(model, samples)
 
     fields = {"widths": {"mlp": 1000}, "num_samples": 24, "seq_length": 256, "round_to": 8}
     losses = {}
     for allocation in ("uniform", "sensitivity"):
         small = prune_model(model, StructPruneConfig(allocation=allocation, **fields), tokenizer)
-        losses[allocation] = log(perplexity(small, samples) / dense_perplexity)
+        losses[allocation] = log(perplexity(small, samples) / original_perplexity)
     assert losses["sensitivity"] < 0.95 * losses["uniform"], losses
 
 

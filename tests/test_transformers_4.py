@@ -109,15 +109,15 @@ def test_families(tmp_path):
 
 def prune_vocabulary(folder):
     """Save a trained model with 320 tokens. Return the model, its tokenizer, and a text of other documents."""
-    dense = AutoModelForCausalLM.from_pretrained(golden.TINY, dtype=torch.float32)
-    dense.config.rope_parameters["rope_theta"] = 1e5  # transformers 4 has another default.
-    dense.save_pretrained(folder / "dense")
-    dense = AutoModelForCausalLM.from_pretrained(folder / "dense")
+    original = AutoModelForCausalLM.from_pretrained(golden.TINY, dtype=torch.float32)
+    original.config.rope_parameters["rope_theta"] = 1e5  # transformers 4 has another default.
+    original.save_pretrained(folder / "original")
+    original = AutoModelForCausalLM.from_pretrained(folder / "original")
 
     documents = list(builtin_documents("prose"))
     settings = {"widths": {"vocab": 320}, "general_share": 0.0, "num_samples": 8, "seq_length": 64}
     pruner = StructPruner(StructPruneConfig(domains=[DomainConfig("prose", documents[:40])], **settings))
-    small = pruner.prune_model(dense, AutoTokenizer.from_pretrained(golden.TINY))
+    small = pruner.prune_model(original, AutoTokenizer.from_pretrained(golden.TINY))
     pruner.save(small, folder / "small", pruner.result.tokenizer)
     return small, pruner.result.tokenizer, " ".join(documents[40:])[:700]
 

@@ -27,7 +27,7 @@ MIXTURE = {"num_experts": 8, "num_experts_per_tok": 2, "tie_word_embeddings": Fa
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
-def dense(model_type="llama", **fields):
+def original(model_type="llama", **fields):
     """Return a random model of three layers with distinct logits, and a tokenizer."""
     _, tokenizer = real_text_model()
     sizes = SIZES | {"num_hidden_layers": 3, "vocab_size": len(tokenizer), "max_position_embeddings": 256}
@@ -44,7 +44,7 @@ def dense(model_type="llama", **fields):
 @pytest.fixture(scope="module")
 def models():
     """Return pruned models: one width for all layers, FFNs of different widths, and heads too."""
-    model, _ = dense()
+    model, _ = original()
     return {
         "uniform": first_units(model, [256, 256, 256], [1, 1, 1]),
         "ffn": first_units(model, [512, 200, 256]),
@@ -56,7 +56,7 @@ def models():
 def folders(models, tmp_path_factory):
     """Return the folder that contains the folders of the models."""
     place = tmp_path_factory.mktemp("vllm")
-    _, tokenizer = dense()
+    _, tokenizer = original()
     for name, model in models.items():
         save_with_tokenizer(model, place / name, tokenizer)
     return place
@@ -112,7 +112,7 @@ def test_vllm_without_this_package(models, folders):
 ])  # fmt: skip
 def test_a_mixture_of_fewer_experts_needs_no_package(model_type, class_name, fields, tmp_path):
     """The class of vLLM itself loads the model, even though 5 experts are not a multiple of 8."""
-    model, tokenizer = dense(model_type, **MIXTURE, **fields)
+    model, tokenizer = original(model_type, **MIXTURE, **fields)
     settings = StructPruneConfig(
         widths={"expert": 5, "mlp": 96}, num_samples=6, seq_length=64, general_text="builtin:prose"
     )

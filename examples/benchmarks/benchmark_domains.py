@@ -237,9 +237,9 @@ def run(args: Namespace) -> None:
     else:
         texts, unseen = evaluation_texts(args, args.domains, tokenizer)
 
-    if "dense" not in results:
+    if "original" not in results:
         results["unseen"] = unseen
-        results["dense"] = {"perplexity": perplexities(model, texts)}
+        results["original"] = {"perplexity": perplexities(model, texts)}
     finished = {Job(row["cell"], row["removed"], row["seed"], row.get("left_out")) for row in results["runs"]}
     for job in list_jobs(args, cells):
         if job in finished:
@@ -285,8 +285,8 @@ def perplexities(model, texts: dict[str, Tensor]) -> dict[str, float]:
 
 def columns_of(results: dict[str, Any], row: dict[str, Any]) -> dict[str, float]:
     """Return the values of one run: perplexities relative to the original model, and the seconds."""
-    dense = results["dense"]["perplexity"]
-    ratios = {name: value / dense[name] for name, value in row["perplexity"].items()}
+    original = results["original"]["perplexity"]
+    ratios = {name: value / original[name] for name, value in row["perplexity"].items()}
     unseen = results["unseen"]
     if "left_out" in row:
         unseen = [row["left_out"]]
@@ -344,8 +344,8 @@ def print_table(results: dict[str, Any], removed: int) -> None:
 
     names = list(runs_by_cell[cells[0]][0])
     print_head("cell", ["seeds"] + names)
-    dense = dict.fromkeys(results["dense"]["perplexity"], 1.0)
-    print_row("dense", [""] + [dense.get(name, "") for name in names])
+    original = dict.fromkeys(results["original"]["perplexity"], 1.0)
+    print_row("original", [""] + [original.get(name, "") for name in names])
 
     for cell in cells:
         runs = runs_by_cell[cell]
@@ -389,12 +389,12 @@ def print_left_out_table(results: dict[str, Any], removed: int, against: str) ->
 def left_out_losses(results: dict[str, Any], removed: int) -> dict[str, dict[tuple, dict[str, float]]]:
     """Return the losses of each cell, by the kind that was left out and the seed."""
     losses: dict[str, dict[tuple, dict[str, float]]] = {}
-    dense = results["dense"]["perplexity"]
+    original = results["original"]["perplexity"]
     for row in results["runs"]:
         if row["removed"] != removed:
             continue
 
-        by_kind = {name: log(value / dense[name]) for name, value in row["perplexity"].items()}
+        by_kind = {name: log(value / original[name]) for name, value in row["perplexity"].items()}
 
         left_out = by_kind.pop(row["left_out"])
         columns = {"left out": left_out, "own": fmean(by_kind.values()), "seconds": row["seconds"]}

@@ -3,7 +3,7 @@
     python examples/benchmarks/benchmark_experts.py MODEL DATA OUT.json [--kept 12 8] [--seeds 0 1 2] [--rows "reap*"]
 
 MODEL is a mixture of experts, such as one of `train_mixture.py`. DATA has the structure that `benchmark_table.py`
-describes. Every cell is KL(dense || pruned) per token, on held-out and on unseen text. The seed selects the
+describes. Every cell is KL(original || pruned) per token, on held-out and on unseen text. The seed selects the
 calibration text. OUT.json keeps all cells, and the script skips them when it runs a second time. The table shows the
 mean over the seeds and, in percent, its ratio to plain REAP with the same seed and the same amount of text.
 """

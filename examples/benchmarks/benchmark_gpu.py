@@ -120,7 +120,7 @@ def measure_model(args: Namespace, name: str, folder: Path, stages: Stages, resu
     with stages.stage("prune"):
         pruned = pruner.prune_model(model, tokenizer, inplace=True)
     result["parameters"] = {
-        "dense": pruner.result.report.original.parameters,
+        "original": pruner.result.report.original.parameters,
         "pruned": pruner.result.report.pruned.parameters,
     }
     result["pruning_seconds"] = pruner.result.report.seconds
@@ -131,13 +131,13 @@ def measure_model(args: Namespace, name: str, folder: Path, stages: Stages, resu
     with stages.stage("save"):
         pruner.save(pruned, folder / "pruned", tokenizer=tokenizer)
 
-    with stages.stage("load dense"):
-        dense = loading.model(name)
+    with stages.stage("load original"):
+        original = loading.model(name)
     with stages.stage("recover"):
         training = {"output_dir": str(folder / "checkpoints"), "save_strategy": "no"}
         recovery_config = RecoveryConfig(tokens=args.tokens, training=training)
         recovery = Recovery(recovery_config, config, pruned=folder / "pruned")
-        pruned = recovery.recover_model(pruned, tokenizer, dense)
+        pruned = recovery.recover_model(pruned, tokenizer, original)
 
     result["recovery"] = {
         "tokens": recovery.report.tokens,
@@ -149,7 +149,7 @@ def measure_model(args: Namespace, name: str, folder: Path, stages: Stages, resu
 
     with stages.stage("evaluate"):
         evaluation = evaluate(
-            pruned, tokenizer, [EVALUATED], dense, seq_length=args.seq_length, num_samples=args.eval_samples
+            pruned, tokenizer, [EVALUATED], original, seq_length=args.seq_length, num_samples=args.eval_samples
         )
 
     result["evaluation"] = {"text": EVALUATED.name}
@@ -158,7 +158,7 @@ def measure_model(args: Namespace, name: str, folder: Path, stages: Stages, resu
 
     with stages.stage("speed"):
         speed = measure_speed(
-            {"dense": dense, "pruned": pruned},
+            {"original": original, "pruned": pruned},
             batch_sizes=args.batch_sizes,
             prompts=(args.prompt,),
             new_tokens=args.new_tokens,

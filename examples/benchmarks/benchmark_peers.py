@@ -55,7 +55,7 @@ INSTALLED = {
 }
 # The tool of each row, the options that differ from its defaults, and the divisor of its FFN width.
 ROWS: dict[str, tuple[str, dict[str, Any], int]] = {
-    "dense": ("", {}, 1),
+    "original": ("", {}, 1),
     f"{OURS}, defaults": (OURS, {}, 1),
     "torch-pruning, GroupMagnitude (default)": ("torch-pruning", {"importance": "GroupMagnitudeImportance"}, 1),
     "torch-pruning, GroupTaylor": ("torch-pruning", {"importance": "GroupTaylorImportance"}, 1),
@@ -164,7 +164,7 @@ def measure_row(name: str, args: Namespace, width: int, scratch: Path, folder: P
         "out": str(scratch / "pruned"),
         "measure": False,
     }
-    if name == "dense":
+    if name == "original":
         job["out"] = args.model
         return call_worker("evaluate", sys.executable, job, scratch, args.minutes)
 
@@ -261,9 +261,9 @@ def cells_of(results: dict[str, Any], name: str) -> list[str]:
     """Return the cells of a row that has a result."""
     row = results["rows"][name]
     cells = [f"{row['parameters']:,}", width_text(row.get("widths", []))]
-    dense = mean_perplexities(results, "dense")
+    original = mean_perplexities(results, "original")
     for kind, value in mean_perplexities(results, name).items():
-        ratio = value / dense.get(kind, value)
+        ratio = value / original.get(kind, value)
         cells.append(f"{value:,.2f} ({ratio:,.2f})")
 
     for field in ("cpu_seconds", "seconds"):

@@ -39,7 +39,7 @@ def resident(field: str) -> int:
     raise ValueError(f"/proc/self/status has no field {field}")
 
 
-def load_dense(path: str) -> nn.Module:
+def load_original(path: str) -> nn.Module:
     """Load the original model in fp32, and copy it out of the memory-mapped file, whose pages are resident too."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     for parameter in model.parameters():
@@ -251,7 +251,7 @@ def prune(job: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(job["seed"])
     resident_before = resident("VmRSS")
 
-    model = load_dense(job["model"])
+    model = load_original(job["model"])
     # Set the peak of the resident set to its current size.
     Path("/proc/self/clear_refs").write_text("5")
 

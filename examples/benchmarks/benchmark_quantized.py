@@ -1,6 +1,6 @@
 """Measure the bytes and the perplexity of quantized models, original and pruned, in a real llama.cpp.
 
-    python examples/benchmarks/benchmark_quantized.py DENSE PRUNED ... --heldout FILE ... [--other FILE ...]
+    python examples/benchmarks/benchmark_quantized.py ORIGINAL PRUNED ... --heldout FILE ... [--other FILE ...]
         [--kinds Q8_0 Q4_0] [--num-samples 8] [--torch]
 
 The script exports each model as a GGUF file. llama.cpp quantizes the file and then evaluates the text, so the figures

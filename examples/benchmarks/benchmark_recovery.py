@@ -119,9 +119,9 @@ class Table:
         """Return the recovered share of the log-perplexity gap between the original and the pruned model."""
         if "pruned" not in self.results:
             return float("nan")
-        dense = log(self.results["dense"][group])
+        original = log(self.results["original"][group])
         pruned = log(self.results["pruned"][group])
-        return (pruned - log(value)) / (pruned - dense)
+        return (pruned - log(value)) / (pruned - original)
 
 
 def evaluation_samples(folder: Path, names: Sequence[str], tokenizer, args: Namespace) -> dict[str, Tensor]:
@@ -171,7 +171,7 @@ def run(args: Namespace) -> None:
     kinds = [name for name in args.domains if name not in args.left_out]
     table = new_table(args, kinds, tokenizer)
     table.print_head()
-    table.add("dense", model)
+    table.add("original", model)
 
     pruning = StructPruneConfig(
         widths={"mlp": args.mlp},

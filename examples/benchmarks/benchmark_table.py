@@ -53,13 +53,13 @@ from optimum_structprune.measure.losses import measure as measure_text
 from optimum_structprune.measure.text import Text
 
 
-DENSE = "dense"
+ORIGINAL = "original"
 OURS = "defaults"
 FLAP = "FLAP"
 FULL = "16 bits"
 # The published methods have no text in addition to the domains.
 ROWS: dict[str, dict[str, Any]] = {
-    DENSE: {},
+    ORIGINAL: {},
     OURS: {},
     "widths by measured loss": {"allocation": "sensitivity"},
     FLAP: dict(METHODS["flap + bias"], general_share=0.0),
@@ -69,7 +69,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "PIP at once": dict(METHODS["pip"], general_share=0.0),
 }
 # The original model in three bits is about as large as a model in four bits without a fifth of its channels.
-FORMS = {DENSE: (FULL, "Q4_K_M", "Q3_K_M"), OURS: (FULL, "Q4_K_M")}
+FORMS = {ORIGINAL: (FULL, "Q4_K_M", "Q3_K_M"), OURS: (FULL, "Q4_K_M")}
 HEAD = ["of all parameters", "MB", "same kinds", "other kinds", "of FLAP's loss", "right answers", "minutes", "seeds"]
 MARKED = re.compile("(<!-- table: begin -->\n).*(<!-- table: end -->)", re.DOTALL)
 
@@ -102,7 +102,7 @@ class Cell(NamedTuple):
     @property
     def original(self) -> Cell:
         """Return the cell of the original model."""
-        return Cell(self.model, 0, DENSE, 0, FULL)
+        return Cell(self.model, 0, ORIGINAL, 0, FULL)
 
     def path(self, args: Namespace) -> Path:
         """Return the path of the file with the result."""
@@ -116,11 +116,11 @@ def all_cells(args: Namespace) -> list[Cell]:
         for model in args.models:
             # The original model needs one seed.
             if seed == args.seeds[0]:
-                cells += [Cell(model, 0, DENSE, 0, form) for form in FORMS[DENSE]]
+                cells += [Cell(model, 0, ORIGINAL, 0, form) for form in FORMS[ORIGINAL]]
 
             for removed in args.removed:
                 for method in ROWS:
-                    if method != DENSE:
+                    if method != ORIGINAL:
                         forms = FORMS.get(method, (FULL,))
                         cells += [Cell(model, removed, method, seed, form) for form in forms]
 
@@ -243,9 +243,9 @@ def figures(results: dict[Cell, dict[str, Any]], cells: Sequence[Cell]) -> list[
         results: The results of all cells.
         cells: The cells of the row, one for each seed.
     """
-    dense = results[cells[0].original]
+    original = results[cells[0].original]
     row = [results[cell] for cell in cells]
-    parameters = fmean(result["parameters"] for result in row) / dense["parameters"]
+    parameters = fmean(result["parameters"] for result in row) / original["parameters"]
 
     removed = "-"
     minutes = "-"
@@ -254,19 +254,19 @@ def figures(results: dict[Cell, dict[str, Any]], cells: Sequence[Cell]) -> list[
         minutes = f"{fmean(result['seconds'] for result in row) / 60:.1f}"
 
     answers = "-"
-    if dense["right"]:
+    if original["right"]:
         number = fmean(sum(result["right"]) for result in row)
-        answers = f"{number:.0f} of {len(dense['right'])}, original {sum(dense['right'])}"
+        answers = f"{number:.0f} of {len(original['right'])}, original {sum(original['right'])}"
 
     megabytes = f"{fmean(result['bytes'] for result in row) / 1e6:.1f}"
-    same_kinds, other_kinds = perplexity_texts(row, dense)
+    same_kinds, other_kinds = perplexity_texts(row, original)
     flap = share_of_flap(results, cells)
     return [removed, megabytes, same_kinds, other_kinds, flap, answers, minutes, f"{len(cells)}"]
 
 
-def perplexity_texts(row: Sequence[dict[str, Any]], dense: dict[str, Any]) -> list[str]:
+def perplexity_texts(row: Sequence[dict[str, Any]], original: dict[str, Any]) -> list[str]:
     """Return the perplexity relative to the original model, on the calibrated kinds and on other kinds."""
-    differences = [extra_losses(result, dense) for result in row]
+    differences = [extra_losses(result, original) for result in row]
     texts = []
     for losses in zip(*differences, strict=True):
         if len(losses) == 1:
@@ -279,12 +279,12 @@ def perplexity_texts(row: Sequence[dict[str, Any]], dense: dict[str, Any]) -> li
 
 def share_of_flap(results: dict[Cell, dict[str, Any]], cells: Sequence[Cell]) -> str:
     """Return the losses relative to FLAP with the same seed, on the calibrated kinds and on other kinds."""
-    dense = results[cells[0].original]
+    original = results[cells[0].original]
     ratios = []
     for cell in cells:
         flap = results.get(cell._replace(method=FLAP, form=FULL))
         if flap is not None:
-            pairs = zip(extra_losses(results[cell], dense), extra_losses(flap, dense), strict=True)
+            pairs = zip(extra_losses(results[cell], original), extra_losses(flap, original), strict=True)
             ratios.append([float(loss.mean() / flap_loss.mean()) for loss, flap_loss in pairs])
 
     if not ratios:
@@ -292,13 +292,13 @@ def share_of_flap(results: dict[Cell, dict[str, Any]], cells: Sequence[Cell]) ->
     return " / ".join(f"{fmean(kind):.2f}" for kind in zip(*ratios, strict=True))
 
 
-def extra_losses(result: dict[str, Any], dense: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def extra_losses(result: dict[str, Any], original: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the increase of each sample's loss in nats per token, on the calibrated kinds and on other kinds."""
     same_kinds: list[float] = []
     other_kinds: list[float] = []
     for name, losses in result["losses"].items():
-        pairs = zip(losses, dense["losses"][name], strict=True)
-        differences = [loss - dense_loss for loss, dense_loss in pairs]
+        pairs = zip(losses, original["losses"][name], strict=True)
+        differences = [loss - original_loss for loss, original_loss in pairs]
         if name in result["unseen"]:
             other_kinds += differences
         else:
@@ -323,7 +323,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--round-to", type=int, default=32, help="the divisor of all widths; llama.cpp needs 32")
     parser.add_argument("--answers", action="store_true", help="ask a chat model the built-in questions")
     parser.add_argument("--write", metavar="PAGE", help="write the rows of --rows between the two marks of this page")
-    parser.add_argument("--rows", nargs="+", default=[f"* {OURS}", f"* {DENSE}, Q4*"], help="patterns for --write")
+    parser.add_argument("--rows", nargs="+", default=[f"* {OURS}", f"* {ORIGINAL}, Q4*"], help="patterns for --write")
 
     args = parser.parse_args(argv)
 

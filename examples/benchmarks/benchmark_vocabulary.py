@@ -116,7 +116,7 @@ def trim(args: Namespace, model, tokenizer, size: int, texts: Texts, original_lo
 def decoding_speed(model, trimmed) -> float:
     """Return the speed of decoding on one thread, relative to the original model."""
     torch.set_num_threads(1)
-    speed = measure_speed({"dense": model, "small": trimmed}, prompts=[16], new_tokens=16, repeats=5)
+    speed = measure_speed({"original": model, "small": trimmed}, prompts=[16], new_tokens=16, repeats=5)
     (by_model,) = speed.decode.values()
     return by_model["small"].speedup.median
 

@@ -1,6 +1,6 @@
 """Measure the figures of the docs by one protocol, and write the tables of the docs from one data file.
 
-    python examples/benchmarks/figures.py measure DENSE DATA FOLDER [FOLDER ...] [--speed]
+    python examples/benchmarks/figures.py measure ORIGINAL DATA FOLDER [FOLDER ...] [--speed]
     python examples/benchmarks/figures.py render [--check]
 
 `docs/figures.yaml` holds every figure with the command that produced it. A page shows a table between the lines
@@ -128,26 +128,26 @@ def measure(args: Namespace) -> Iterator[dict[str, Any]]:
     """Yield the figures of each folder, relative to the original model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    dense = AutoModelForCausalLM.from_pretrained(args.dense, dtype=args.dtype)
-    dense_tokenizer = AutoTokenizer.from_pretrained(args.dense)
+    original = AutoModelForCausalLM.from_pretrained(args.original, dtype=args.dtype)
+    original_tokenizer = AutoTokenizer.from_pretrained(args.original)
 
     for folder in args.folders:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=args.dtype)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        parameters = model.num_parameters() / dense.num_parameters() - 1
+        parameters = model.num_parameters() / original.num_parameters() - 1
 
         row: dict[str, Any] = {"folder": Path(folder).name, "parameters": round(100 * parameters, 1)}
         row["megabytes"] = round(2 * model.num_parameters() / 1e6, 1)
         if not args.answers_only:
-            row.update(quality_figures(args, model, tokenizer, dense, dense_tokenizer))
+            row.update(quality_figures(args, model, tokenizer, original, original_tokenizer))
         if args.answers or args.answers_only:
-            row.update(answer_figures(args, model, tokenizer, dense, dense_tokenizer))
+            row.update(answer_figures(args, model, tokenizer, original, original_tokenizer))
         if args.speed:
-            row["speedup"] = speedup_of(model, dense)
+            row["speedup"] = speedup_of(model, original)
         yield row
 
 
-def quality_figures(args: Namespace, model, tokenizer, dense, dense_tokenizer) -> dict[str, float]:
+def quality_figures(args: Namespace, model, tokenizer, original, original_tokenizer) -> dict[str, float]:
     """Return the perplexity relative to the original model and the KL, on held-out and on unseen text."""
     from optimum_structprune import evaluate
 
@@ -157,8 +157,8 @@ def quality_figures(args: Namespace, model, tokenizer, dense, dense_tokenizer) -
             model,
             tokenizer,
             domains,
-            dense,
-            dense_tokenizer=dense_tokenizer,
+            original,
+            original_tokenizer=original_tokenizer,
             seq_length=SEQ_LENGTH,
             num_samples=SAMPLES,
         )
@@ -175,7 +175,7 @@ def quality_figures(args: Namespace, model, tokenizer, dense, dense_tokenizer) -
     return figures
 
 
-def answer_figures(args: Namespace, model, tokenizer, dense, dense_tokenizer) -> dict[str, Any]:
+def answer_figures(args: Namespace, model, tokenizer, original, original_tokenizer) -> dict[str, Any]:
     """Return the correct answers of a model and of the original model, and how the model follows its answers."""
     from optimum_structprune import evaluate
     from optimum_structprune.record.answers import followed, right_by_kind, right_difference
@@ -183,15 +183,15 @@ def answer_figures(args: Namespace, model, tokenizer, dense, dense_tokenizer) ->
     answers = evaluate(
         model,
         tokenizer,
-        dense=dense,
-        dense_tokenizer=dense_tokenizer,
+        original=original,
+        original_tokenizer=original_tokenizer,
         answers="builtin",
         limit=args.questions,
         max_new_tokens=ANSWER_TOKENS,
         batch_size=ANSWER_BATCH,
     ).answers
     original, pruned = answers.counts("right")
-    figures: dict[str, Any] = {"right": pruned, "right_of_dense": original, "questions": len(answers.questions)}
+    figures: dict[str, Any] = {"right": pruned, "right_of_original": original, "questions": len(answers.questions)}
     figures["points"] = [round(100 * end, 1) for end in right_difference(answers)]
 
     result = followed(answers, "pruned")
@@ -204,7 +204,7 @@ def answer_figures(args: Namespace, model, tokenizer, dense, dense_tokenizer) ->
     return figures
 
 
-def speedup_of(model, dense) -> float:
+def speedup_of(model, original) -> float:
     """Return the speed of decoding, relative to the original model."""
     import torch
 
@@ -212,7 +212,7 @@ def speedup_of(model, dense) -> float:
 
     torch.set_num_threads(1)
 
-    models = {"dense": dense, "model": model}
+    models = {"original": original, "model": model}
     speed = measure_speed(models, prompts=[16], new_tokens=16, repeats=9, clock="cpu")
     (by_model,) = speed.decode.values()
     return round(by_model["model"].speedup.median, 2)
@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
 
     measuring = commands.add_parser("measure", help="measure pruned models by the protocol of the docs")
-    measuring.add_argument("dense", help="the original model")
+    measuring.add_argument("original", help="the original model")
     measuring.add_argument("data", help="a folder with heldout/ and unseen/")
     measuring.add_argument("folders", nargs="+", help="pruned models")
     measuring.add_argument("--dtype", default="float32")

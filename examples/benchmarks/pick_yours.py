@@ -34,7 +34,7 @@ ROWS = ["--target vocab --budget parameters=0.9 --num-samples 24"]
 OTHER = ["countries=builtin:countries", "letters=builtin:letters"]
 # A larger ratio of bits means that a language is lost.
 MAX_RATIO = 1.02
-DENSE = "the dense model"
+ORIGINAL = "the original model"
 HEAD = [
     "model",
     "command",
@@ -70,10 +70,10 @@ def measure_row(args: Namespace, flags: str, folder: Path) -> dict[str, Any]:
         flags: The flags of `structprune prune`, or an empty text for the original model.
         folder: The folder of the pruned model. The model is pruned if the folder does not exist.
     """
-    dense, dense_tokenizer = load(args.model)
+    original, original_tokenizer = load(args.model)
     file = f"{folder}.gguf"
     if not flags:
-        return size_figures(dense, dense_tokenizer, file)
+        return size_figures(original, original_tokenizer, file)
 
     if not folder.exists():
         code = structprune(["prune", args.model, str(folder)] + shlex.split(flags))
@@ -87,14 +87,14 @@ def measure_row(args: Namespace, flags: str, folder: Path) -> dict[str, Any]:
         model,
         tokenizer,
         [domain(text) for text in args.other],
-        dense=dense,
-        dense_tokenizer=dense_tokenizer,
+        original=original,
+        original_tokenizer=original_tokenizer,
         num_samples=args.num_samples,
         answers="builtin",
         limit=args.questions,
     )
     report = Report.load(folder / "report.json")
-    row["before"] = dense.num_parameters()
+    row["before"] = original.num_parameters()
     row["same"] = mean_ratio(ratios_of(report.domains).values())[0]
 
     row["right_before"], row["right"] = evaluation.answers.counts("right")
@@ -126,7 +126,7 @@ def cells_of(model: str, flags: str, row: dict[str, Any]) -> list[str]:
     speed = f"{row['tokens_per_second']:.1f}"
     if not flags:
         parameters = f"{row['parameters'] / 1e6:.0f}M"
-        return [model, DENSE, parameters, megabytes, speed, "–", "× 1", "× 1", "none"]
+        return [model, ORIGINAL, parameters, megabytes, speed, "–", "× 1", "× 1", "none"]
 
     removed = f"−{100 - 100 * row['parameters'] / row['before']:.0f} %"
     answers = f"{row['right_before']} → {row['right']} of {row['questions']}"

@@ -1,13 +1,13 @@
 """Train a small mixture of experts from scratch, to measure the removal of experts on it. It has OLMoE's architecture.
 
-    python examples/benchmarks/train_mixture.py DATA OUT [--normalise] [--dense] [--tokens 3000000]
+    python examples/benchmarks/train_mixture.py DATA OUT [--normalise] [--original] [--tokens 3000000]
 
 The script reads DATA/calibration/*.jsonl and trains on most of each file, as `train_tiny.py` does. Each layer has 16
 experts, and the router selects 4 of them for each token. The auxiliary loss balances every layer separately. The loss
 of transformers sums the layers first, so single layers stay unbalanced. With `--normalise`, the gates of the selected
-experts sum to 1. With `--dense`, each layer has one MLP of the size of 4 experts, as the baseline for the mixture. If
-the training was interrupted, the same command continues it from OUT.training. At the end, the script prints the cross
-entropy on held-out documents, and the number of tokens per expert in each layer, relative to an equal share.
+experts sum to 1. With `--original`, each layer has one MLP of the size of 4 experts, as the baseline for the mixture.
+If the training was interrupted, the same command continues it from OUT.training. At the end, the script prints the
+cross entropy on held-out documents, and the number of tokens per expert in each layer, relative to an equal share.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class BalancedTrainer(Trainer):
 def new_model(args: Namespace, vocabulary: int) -> PreTrainedModel:
     """Return an untrained model. The first token ends a document."""
     fields = dict(SHAPE, vocab_size=vocabulary, bos_token_id=0, eos_token_id=0, pad_token_id=None)
-    if args.dense:
+    if args.original:
         config = AutoConfig.for_model("olmo2", intermediate_size=SELECTED * WIDTH, **fields)
     else:
         config = AutoConfig.for_model(
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("data")
     parser.add_argument("out")
     parser.add_argument("--normalise", action="store_true", help="let the gates of the selected experts sum to 1")
-    parser.add_argument("--dense", action="store_true", help="train a model without experts instead")
+    parser.add_argument("--original", action="store_true", help="train a model without experts instead")
     parser.add_argument("--tokens", type=int, default=3_000_000, help="training tokens")
     parser.add_argument("--vocabulary", type=int, default=1024)
     parser.add_argument("--seq-length", type=int, default=256)

@@ -87,16 +87,16 @@ def _curve(reports: Mapping[str, Report]) -> dict[str, Any]:
     """Return the parameters, the widths and the perplexities of the original model and of each size."""
     record: dict[str, Any] = {"parameters": {}, "widths": {}, "perplexity": {}}
     for size, report in reports.items():
-        record["parameters"]["dense"] = report.original.parameters
+        record["parameters"]["original"] = report.original.parameters
         record["parameters"][size] = report.pruned.parameters
 
         for kind, width_by_layer in report.widths.items():
-            widths = record["widths"].setdefault(kind, {"dense": [report.original_widths[kind]]})
+            widths = record["widths"].setdefault(kind, {"original": [report.original_widths[kind]]})
             widths[size] = list(width_by_layer.values())
 
         for name, domain in report.latest().domains.items():
             if domain.perplexity is not None and domain.perplexity.ratio is not None:
-                perplexities = record["perplexity"].setdefault(name, {"dense": domain.perplexity.original})
+                perplexities = record["perplexity"].setdefault(name, {"original": domain.perplexity.original})
                 perplexities[size] = domain.perplexity.last
     return record
 

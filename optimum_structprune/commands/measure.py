@@ -150,20 +150,22 @@ def _check_quality(args: Namespace, loading: Loading, paths: Mapping[str, str]) 
     Raises:
         StructPruneError: If the evaluation cannot be made.
     """
-    dense_tokenizer = None
+    original_tokenizer = None
     notes: list[str] = []
     if len(paths) > 1:
-        dense_tokenizer, notes = _first_tokenizer(args, loading, next(iter(paths.values())))
+        original_tokenizer, notes = _first_tokenizer(args, loading, next(iter(paths.values())))
 
-    dense = [loading.without_weights(args.against)] if args.against else []
+    original = [loading.without_weights(args.against)] if args.against else []
     models = [loading.without_weights(model) for model in args.models]
     for model in models:
-        check_evaluation([*dense, model], args.domain, args.answers, args.seq_length, dense_tokenizer, args.pairs)
+        check_evaluation(
+            [*original, model], args.domain, args.answers, args.seq_length, original_tokenizer, args.pairs
+        )
 
     names = ("num_samples", "batch_size", "limit", "answers", "max_new_tokens", "pairs")
     settings = {name: getattr(args, name) for name in names}
-    settings["seq_length"] = args.seq_length or default_seq_length(dense + models)
-    settings["dense_tokenizer"] = dense_tokenizer
+    settings["seq_length"] = args.seq_length or default_seq_length(original + models)
+    settings["original_tokenizer"] = original_tokenizer
     return settings, notes
 
 

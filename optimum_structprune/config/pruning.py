@@ -77,10 +77,10 @@ class StructPruneConfig(Config):
             `cache_bytes_per_token`, one or several at once, or the `loss` that pruning may cost. A token runs through
             the active parameters: all but the experts that it does not choose. `bytes` is the size of the parameters
             in the model's dtype. The cache is the cache of keys and values. A number below 1 is a fraction of the
-            dense model. `{"loss": 0.02}` searches for the
+            original model. `{"loss": 0.02}` searches for the
             smallest model by a few trial prunings. Its perplexity on the domains and on other text is at most 1.02
-            times the perplexity of the dense model, including the margin of error. For an encoder, the mean cosine of
-            its vectors to the vectors of the dense model is at least 0.998.
+            times the perplexity of the original model, including the margin of error. For an encoder, the mean cosine
+            of its vectors to the vectors of the original model is at least 0.998.
         targets: The spaces that may shrink where `sparsity` or `budget` determines the widths: `mlp`, `attention`,
             `expert`, `hidden`, `layer`, `vocab`. `structprune inspect` shows the spaces of a model. The default is
             `mlp`, and all channels inside the layers for a model without `mlp`. Under a budget of parameters or bytes,
@@ -118,8 +118,8 @@ class StructPruneConfig(Config):
         num_samples: The total number of calibration samples, which the domains share by weight.
         seq_length: The number of tokens in a sample.
         error_feedback: The fraction of the accumulated error of the residual stream that a refit corrects, at the
-            cost of one more forward pass. With 0, each layer is fitted to its own dense outputs; with 1, to the
-            residual stream of the dense model.
+            cost of one more forward pass. With 0, each layer is fitted to its own original outputs; with 1, to the
+            residual stream of the original model.
         skip_layers: Indices of layers that are not pruned. The remaining layers are pruned more, so the overall
             target is still met.
         recovery: Settings of a training after the pruning. Without them, the model is not trained.

@@ -42,8 +42,8 @@ def calibration_domains(
 
     Args:
         config: The config.
-        model: The dense model.
-        tokenizer: The tokenizer of the dense model.
+        model: The original model.
+        tokenizer: The tokenizer of the original model.
         writes: Whether to generate text; see `load_domains`.
         earlier: The text of earlier runs. By default it is read from the model.
 

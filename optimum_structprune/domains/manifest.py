@@ -207,7 +207,7 @@ class Manifest(Record):
         return replace(self, domains=self.domains + list(entries))
 
     def after(self, earlier: Manifest | None) -> Manifest:
-        """Return the manifest with the text of an earlier run, whose result was the dense model of this run."""
+        """Return the manifest with the text of an earlier run, whose result was the original model of this run."""
         if earlier is None:
             return self.with_entries([])
         return self.with_entries([replace(entry, use=EARLIER) for entry in earlier.domains])

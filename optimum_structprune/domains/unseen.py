@@ -72,8 +72,8 @@ def unseen_text(
 
     Args:
         config: The config of the run.
-        model: The dense model.
-        tokenizer: The tokenizer of the dense model.
+        model: The original model.
+        tokenizer: The tokenizer of the original model.
         domains: The domains of the run. Their documents are not unseen text.
         earlier: The text of earlier runs. Its documents are not unseen text either.
     """
@@ -194,7 +194,7 @@ def _rows(
 def _written(
     config: StructPruneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int
 ) -> Iterator[str]:
-    """Return text that the dense model continues from words in the configured languages, or from English openings."""
+    """Let the original model continue words in the configured languages, or English openings."""
     from .generated import self_documents
     from .languages import openings
 
@@ -243,7 +243,7 @@ def respelled(
 
     Args:
         texts: The texts, each as a list of its parts.
-        tokenizer: The tokenizer of the dense model.
+        tokenizer: The tokenizer of the original model.
         smaller_tokenizer: The tokenizer of the pruned model.
     """
     num_words = 0

@@ -1,1 +1,1 @@
-"""Measurement of a model: perplexity by domain, divergence from the dense model, answers, and speed."""
+"""Measurement of a model: perplexity by domain, divergence from the original model, answers, and speed."""

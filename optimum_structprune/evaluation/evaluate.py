@@ -1,4 +1,4 @@
-"""Measure the quality of a model: perplexity by domain, divergence from the dense model, vectors, and answers."""
+"""Measure the quality of a model: perplexity by domain, divergence from the original model, vectors, and answers."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     domains: Sequence[DomainConfig | Mapping[str, Any]] = (),
-    dense: PreTrainedModel | None = None,
+    original: PreTrainedModel | None = None,
     *,
-    dense_tokenizer: PreTrainedTokenizerBase | None = None,
+    original_tokenizer: PreTrainedTokenizerBase | None = None,
     seq_length: int | None = None,
     num_samples: int | None = None,
     batch_size: int | None = None,
@@ -63,16 +63,17 @@ def evaluate(
     max_new_tokens: int = 120,
     pairs: Sequence[str | Path] = (),
 ) -> Evaluation:
-    """Measure a causal language model, alone or against the dense model, or the vectors of an encoder.
+    """Measure a causal language model, alone or against the original model, or the vectors of an encoder.
 
     Args:
         model: The model to measure. Its training mode does not change.
         tokenizer: The model's own tokenizer.
         domains: The text for perplexity, read in the order of the source; see `read_heldout`.
-        dense: Another model to compare with. This adds its own perplexities and answers, the divergence from it and
+        original: Another model to compare with. This adds its own perplexities and answers, the divergence from it and
             the agreement with it, and whether the two differ on the same questions.
-        dense_tokenizer: The tokenizer of the dense model if it differs from the model's own. Each model then reads the
-            same text with its own tokenizer, and perplexity is per token of the dense one, with or without `dense`.
+        original_tokenizer: The tokenizer of the original model if it differs from the model's own. Each model then
+            reads the same text with its own tokenizer, and perplexity is per token of the original one, with or
+            without `original`.
         seq_length: The number of tokens in a sample. The default is 512, or the positions of the model with the fewest
             positions. Samples are cut, with a warning, if a model spells them with more tokens than it has positions.
         num_samples: The maximum number of samples per domain; None reads every domain to its end.
@@ -95,12 +96,12 @@ def evaluate(
             not fit each other, the tokenizer or the samples.
     """
     resolved_domains = resolve(as_domain(domain) for domain in domains)
-    models = {PRUNED: model} if dense is None else {ORIGINAL: dense, PRUNED: model}
-    tokenizers = {PRUNED: tokenizer, ORIGINAL: dense_tokenizer or tokenizer}
+    models = {PRUNED: model} if original is None else {ORIGINAL: original, PRUNED: model}
+    tokenizers = {PRUNED: tokenizer, ORIGINAL: original_tokenizer or tokenizer}
     for name, model_tokenizer in tokenizers.items():
         check_kinds(models.get(name, model), model_tokenizer)
         check_reads_any_text(model_tokenizer)
-    check_evaluation(list(models.values()), resolved_domains, answers, seq_length, dense_tokenizer, pairs)
+    check_evaluation(list(models.values()), resolved_domains, answers, seq_length, original_tokenizer, pairs)
     for name, compared_model in models.items():
         check_devices(compared_model)
         check_tokens(compared_model, tokenizers[name])
@@ -120,7 +121,7 @@ def evaluate(
         texts = cut_texts(texts, models, tokenizers)
         seq_length = texts[0].samples.shape[1]
     parts = None
-    if is_causal and dense is not None:
+    if is_causal and original is not None:
         parts = _parts(models, tokenizers)
 
     # An error shows that a model cannot read a text.
@@ -186,19 +187,19 @@ def _domain_result(
         tokens: The maximum number of tokens in a forward pass.
     """
     model = models[PRUNED]
-    dense = models.get(ORIGINAL)
+    original = models.get(ORIGINAL)
     text = texts[PRUNED]
     measured = Losses()
     values: dict[str, list[Tensor]] = {}
     if text.original is None:
-        measured = measure(model, text, dense, tokens=tokens)
-        if dense is not None:
+        measured = measure(model, text, original, tokens=tokens)
+        if original is not None:
             values[ORIGINAL] = measured.other
         values[PRUNED] = measured.loss
     else:
         values = {name: measure(models[name], own_text).loss for name, own_text in texts.items()}
         if parts is not None:
-            measured = measure(model, text.original, dense, parts)
+            measured = measure(model, text.original, original, parts)
 
     sums = {name: totals(by_row) for name, by_row in values.items()}
     losses = {name: total / text.tokens for name, total in sums.items()}
@@ -342,7 +343,7 @@ def check_evaluation(
     domains: Sequence[DomainConfig | Mapping[str, Any]],
     answers: str | Path | None,
     seq_length: int | None,
-    dense_tokenizer: PreTrainedTokenizerBase | None,
+    original_tokenizer: PreTrainedTokenizerBase | None,
     pairs: Sequence[str | Path] = (),
 ) -> None:
     """Check the arguments of `evaluate`.
@@ -352,7 +353,7 @@ def check_evaluation(
         domains: The text.
         answers: The questions.
         seq_length: The number of tokens in a sample; None for the default.
-        dense_tokenizer: The tokenizer of the original model if it differs.
+        original_tokenizer: The tokenizer of the original model if it differs.
         pairs: The files with translations.
 
     Raises:
@@ -374,10 +375,10 @@ def check_evaluation(
             check_positions(model, seq_length, f"seq_length={seq_length}")
 
     sizes = [model.config.get_text_config().vocab_size for model in models]
-    if len(set(sizes)) > 1 and dense_tokenizer is None:
+    if len(set(sizes)) > 1 and original_tokenizer is None:
         raise StructPruneError(
             f"The model has a vocabulary of {sizes[-1]}, and the original model has one of {sizes[0]}. Pass the "
-            "original model's tokenizer (`dense_tokenizer`)."
+            "original model's tokenizer (`original_tokenizer`)."
         )
 
 

@@ -210,7 +210,7 @@ class AlignedTargets:
 
         chunk = self.chunks[number]
         align = partial(self.alignment.next_part, chunk=chunk)
-        return predictions.divergence(logits, chunk.dense.start, chunk.dense.stop, temperature, align)
+        return predictions.divergence(logits, chunk.original.start, chunk.original.stop, temperature, align)
 
     @property
     def teacher_targets(self) -> Tensor:

@@ -19,7 +19,7 @@ from .text import Text
 
 # A model knows a language if the text costs at most this many times the bits of its best language.
 MAX_KNOWN_RATIO = 2.0
-# The number of tokens in all languages together that measure the dense model.
+# The number of tokens in all languages together that measure the original model.
 LANGUAGE_TOKENS = 4096
 # The part of the text in a language that is not to be kept. In a smaller vocabulary, the whole text would have up to
 # ten times as many tokens.
@@ -69,13 +69,13 @@ def cost_by_language(
 def costs_before(
     model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase, codes: Collection[str]
 ) -> dict[str, dict[str, Any]]:
-    """Measure the dense model by language.
+    """Measure the original model by language.
 
     The languages to keep come first. The other languages follow by their number of tokens, up to `LANGUAGE_TOKENS`. No
     language is measured if all texts are longer than the positions of the model.
 
     Args:
-        model: The dense model, or None to count tokens instead.
+        model: The original model, or None to count tokens instead.
         tokenizer: Its tokenizer.
         codes: The codes of the languages to keep.
     """
@@ -105,7 +105,7 @@ def costs_before(
 def with_costs_after(
     languages: Mapping[str, Mapping[str, Any]], model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, dict[str, Any]]:
-    """Add the costs of the smaller model in the languages to keep and the languages that the dense model knows."""
+    """Add the costs of the smaller model in the languages to keep and the languages that the original model knows."""
     codes = [code for code, figures in languages.items() if figures["wanted"] or figures.get("known", True)]
     kept_codes = [code for code in codes if languages[code]["wanted"]]
     costs = cost_by_language(model, tokenizer, codes, kept_codes)

@@ -209,9 +209,9 @@ class Embeddings:
                 self.spoken[code] = Texts.one_each(sentences([text]).texts)
 
         self.pooling = Pooling.of(model)
-        self.dense = self._vectors(model)
+        self.original = self._vectors(model)
         self.gaps = self._gaps(model)
-        self.dense_losses = self.losses(model)
+        self.original_losses = self.losses(model)
 
     def _gaps(self, model: PreTrainedModel) -> dict[str, Gaps]:
         """Return the gaps in the texts of each domain, if the model fills gaps."""
@@ -240,21 +240,23 @@ class Embeddings:
         The neighbours of a text are texts of all domains, without the texts of its own document.
         """
         vectors, spoken = self._vectors(model)
-        dense_vectors, dense_spoken = self.dense
+        original_vectors, original_spoken = self.original
 
         by_domain = {}
         for name, texts in self.texts.items():
             further = _vectors_of_other_domains(vectors, name)
-            dense_further = _vectors_of_other_domains(dense_vectors, name)
-            result = embedding_figures(vectors[name], dense_vectors[name], further, dense_further, texts.documents)
+            original_further = _vectors_of_other_domains(original_vectors, name)
+            result = embedding_figures(
+                vectors[name], original_vectors[name], further, original_further, texts.documents
+            )
             by_domain[name] = result
             if name in self.pairs:
-                result.retrieval = retrieval_figure(vectors[name], dense_vectors[name])
+                result.retrieval = retrieval_figure(vectors[name], original_vectors[name])
 
         by_language = {}
-        for code, dense in dense_spoken.items():
-            none = dense[:0]
-            by_language[code] = embedding_figures(spoken[code], dense, none, none)
+        for code, original in original_spoken.items():
+            none = original[:0]
+            by_language[code] = embedding_figures(spoken[code], original, none, none)
         return by_domain, by_language
 
     def losses(self, model: PreTrainedModel) -> dict[str, Tensor]:
@@ -450,15 +452,19 @@ def embed(
 
 
 def embedding_figures(
-    vectors: Tensor, dense: Tensor, further: Tensor, dense_further: Tensor, documents: Sequence[int] | None = None
+    vectors: Tensor,
+    original: Tensor,
+    further: Tensor,
+    original_further: Tensor,
+    documents: Sequence[int] | None = None,
 ) -> TextResult:
     """Compare the vectors of texts of the pruned and the original model.
 
     Args:
         vectors: The vectors of the pruned model, shape `(texts, channels)`.
-        dense: The vectors of the original model, shape `(texts, original channels)`.
+        original: The vectors of the original model, shape `(texts, original channels)`.
         further: The vectors of further texts, which can be neighbours too.
-        dense_further: The vectors of the same texts by the original model.
+        original_further: The vectors of the same texts by the original model.
         documents: The number of the document of each text. Its neighbours are texts of other documents.
 
     Returns:
@@ -471,8 +477,8 @@ def embedding_figures(
         documents = range(len(vectors))
     numbers = torch.tensor(list(documents))
 
-    if vectors.shape == dense.shape:
-        cosines = cosine_similarity(vectors.double(), dense.double()).clamp(max=1)
+    if vectors.shape == original.shape:
+        cosines = cosine_similarity(vectors.double(), original.double()).clamp(max=1)
         min_margin = COSINE_UNSEEN / len(numbers.unique())
         margin = max(COSINE_SPREAD * margin_of_error(cosines, numbers), min_margin)
         result.cosine = Figure.of({PRUNED: float(cosines.mean())}, margin)
@@ -482,9 +488,9 @@ def embedding_figures(
     largest_document = int(numbers.bincount().max())
     if len(vectors) + len(further) - largest_document >= 2 * NUM_NEIGHBOURS:
         cosines = nearness(vectors, further, numbers)
-        dense_cosines = nearness(dense, dense_further, numbers)
-        share = kept_share(cosines, dense_cosines)
-        result.neighbours = Figure.of({PRUNED: share}, kept_margin(cosines, dense_cosines, numbers))
+        original_cosines = nearness(original, original_further, numbers)
+        share = kept_share(cosines, original_cosines)
+        result.neighbours = Figure.of({PRUNED: share}, kept_margin(cosines, original_cosines, numbers))
     return result
 
 
@@ -505,20 +511,20 @@ def nearness(vectors: Tensor, further: Tensor, documents: Tensor) -> Tensor:
     return cosines
 
 
-def kept_share(cosines: Tensor, dense_cosines: Tensor) -> float:
+def kept_share(cosines: Tensor, original_cosines: Tensor) -> float:
     """Return the share of the 10 nearest texts that two models have in common.
 
     Args:
         cosines: The cosines of one model, shape `(texts, all texts)`.
-        dense_cosines: The cosines of the other model, of the same shape.
+        original_cosines: The cosines of the other model, of the same shape.
     """
     nearest = cosines.topk(NUM_NEIGHBOURS).indices
-    dense_nearest = dense_cosines.topk(NUM_NEIGHBOURS).indices
-    is_common = (nearest[:, :, None] == dense_nearest[:, None]).any(2)
+    original_nearest = original_cosines.topk(NUM_NEIGHBOURS).indices
+    is_common = (nearest[:, :, None] == original_nearest[:, None]).any(2)
     return float(is_common.double().mean())
 
 
-def kept_margin(cosines: Tensor, dense_cosines: Tensor, documents: Tensor) -> float:
+def kept_margin(cosines: Tensor, original_cosines: Tensor, documents: Tensor) -> float:
     """Estimate the margin of error of `kept_share` by leaving out each document in turn (jackknife).
 
     A text is also a neighbour of other texts, so the shares of texts are not independent.
@@ -528,25 +534,25 @@ def kept_margin(cosines: Tensor, dense_cosines: Tensor, documents: Tensor) -> fl
         rows = documents != number
         columns = (documents == number).nonzero().flatten()
         reduced = cosines[rows].index_fill(1, columns, -inf)
-        dense_reduced = dense_cosines[rows].index_fill(1, columns, -inf)
-        shares.append(kept_share(reduced, dense_reduced))
+        original_reduced = original_cosines[rows].index_fill(1, columns, -inf)
+        shares.append(kept_share(reduced, original_reduced))
 
     return margin_of_error(torch.tensor(shares) * (len(shares) - 1))
 
 
-def retrieval_figure(vectors: Tensor, dense: Tensor) -> Figure:
+def retrieval_figure(vectors: Tensor, original: Tensor) -> Figure:
     """Return the share of texts and translations that find each other, with the margin of the pruned model.
 
     Args:
         vectors: The vectors of the texts and then of their translations, shape `(2 * pairs, channels)`.
-        dense: The vectors of the original model in the same order.
+        original: The vectors of the original model in the same order.
     """
     texts, translations = vectors.chunk(2)
     shares = retrieved(texts, translations)
-    dense_texts, dense_translations = dense.chunk(2)
-    dense_shares = retrieved(dense_texts, dense_translations)
+    original_texts, original_translations = original.chunk(2)
+    original_shares = retrieved(original_texts, original_translations)
 
-    values = {ORIGINAL: float(dense_shares.mean()), PRUNED: float(shares.mean())}
+    values = {ORIGINAL: float(original_shares.mean()), PRUNED: float(shares.mean())}
     return Figure.of(values, margin_of_share(shares))
 
 

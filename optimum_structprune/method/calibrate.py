@@ -33,7 +33,7 @@ class Moments:
         square: The second moment E[x²] of each component, shape `(n,)`, fp64.
         gram: The Gram matrix E[x xᵀ], shape `(n, n)`, fp32; None if only its diagonal is gathered.
         prior: The criterion's prior of each component, shape `(n,)`; see `Criterion.prior`.
-        energy: E‖W x‖² with the consumer's dense weight W, shape `()`, fp64; None if the outputs were not observed.
+        energy: E‖W x‖² with the consumer's original weight W, shape `()`, fp64; None if the outputs were not observed.
         error_mean: The mean E[e] of the error e that error feedback corrects, shape `(out,)`, fp32; None without it.
         error_cross: The cross-moment E[e xᵀ], shape `(out, n)`, fp32; None without error feedback.
     """
@@ -73,7 +73,7 @@ class Moments:
         Args:
             x: Inputs of the consumer, shape `(..., n)`.
             error: The error of the layer's output to correct, shape `(..., out)`.
-            output: The outputs of the consumer with its dense weight, shape `(..., out)`.
+            output: The outputs of the consumer with its original weight, shape `(..., out)`.
         """
         x = x.detach().reshape(-1, x.shape[-1])
         if len(x) == 0:
@@ -188,7 +188,7 @@ class Mixer:
     domain with large activations does not outweigh the others.
 
     Args:
-        weight: The dense weight of the consumer, shape `(out, n)`.
+        weight: The original weight of the consumer, shape `(out, n)`.
     """
 
     def __init__(self, weight: Tensor):
@@ -246,7 +246,7 @@ def mixed(by_domain: Iterable[Sequence[Moments]], shares: Sequence[float], weigh
     Args:
         by_domain: The moments of all consumers by domain.
         shares: The share of each domain in the mixture.
-        weights: The dense weight of each consumer, shape `(out, n)`.
+        weights: The original weight of each consumer, shape `(out, n)`.
     """
     mixers = [Mixer(weight) for weight in weights]
     for share, all_moments in zip(shares, by_domain, strict=True):

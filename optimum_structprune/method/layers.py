@@ -197,8 +197,8 @@ class Source(Protocol):
         """Hold the weights of a layer in memory inside `with`. With `changes`, keep its new weights."""
         return nullcontext()
 
-    def advance_dense(self, layer: int, kinds: Collection[str]) -> None:
-        """Run the dense residual stream through a layer, which has its dense weights.
+    def advance_original(self, layer: int, kinds: Collection[str]) -> None:
+        """Run the original residual stream through a layer, which has its original weights.
 
         Error feedback is disabled if no consumer of these kinds writes directly to the residual stream, except when
         experts are removed.
@@ -282,7 +282,7 @@ class InMemory(Source):
         # `same_outputs` compares a layer and its pruned version on a few tokens.
         self.check_batch = capture(model, arch, batches[0].ids[:1, :16], all_layers=True)
         self._enter_first_layer()
-        self.dense = list(self.hidden)
+        self.original = list(self.hidden)
 
     def _enter_first_layer(self) -> None:
         """Record the inputs of the first layer for all samples, and the calls of the layers by batch shape."""
@@ -327,12 +327,12 @@ class InMemory(Source):
             self.extras[layer] = output[1:]
         return hooks.first_of(output)
 
-    def advance_dense(self, layer: int, kinds: Collection[str]) -> None:
+    def advance_original(self, layer: int, kinds: Collection[str]) -> None:
         if layer == 0 and EXPERT not in kinds and not self._reaches_stream(kinds):
             self.error_feedback = 0.0
         if self.error_feedback:
-            for index, hidden in enumerate(self.dense):
-                self.dense[index] = self.output(layer, index, hidden).to(device=self.keep_on)
+            for index, hidden in enumerate(self.original):
+                self.original[index] = self.output(layer, index, hidden).to(device=self.keep_on)
 
     def _reaches_stream(self, kinds: Collection[str]) -> bool:
         """Return whether a consumer of these kinds in the first layer writes to the residual stream."""
@@ -423,8 +423,8 @@ class InMemory(Source):
             self.outputs[index] = output.to(device=self.keep_on)
 
         if waiting:
-            dense = self.dense[index].to(output.device)
-            error = batch.counted(self.error_feedback * (dense.float() - output.float()))
+            original = self.original[index].to(output.device)
+            error = batch.counted(self.error_feedback * (original.float() - output.float()))
             for name, path, x, product in waiting:
                 inputs, own_error, own_output = path.to_fit(x, error, product)
                 moments[name].update(inputs, own_error, own_output)
@@ -452,11 +452,11 @@ class InMemory(Source):
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {f"hidden.{index}": hidden for index, hidden in enumerate(self.hidden)}
         if self.error_feedback:
-            tensors.update({f"dense.{index}": hidden for index, hidden in enumerate(self.dense)})
+            tensors.update({f"original.{index}": hidden for index, hidden in enumerate(self.original)})
         return tensors, {"gains": self.gains, "error_feedback": self.error_feedback}
 
     def resume_(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        for name, stored in (("hidden", self.hidden), ("dense", self.dense)):
+        for name, stored in (("hidden", self.hidden), ("original", self.original)):
             for index, hidden in enumerate(stored):
                 stored[index] = tensors.get(f"{name}.{index}", hidden).to(hidden.device)
         self.gains = dict(values["gains"])

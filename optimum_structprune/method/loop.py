@@ -2,7 +2,7 @@
 
 `prune_layers_` takes these steps for each layer in turn:
 
-- `source.advance_dense` runs the dense residual stream through the layer (layers.py), for error feedback.
+- `source.advance_original` runs the original residual stream through the layer (layers.py), for error feedback.
 - For each space of the layer that becomes smaller, in the order of the description:
     - calibrate: `source.moments` runs the layer on every batch, and `mixed` combines the moments of the domains
       (calibrate.py).
@@ -76,7 +76,7 @@ def prune_layers_(
         source: The source of activations.
         method: The criterion and the refit.
         widths: The widths after pruning.
-        smaller: The model with these widths and without weights. Its layers replace the dense layers. Without it,
+        smaller: The model with these widths and without weights. Its layers replace the original layers. Without it,
             the removed units are only masked.
         layers: The indices of the layers to prune. The default is all layers.
         on_layer: A function that is called with the index of each finished layer.
@@ -91,7 +91,7 @@ def prune_layers_(
             for space in arch.at(layer):
                 consumers += space.consumers
             with masks.lifted(consumers):
-                source.advance_dense(layer, widths.keys())
+                source.advance_original(layer, widths.keys())
 
             for space in arch.at(layer):
                 width = space.width_in(widths) * space.scale
@@ -110,13 +110,13 @@ def prune_layers_(
 def prune_space_(masks: Masks, source: Source, method: Method, space: Space, width: int) -> None:
     """Choose the units of one space to keep, refit the columns that read them, and mask the other columns.
 
-    Every refit starts from the dense weights, so that the error of an earlier round is not fitted again. Scores are
+    Every refit starts from the original weights, so that the error of an earlier round is not fitted again. Scores are
     computed from the current weights, which already compensate for the units that an earlier round masked.
     """
-    dense, moments = calibrate(masks, source, method, space)
+    original, moments = calibrate(masks, source, method, space)
 
     units: Sequence[int] = range(space.size)
-    weights = [weight for weight, _ in dense]
+    weights = [weight for weight, _ in original]
     unit_moments = moments
     if space.key in masks.keep:
         units = masks.keep[space.key]
@@ -125,7 +125,7 @@ def prune_space_(masks: Masks, source: Source, method: Method, space: Space, wid
     scores = torch.stack(consumer_scores(method, space, weights, unit_moments)).sum(0)
     keep = tuple(units[index] for index in best_units(scores, width))
 
-    refitted = refit_consumers(method, space, keep, dense, moments)
+    refitted = refit_consumers(method, space, keep, original, moments)
     for axis, (columns, weight, bias) in zip(space.consumers, refitted, strict=True):
         masks.write_(axis, columns, weight, bias)
     masks.keep[space.key] = keep
@@ -144,12 +144,12 @@ def _current_values(masks: Masks, space: Space, moments: Sequence[Moments]) -> t
 
 
 def calibrate(masks: Masks, source: Source, method: Method, space: Space) -> tuple[list[Values], list[Moments]]:
-    """Return the dense values of the consumers of a space, and the moments of their inputs over all domains."""
-    dense = [masks.dense(axis) for axis in space.consumers]
-    weights = [weight for weight, _ in dense]
+    """Return the original values of the consumers of a space, and the moments of their inputs over all domains."""
+    original = [masks.original(axis) for axis in space.consumers]
+    weights = [weight for weight, _ in original]
     criterion = method.criterion
 
-    # A refit starts from the dense weights, so error feedback must measure their error.
+    # A refit starts from the original weights, so error feedback must measure their error.
     prior = None
     with masks.lifted(space.consumers):
         by_domain = source.moments(space.layer, space, method.gram)
@@ -159,7 +159,7 @@ def calibrate(masks: Masks, source: Source, method: Method, space: Space) -> tup
 
     for axis, own_moments in zip(space.consumers, moments, strict=True):
         own_moments.prior = method.statistics.get(axis.module, prior)
-    return dense, moments
+    return original, moments
 
 
 def consumer_scores(method: Method, space: Space, weights: list[Tensor], moments: list[Moments]) -> list[Tensor]:
@@ -174,11 +174,11 @@ def consumer_scores(method: Method, space: Space, weights: list[Tensor], moments
 
 
 def refit_consumers(
-    method: Method, space: Space, keep: Sequence[int], dense: Sequence[Values], moments: Sequence[Moments]
+    method: Method, space: Space, keep: Sequence[int], original: Sequence[Values], moments: Sequence[Moments]
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
     """Return the kept columns, the refitted weight, shape `(out, columns)`, and the bias of each consumer."""
     refitted = []
-    for axis, (weight, bias), own_moments in zip(space.consumers, dense, moments, strict=True):
+    for axis, (weight, bias), own_moments in zip(space.consumers, original, moments, strict=True):
         columns = units_to_columns(keep, axis, weight.device)
         ridge = ridge_strength(method.damping, len(columns), own_moments.count)
         new_weight, new_bias = method.refit(weight, bias, own_moments, columns, ridge)

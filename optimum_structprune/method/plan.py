@@ -1,4 +1,4 @@
-"""The plan of a pruning: the kept units of the dense model."""
+"""The plan of a pruning: the kept units of the original model."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ PLAN_NAME = "pruning_plan.json"
 
 @dataclass(frozen=True)
 class Plan:
-    """The kept units by layer and space, as ascending indices into the dense model.
+    """The kept units by layer and space, as ascending indices into the original model.
 
     Attributes:
         model_type: The model type that the plan is for.
         keep: The kept units as `{(layer, space): indices}`. For a space of the whole model, the layer is `MODEL` (-1).
             All other spaces keep their full width.
-        sizes: The dense model's greatest width in each kind of space; empty for a plan that was made by hand.
-        dense: The `fingerprint` of the dense model; empty for a plan that was made by hand.
+        sizes: The original model's greatest width in each kind of space; empty for a plan that was made by hand.
+        original: The `fingerprint` of the original model; empty for a plan that was made by hand.
     """
 
     model_type: str
     keep: Mapping[tuple[int, str], tuple[int, ...]]
     sizes: Mapping[str, int] = field(default_factory=dict)
-    dense: str = ""
+    original: str = ""
 
     @classmethod
     def of(cls, model: PreTrainedModel, arch: ArchSpec) -> Plan:
-        """Return the plan that keeps all units of a dense model."""
+        """Return the plan that keeps all units of an original model."""
         sizes = {kind: max(arch.widths(kind).values()) for kind in arch.offered}
         return cls(arch.model_type, {}, sizes, fingerprint(model))
 
@@ -55,7 +55,7 @@ class Plan:
         return widths
 
     def then(self, later: Plan) -> Plan:
-        """Combine this plan and a later one for the smaller model into one plan for the dense model.
+        """Combine this plan and a later one for the smaller model into one plan for the original model.
 
         If this plan removes whole layers or whole experts, the later plan numbers the remaining ones from 0.
 
@@ -69,13 +69,13 @@ class Plan:
 
         for (layer, name), units in later.keep.items():
             try:
-                key = self._dense_key(layer, name)
+                key = self._original_key(layer, name)
                 if key in keep:
                     units = tuple(keep[key][unit] for unit in units)
             except IndexError:
                 raise StructPruneError(
                     f"The later plan keeps units of {name!r} that this plan has removed. It is for another model, "
-                    "such as the dense one, than this plan leaves."
+                    "such as the original one, than this plan leaves."
                 ) from None
             keep[key] = units
 
@@ -84,8 +84,8 @@ class Plan:
             keep = {key: units for key, units in keep.items() if key[0] == MODEL or key[0] in kept_layers}
         return replace(self, keep=keep)
 
-    def _dense_key(self, layer: int, name: str) -> tuple[int, str]:
-        """Return the layer and the name of a space in the dense model.
+    def _original_key(self, layer: int, name: str) -> tuple[int, str]:
+        """Return the layer and the name of a space in the original model.
 
         Args:
             layer: The layer of the space in the model that this plan results in.
@@ -107,7 +107,8 @@ class Plan:
         for (layer, name), units in sorted(self.keep.items()):
             keep.setdefault(name, {})[str(layer)] = list(units)
 
-        return {"model_type": self.model_type, "sizes": dict(self.sizes), "dense": self.dense, "keep": keep}
+        # Saved plans call the original model "dense".
+        return {"model_type": self.model_type, "sizes": dict(self.sizes), "dense": self.original, "keep": keep}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:

@@ -34,7 +34,7 @@ def no_refit(
 def least_squares(
     weight: Tensor, bias: Tensor | None, moments: Moments, keep: Tensor, damping: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Refit the kept columns to the dense output by ridge regression toward their original weights.
+    """Refit the kept columns to the original output by ridge regression toward their original weights.
 
     The new weights W' minimise
 
@@ -49,8 +49,8 @@ def least_squares(
     components. With a bias, H and the cross moments are centred, and the new bias is b + W E[x] + E[e] − W' E[x_S].
 
     Args:
-        weight: The dense weight W, shape `(out, n)`.
-        bias: The dense bias b, shape `(out,)`, or None.
+        weight: The original weight W, shape `(out, n)`.
+        bias: The original bias b, shape `(out,)`, or None.
         moments: The moments of the input x, with their Gram matrix, and of e.
         keep: The indices of the kept columns, shape `(kept,)`.
         damping: The strength λ of the ridge; see `ridge_strength`.

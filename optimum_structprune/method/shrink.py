@@ -80,7 +80,7 @@ class Masks:
     Args:
         model: The model.
         arch: The description of the model.
-        undoable: Whether to store the dense values of all consumers that change, in the model's dtype.
+        undoable: Whether to store the original values of all consumers that change, in the model's dtype.
         keep: The kept units so far.
         irreversible: Whether values of the model have been overwritten that cannot be restored.
     """
@@ -90,21 +90,21 @@ class Masks:
     undoable: bool = True
     keep: dict[tuple[int, str], tuple[int, ...]] = field(default_factory=dict)
     irreversible: bool = False
-    _dense: dict[Axis, Values] = field(default_factory=dict)
+    _original: dict[Axis, Values] = field(default_factory=dict)
 
-    def dense(self, axis: Axis) -> Values:
+    def original(self, axis: Axis) -> Values:
         """Copy the values of a consumer before any change, in fp32."""
-        if axis not in self._dense:
+        if axis not in self._original:
             return read_consumer(self.model, axis)
-        weight, bias = self._dense[axis]
+        weight, bias = self._original[axis]
         return _copies(weight, bias, torch.float32)
 
     def write_(self, axis: Axis, columns: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         """Write the kept columns of a consumer, and mask all other columns; see `write_consumer_`."""
         if not self.undoable:
             self.irreversible = True
-        elif axis not in self._dense:
-            self._dense[axis] = read_consumer(self.model, axis, dtype=None)
+        elif axis not in self._original:
+            self._original[axis] = read_consumer(self.model, axis, dtype=None)
         write_consumer_(self.model, axis, columns, weight, bias)
 
     def current(self, axes: Iterable[Axis]) -> dict[Axis, Values]:
@@ -122,14 +122,14 @@ class Masks:
             self._put_(current)
 
     def lifted(self, axes: Iterable[Axis]) -> AbstractContextManager[None]:
-        """Restore the dense values of consumers inside `with`."""
-        values = {axis: self._dense[axis] for axis in axes if axis in self._dense}
+        """Restore the original values of consumers inside `with`."""
+        values = {axis: self._original[axis] for axis in axes if axis in self._original}
         if not values:
             return nullcontext()
         return self.holding(values)
 
     def undo_(self, at: Callable[[int], AbstractContextManager[None]]) -> None:
-        """Restore the dense values of all consumers, unless the masks are irreversible.
+        """Restore the original values of all consumers, unless the masks are irreversible.
 
         Args:
             at: A context manager that loads the weights of a layer.
@@ -137,12 +137,12 @@ class Masks:
         if not self.irreversible:
             for layer in range(self.arch.num_layers):
                 prefix = self.arch.layer_prefix(layer)
-                values = {axis: dense for axis, dense in self._dense.items() if axis.param.startswith(prefix)}
+                values = {axis: original for axis, original in self._original.items() if axis.param.startswith(prefix)}
                 if values:
                     with at(layer):
                         self._put_(values)
 
-        self._dense = {}
+        self._original = {}
 
     @torch.no_grad()
     def _put_(self, values: Mapping[Axis, Values]) -> None:
@@ -214,15 +214,15 @@ def shrink_layer_(model: nn.Module, arch: ArchSpec, layer: int, keep: Keep, smal
 
     The parameters are the same objects with less data, so that an optimizer still holds them. The layer is cut on its
     device if both layers fit there. Otherwise it is cut in CPU memory, and the device never holds both. If an error
-    occurs, the model keeps the dense layer.
+    occurs, the model keeps the original layer.
     """
     prefix = arch.layer_prefix(layer)
-    dense_layer = layer_list(model, arch)[layer]
+    original_layer = layer_list(model, arch)[layer]
     device = None
-    if not _has_room_to_cut(dense_layer):
+    if not _has_room_to_cut(original_layer):
         device = torch.device("cpu")
 
-    tensors = {prefix + name: tensor for name, tensor in dense_layer.state_dict().items()}
+    tensors = {prefix + name: tensor for name, tensor in original_layer.state_dict().items()}
     state = tensors_under(slice_tensors(tensors, list(arch.at(layer)), keep, device), prefix)
     del tensors  # it holds the weights that the replacement frees
     fill_layer_(model, arch, layer, state, smaller)
@@ -246,12 +246,12 @@ def _has_room_to_cut(layer: nn.Module) -> bool:
 
 def fill_layer_(model: nn.Module, arch: ArchSpec, layer: int, state: Mapping[str, Tensor], smaller: nn.Module) -> None:
     """Replace one layer by the layer of a `smaller` model, and fill it with `state`; see `shrink_layer_`."""
-    dense_layer = layer_list(model, arch)[layer]
+    original_layer = layer_list(model, arch)[layer]
     small_layer = layer_list(smaller, arch)[layer]
-    parameters = dict(dense_layer.named_parameters())
+    parameters = dict(original_layer.named_parameters())
     device = next(iter(parameters.values())).device
 
-    # Move only the buffers, which are small. `replace_` moves parameters after it has freed the dense ones.
+    # Move only the buffers, which are small. `replace_` moves parameters after it has freed the original ones.
     tensors = dict(state)
     for name, tensor in state.items():
         if name not in parameters:

@@ -57,9 +57,9 @@ class Comparison:
         with run.report.timed("perplexity"):
             if run.arch.causal:
                 self.measure = self._causal(vocabulary_changes)
-            elif run.dense_tokenizer is None or reads_text(run.model):
+            elif run.original_tokenizer is None or reads_text(run.model):
                 self.measure = self._encoder(measures_languages)
-        if run.dense_tokenizer is not None and measures_languages:
+        if run.original_tokenizer is not None and measures_languages:
             self._start_languages(languages)
 
     def _causal(self, vocabulary_changes: bool) -> DomainLosses:
@@ -72,20 +72,22 @@ class Comparison:
             # Measuring would take most of the run.
             max_tokens //= 2
         tokens_per_domain = max_tokens // len(domains)
-        texts = {domain.name: Text.short(domain.heldout, run.dense_tokenizer, tokens_per_domain) for domain in domains}
+        texts = {
+            domain.name: Text.short(domain.heldout, run.original_tokenizer, tokens_per_domain) for domain in domains
+        }
 
         # Inputs that a program gave have no origin.
-        if run.dense_tokenizer is not None and domains[0].origin is not None:
+        if run.original_tokenizer is not None and domains[0].origin is not None:
             from ..domains.unseen import unseen_text
 
             with run.report.timed("unseen text"):
-                unseen = unseen_text(run.config, run.model, run.dense_tokenizer, domains, run.earlier)
+                unseen = unseen_text(run.config, run.model, run.original_tokenizer, domains, run.earlier)
             self.unseen_source = unseen.source
             run.entries += unseen.entries
             if unseen.rows:
-                texts[UNSEEN_TEXT] = Text(unseen.rows, tokenizer=run.dense_tokenizer)
+                texts[UNSEEN_TEXT] = Text(unseen.rows, tokenizer=run.original_tokenizer)
 
-        tokenizer = run.dense_tokenizer if vocabulary_changes else None
+        tokenizer = run.original_tokenizer if vocabulary_changes else None
         if tokenizer is not None:
             texts = {name: text.cut(positions_of(run.model)) for name, text in texts.items()}
         return DomainLosses(run.model, texts, run.arch, tokenizer)
@@ -95,18 +97,18 @@ class Comparison:
         from ..measure.vectors import Embeddings, judged_texts
 
         run = self.run
-        texts, entries = judged_texts(run.data.domains, run.dense_tokenizer, run.config.seed, run.earlier)
+        texts, entries = judged_texts(run.data.domains, run.original_tokenizer, run.config.seed, run.earlier)
         run.entries += entries
-        return Embeddings(run.model, texts, run.dense_tokenizer, measures_languages)
+        return Embeddings(run.model, texts, run.original_tokenizer, measures_languages)
 
     def _start_languages(self, languages: Sequence[str]) -> None:
         """Measure the original model in 30 languages. `languages` are the codes that the config names."""
         from ..measure.languages import costs_before
 
         run = self.run
-        assert run.dense_tokenizer is not None
+        assert run.original_tokenizer is not None
         with run.report.timed("languages"):
-            self.language_costs = costs_before(self._language_model(), run.dense_tokenizer, languages)
+            self.language_costs = costs_before(self._language_model(), run.original_tokenizer, languages)
         run.report.languages = language_costs(self.language_costs)
 
     def _language_model(self) -> PreTrainedModel | None:
@@ -141,9 +143,9 @@ class Comparison:
         if isinstance(measure, DomainLosses) and run.report.trimmed is not None:
             from ..domains.unseen import respelled
 
-            assert run.dense_tokenizer is not None
+            assert run.original_tokenizer is not None
             assert run.tokenizer is not None
-            unseen.split_words = respelled(measure.texts[UNSEEN_TEXT].strings, run.dense_tokenizer, run.tokenizer)
+            unseen.split_words = respelled(measure.texts[UNSEEN_TEXT].strings, run.original_tokenizer, run.tokenizer)
 
     def finish_languages(self) -> None:
         """Enter the costs of languages for the pruned model. Call it again after a training."""
@@ -185,7 +187,7 @@ class DomainLosses:
         self.texts = dict(texts)
         if tokenizer is not None:
             self.set_tokenizer(tokenizer, model)
-        self.dense_losses = self._losses(model, arch)
+        self.original_losses = self._losses(model, arch)
 
     def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
         """Read the same text with another tokenizer from now on."""
@@ -195,7 +197,7 @@ class DomainLosses:
         """Enter the figures of both models into the report."""
         pruned_losses = self._losses(model, arch)
         for name, text in self.texts.items():
-            totals_by_model = {ORIGINAL: self.dense_losses[name], PRUNED: pruned_losses[name]}
+            totals_by_model = {ORIGINAL: self.original_losses[name], PRUNED: pruned_losses[name]}
             losses = {model_name: total / text.tokens for model_name, total in totals_by_model.items()}
             tokens = int(text.tokens.sum())
 
@@ -235,7 +237,7 @@ def enter_vectors(table: Measurements, embeddings: Embeddings, model: PreTrained
     table.domains.update(by_domain)
 
     for name, pruned_losses in embeddings.losses(model).items():
-        losses = {ORIGINAL: embeddings.dense_losses[name], PRUNED: pruned_losses}
+        losses = {ORIGINAL: embeddings.original_losses[name], PRUNED: pruned_losses}
         tokens = int(embeddings.gaps[name].tokens.sum())
         documents = torch.tensor(embeddings.texts[name].documents)[: len(pruned_losses)]
         loss = perplexity_result(losses, tokens, documents)

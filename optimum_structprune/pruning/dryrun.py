@@ -192,9 +192,9 @@ def dry_run(
     run_device = torch.device(device or default_device())
     info = ModelInfo.without_weights(model_config, config.arch_file, dtype, trust_remote_code, run_device)
     request = resolve_request(config, info, tokenizer, use=DRY_RUN, options=options)
-    dense = info.plain_model
+    original = info.plain_model
 
-    sizes = _sizes(request, dense)
+    sizes = _sizes(request, original)
     smaller_sizes = _sizes(request, request.smaller)
     changes = {name: Change(sizes[name], smaller_sizes[name]) for name in sizes if name in smaller_sizes}
 
@@ -203,14 +203,14 @@ def dry_run(
     speed = None
     pruning = None
     if cost and run_device.type == "cpu":
-        speed = cpu_speed(dense.dtype)
+        speed = cpu_speed(original.dtype)
     if cost:
         pruning = pruning_cost(request, offload, speed)
 
     recovery, advice = _recovery(request)
     return DryRun(
         model_type=info.arch.model_type,
-        dtype=str(dense.dtype).removeprefix("torch."),
+        dtype=str(original.dtype).removeprefix("torch."),
         spaces=tuple(_space_choices(request)),
         reload=_reload(request.smaller, model_class(model_config, config.arch_file).__name__),
         notes=tuple(notes),
@@ -254,20 +254,20 @@ def _recovery(request: PruningRequest) -> tuple[dict[str, Cost], str]:
     from ..recovery.teacher_cache import cache_bytes
     from ..recovery.text import sample_length
 
-    dense = request.model_info.plain_model
-    check_recovery(config.recovery, config, dense)
+    original = request.model_info.plain_model
+    check_recovery(config.recovery, config, original)
     device = request.model_info.device
     speed = None
     if device.type == "cpu":
-        dtype = dense.dtype
+        dtype = original.dtype
         if computes_in_bf16(device.type):
             dtype = torch.bfloat16
         speed = cpu_speed(dtype)
 
     seq_length = sample_length(config.recovery, request.smaller)
-    on_disk = cache_bytes(config.recovery.tokens, dense.config.get_text_config().vocab_size)
-    live = recovery_cost(config.recovery, dense, request.smaller, seq_length, speed)
-    cached = recovery_cost(config.recovery, dense, request.smaller, seq_length, speed, on_disk)
+    on_disk = cache_bytes(config.recovery.tokens, original.config.get_text_config().vocab_size)
+    live = recovery_cost(config.recovery, original, request.smaller, seq_length, speed)
+    cached = recovery_cost(config.recovery, original, request.smaller, seq_length, speed, on_disk)
     check_recovery_memory(cached, device, loaded=False)
 
     advice = "the teacher in memory, which writes no file; --teacher-cache for several trainings on the same text"

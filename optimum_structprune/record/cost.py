@@ -89,7 +89,7 @@ def cost_of(memory: Mapping[str, int], work: Mapping[str, float], speed: float |
 
 def recovery_cost(
     config: RecoveryConfig,
-    dense: PreTrainedModel,
+    original: PreTrainedModel,
     student: PreTrainedModel,
     seq_length: int,
     speed: float | None = None,
@@ -109,7 +109,7 @@ def recovery_cost(
         passes = 2
         # An adapter of a square matrix has 2 r weights for each row.
         trained = 2 * config.lora.get("r", LORA["r"]) * (parameters - table.numel()) // text.hidden_size
-        if text.vocab_size < dense.config.get_text_config().vocab_size:
+        if text.vocab_size < original.config.get_text_config().vocab_size:
             trained += table.numel()
     # The attribute is an error if layers differ. The dictionary has the largest width.
     ffn = text.to_dict().get("intermediate_size") or 4 * text.hidden_size
@@ -123,9 +123,9 @@ def recovery_cost(
         "optimizer": TRAINED_BYTES * trained,
         "activations": HALF_BYTES * samples * seq_length * text.num_hidden_layers * stored + LOGIT_BYTES,
     }
-    teacher = itemsize * dense.num_parameters()
+    teacher = itemsize * original.num_parameters()
     # The teacher also writes the answers.
-    teacher_work = config.tokens * (1 + WRITING * config.answer_share) * dense.num_parameters()
+    teacher_work = config.tokens * (1 + WRITING * config.answer_share) * original.num_parameters()
     work = config.tokens * passes * parameters
     if cache_bytes is None:
         memory["teacher"] = teacher

@@ -378,7 +378,7 @@ def perplexity_result(
     """Return the perplexities of models on one text, with the confidence interval of their ratio.
 
     Args:
-        losses: The mean loss per token of each sample in nats, shape `(samples,)`, by `dense`, `pruned` and
+        losses: The mean loss per token of each sample in nats, shape `(samples,)`, by `original`, `pruned` and
             `recovered`. All models read the same samples.
         tokens: The number of predicted tokens.
         documents: The number of the document of each sample, shape `(samples,)`. By default each sample is a document

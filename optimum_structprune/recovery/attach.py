@@ -56,9 +56,9 @@ def attach_teacher(
     Args:
         trainer: A Trainer before `train` that minimises the cross-entropy, such as TRL's `SFTTrainer`, or a Trainer of
             sentence-transformers. The batches of a causal language model need `input_ids` and `labels`.
-        teacher: A model with the same head, or its id or folder; usually the dense model. A model in memory is put in
-            eval mode and moved to `teacher_device`. Or the folder of a teacher file, which `write_teacher` has written
-            on the text of this training; no teacher is in memory then.
+        teacher: A model with the same head, or its id or folder; usually the original model. A model in memory is put
+            in eval mode and moved to `teacher_device`. Or the folder of a teacher file, which `write_teacher` has
+            written on the text of this training; no teacher is in memory then.
         temperature: The temperature of both distributions, above 0.
         task_weight: The weight of the cross-entropy with `labels`, from 0 to 1.
         teacher_device: The device of the teacher, such as `"cuda:1"`. `"offload"` keeps the weights in CPU memory and

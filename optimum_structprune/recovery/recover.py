@@ -1,4 +1,4 @@
-"""Train a pruned model with the dense model as its teacher, and save it: `Recovery` and `recover`."""
+"""Train a pruned model with the original model as its teacher, and save it: `Recovery` and `recover`."""
 
 from __future__ import annotations
 
@@ -316,10 +316,10 @@ class Recovery:
         if not predicts_next(model):
             return
         # A teacher in a folder is assumed to be as large as the model.
-        dense = model
+        original = model
         if isinstance(teacher, PreTrainedModel):
-            dense = teacher
-        cost = recovery_cost(self.config, dense, model, sample_length(self.config, model))
+            original = teacher
+        cost = recovery_cost(self.config, original, model, sample_length(self.config, model))
         check_recovery_memory(cost, default_device(), loaded=True)
 
     def _seen_by(self, model: PreTrainedModel) -> Manifest | None:
@@ -504,7 +504,7 @@ def recover(
         pruned: A causal language model. It is changed in place and returned. If the training fails, it is unchanged.
         tokenizer: The model's tokenizer, which reads the domains.
         config: How the model is trained.
-        teacher: A model, or its id or folder, whose predictions the model learns; usually the dense model.
+        teacher: A model, or its id or folder, whose predictions the model learns; usually the original model.
         domains: The training text if the config has no domains.
         resume: Whether to resume from the last checkpoint in the `output_dir` of `config.training`. The model, the
             text, the teacher and the settings must be those that the training began with.

@@ -124,7 +124,7 @@ def check_training_text(
     Args:
         config: How the model will be trained.
         pruning: How it will be pruned.
-        model: The dense model. It may be on the meta device.
+        model: The original model. It may be on the meta device.
         tokenizer: Its tokenizer.
         earlier: The text of the pruning.
     """

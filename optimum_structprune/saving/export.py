@@ -26,13 +26,13 @@ class Padding:
     Attributes:
         before: The number of parameters before padding.
         after: The number of parameters after padding.
-        dense: The number of parameters of the original model; None if it is unknown.
+        original: The number of parameters of the original model; None if it is unknown.
         bytes: The number of bytes that padding adds.
     """
 
     before: int
     after: int
-    dense: int | None = None
+    original: int | None = None
     bytes: int = 0
 
     def __str__(self) -> str:
@@ -42,8 +42,8 @@ class Padding:
         size = f"{self.bytes / 1e6:,.1f} MB, {share:.1%} of {self.before:,}"
         text = f"padding adds {added:,} zero parameters ({size})"
 
-        if self.dense is not None and self.dense > self.before:
-            share_of_removed = added / (self.dense - self.before)
+        if self.original is not None and self.original > self.before:
+            share_of_removed = added / (self.original - self.before)
             text += f", {share_of_removed:.1%} of the parameters that pruning had removed"
         return text
 
@@ -92,7 +92,7 @@ def export_uniform(
     save_checked(uniform, save_directory, tokenizer, overwrite, write_records, input_paths, like=model)
     added_bytes = model_bytes(uniform) - model_bytes(model)
     return Padding(
-        model.num_parameters(), uniform.num_parameters(), _dense_parameters(model.name_or_path), added_bytes
+        model.num_parameters(), uniform.num_parameters(), _original_parameters(model.name_or_path), added_bytes
     )
 
 
@@ -106,7 +106,7 @@ def _copy_records(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def _dense_parameters(folder: str | None) -> int | None:
+def _original_parameters(folder: str | None) -> int | None:
     """Return the number of parameters of the original model, from the report in a folder, or None without a report."""
     try:
         report = Report.load(Path(folder or "", REPORT_NAME))

@@ -122,7 +122,7 @@ def save_checked(
         write_records: A function that writes the other files of the result into a folder.
         input_paths: Files and folders that the run reads. The output must not replace them.
         like: The model whose outputs the saved model must have; by default `model`.
-        kept_tokens: The ids in the dense model of the tokens that a trimming has kept.
+        kept_tokens: The ids in the original model of the tokens that a trimming has kept.
 
     Raises:
         StructPruneError: If the folder cannot be written, the tokenizer does not fit, or the outputs differ.
@@ -318,7 +318,7 @@ def copy_extra_files(
     tokenizer: PreTrainedTokenizerBase | None,
     kept_tokens: Sequence[int] | None = None,
 ) -> None:
-    """Copy the other files of the dense model's folder into a result, and log the names of files that are not copied.
+    """Copy the other files of the original model's folder into a result, and log the names of the files left out.
 
     Examples are the files of modules around the model and licences. Files of a vocabulary or of heads that do not fit
     the pruned model are left out. transformers copies the code of the model itself.
@@ -327,7 +327,7 @@ def copy_extra_files(
         model: The model, whose `name_or_path` names the folder.
         folder: The folder of the result.
         tokenizer: The tokenizer that was saved in the folder.
-        kept_tokens: The ids in the dense model of the tokens that a trimming has kept.
+        kept_tokens: The ids in the original model of the tokens that a trimming has kept.
     """
     source = _source_folder(model)
     root = modules_root(source)
@@ -370,16 +370,16 @@ def copy_extra_files(
         _fit_modules(model, folder, module_files, sizes, kept_tokens)
 
 
-def _move_transformer(path: Path, dense_folder: str) -> None:
+def _move_transformer(path: Path, original_folder: str) -> None:
     """Change the folder of the transformer in a list of modules to the root of the result.
 
     Args:
         path: The list of modules.
-        dense_folder: The folder of the transformer in the dense model.
+        original_folder: The folder of the transformer in the original model.
     """
     modules = json.loads(path.read_text(encoding="utf-8"))
     for module in modules:
-        if module["path"] == dense_folder:
+        if module["path"] == original_folder:
             module["path"] = ""
     replace_json(path, modules)
 
@@ -416,8 +416,8 @@ def _fit_modules(
         model: The pruned model.
         folder: The folder of the result.
         names: The copied files of modules.
-        sizes: The sizes in the config of the dense model; see `_sizes`.
-        kept_tokens: The ids in the dense model of the tokens that a trimming has kept.
+        sizes: The sizes in the config of the original model; see `_sizes`.
+        kept_tokens: The ids in the original model of the tokens that a trimming has kept.
     """
     config = model.config.get_text_config()
     new_id = _new_ids(kept_tokens)
@@ -444,11 +444,11 @@ def _fit_modules(
 
 
 def _new_ids(kept_tokens: Sequence[int] | None) -> Callable[[re.Match[str]], str]:
-    """Return a replacement function for `re.sub` that maps token ids of the dense model to ids of the pruned model.
+    """Return a replacement function for `re.sub` that maps token ids of the original model to ids of the pruned model.
 
     The ids of removed tokens are not changed.
     """
-    new_ids = {str(dense_id): str(new_id) for new_id, dense_id in enumerate(kept_tokens or ())}
+    new_ids = {str(original_id): str(new_id) for new_id, original_id in enumerate(kept_tokens or ())}
     return lambda match: new_ids.get(match[0], match[0])
 
 

@@ -144,13 +144,13 @@ def layer_cuts(masks: Masks, spaces: Sequence[Space], source: Source, method: Me
     """Return consumers with units of one kind of space in one layer removed. Experts of a layer share their width."""
     by_units: dict[int, tuple[dict[Axis, Values], float]] = {}
     for space in spaces:
-        dense, moments = calibrate(masks, source, method, space)
-        weights = [weight for weight, _ in dense]
+        original, moments = calibrate(masks, source, method, space)
+        weights = [weight for weight, _ in original]
         scores = torch.stack(consumer_scores(method, space, weights, moments)).sum(0)
 
         for units in _trial_units(space.width):
             keep = best_units(scores, (space.width - units) * space.scale)
-            values = values_on_trial(masks, space, refit_consumers(method, space, keep, dense, moments))
+            values = values_on_trial(masks, space, refit_consumers(method, space, keep, original, moments))
 
             all_values, error = by_units.get(units, ({}, 0.0))
             all_values.update(values)

@@ -45,8 +45,8 @@ def final_widths(request: PruningRequest, state: RunState) -> Widths:
 def choose_shape(state: RunState, config: StructPruneConfig) -> Widths:
     """Return the candidate with the smallest loss, and record all candidates in the report.
 
-    A short trial prunes all layers to each candidate. The loss is KL(dense‖pruned) on the probe, which is text that is
-    neither calibrated on nor held out.
+    A short trial prunes all layers to each candidate. The loss is KL(original‖pruned) on the probe, which is text that
+    is neither calibrated on nor held out.
     """
     with evaluating(state.model), state.report.timed("search"):
         search = Search(state.model, state.arch, state.data, config)
@@ -121,7 +121,7 @@ class Search:
             budget = budget_of(self.config, self.arch, self.model, list(self.plain))
             _, name = key
             narrowest = {name: self.legal[name][0]}
-            saved = budget.dense - budget.cost(narrowest)
+            saved = budget.original - budget.cost(narrowest)
             saved_per_parameter = saved / max(removed_parameters(self.arch, narrowest), 1)
 
         return torch.tensor(curve, dtype=torch.float64).diff() / (saved_per_parameter * params)
@@ -151,10 +151,10 @@ def predicted_loss(curves: Curves, widths: Widths) -> float:
     total = 0.0
 
     for (layer, name), curve in curves.items():
-        dense_width = len(curve) - 1
+        original_width = len(curve) - 1
         width = widths[name]
         if not isinstance(width, int):
-            width = width.get(layer, dense_width)
+            width = width.get(layer, original_width)
 
-        total += curve[max(dense_width - width, 0)]
+        total += curve[max(original_width - width, 0)]
     return total

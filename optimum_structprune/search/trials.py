@@ -75,7 +75,7 @@ class Judge(Protocol):
 
 
 class Trials:
-    """Trials on the model of a run. The model is dense again after each trial.
+    """Trials on the model of a run. The model is original again after each trial.
 
     Args:
         state: The state of the run.
@@ -127,7 +127,7 @@ class Trials:
 
 
 class Divergence:
-    """The judge of shapes with the same tokens: KL(dense‖model) on text that is neither calibrated on nor held out."""
+    """Judge shapes by KL(original‖model) on text that is neither calibrated on nor held out."""
 
     def __init__(self, state: RunState):
         self.data = state.data
@@ -143,12 +143,12 @@ class SeveralTexts:
 
     The loss of a causal language model is
 
-        loss = mean over the sources of (loss on the source - loss of the dense model on the source)
+        loss = mean over the sources of (loss on the source - loss of the original model on the source)
 
-    in nats per token of the dense model. The sources are held-out text of the domains (the mean by their weights),
-    built-in text that the run has not read, and text that the dense model writes. A short run has no written text. For
-    another model, a piece of held-out text has the loss 1 - cos, from the mean last hidden states of both models, and
-    the loss is the mean over pieces.
+    in nats per token of the original model. The sources are held-out text of the domains (the mean by their weights),
+    built-in text that the run has not read, and text that the original model writes. A short run has no written text.
+    For another model, a piece of held-out text has the loss 1 - cos, from the mean last hidden states of both models,
+    and the loss is the mean over pieces.
     """
 
     def __init__(self, state: RunState, tokenizer: PreTrainedTokenizerBase):
@@ -159,33 +159,33 @@ class SeveralTexts:
         for domain in state.data.domains:
             self.texts[domain.name] = Text.short(domain.probe_or_heldout, tokenizer, tokens)
 
-        self.dense_losses = torch.zeros(0)
-        self.dense_states: list[Tensor] = []
+        self.original_losses = torch.zeros(0)
+        self.original_states: list[Tensor] = []
         if not self.causal:
-            self.dense_states = self._states(state.model, tokenizer)
+            self.original_states = self._states(state.model, tokenizer)
             return
 
         for text in texts_for_choices(state.config, state.model, tokenizer, state.data.domains, state.manifest()):
             self.texts[f"{OTHER} {text.source}"] = Text(text.rows, tokenizer=tokenizer)
             state.entries += text.entries
         self.texts = {name: text.cut(positions_of(state.model)) for name, text in self.texts.items()}
-        self.dense_losses = self._losses(state.model, tokenizer)
+        self.original_losses = self._losses(state.model, tokenizer)
 
     def loss(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> float:
         """Return the mean loss of a smaller model over the sources."""
         assert tokenizer is not None
         if self.causal:
-            increases = self._losses(model, tokenizer) - self.dense_losses
+            increases = self._losses(model, tokenizer) - self.original_losses
             num_domains = len(self.data.domains)
             return float(torch.cat([self.data.mean(increases[:num_domains])[None], increases[num_domains:]]).mean())
 
         losses = []
-        for states, dense_states in zip(self._states(model, tokenizer), self.dense_states, strict=True):
-            losses.append(1 - cosine_similarity(states, dense_states).mean())
+        for states, original_states in zip(self._states(model, tokenizer), self.original_states, strict=True):
+            losses.append(1 - cosine_similarity(states, original_states).mean())
         return float(self.data.mean(torch.stack(losses)))
 
     def _losses(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-        """Return the loss on each text in nats per dense token, shape `(texts,)`."""
+        """Return the loss on each text in nats per original token, shape `(texts,)`."""
         texts = {name: text.for_tokenizer(tokenizer, model) for name, text in self.texts.items()}
         losses = []
         for name, measured in measure_all(model, texts).items():

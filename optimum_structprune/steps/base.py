@@ -32,10 +32,10 @@ class RunState:
         arch: The description of the current model.
         data: The calibration text, in the tokens of the current model.
         tokenizer: The tokenizer of the current model.
-        plan: The kept units of the dense model.
+        plan: The kept units of the original model.
         report: The figures of the run.
-        dense_model: The dense model, or None if `model` is pruned in place.
-        earlier: The text that earlier runs of the dense model have read.
+        original_model: The original model, or None if `model` is pruned in place.
+        earlier: The text that earlier runs of the original model have read.
         inplace: Whether the caller holds `model`.
         entries: The text that was counted to choose tokens, that measured the model, or that trained it.
         changed: Whether weights were removed that cannot be restored.
@@ -48,7 +48,7 @@ class RunState:
     tokenizer: PreTrainedTokenizerBase | None
     plan: Plan
     report: Report
-    dense_model: PreTrainedModel | None = None
+    original_model: PreTrainedModel | None = None
     earlier: Manifest | None = None
     inplace: bool = True
     entries: list[Entry] = field(default_factory=list)
@@ -56,8 +56,8 @@ class RunState:
     chosen: Widths | None = None
 
     def __post_init__(self) -> None:
-        self.dense_arch = self.arch
-        self.dense_tokenizer = self.tokenizer
+        self.original_arch = self.arch
+        self.original_tokenizer = self.tokenizer
         self._reads_languages = False
 
     @classmethod
@@ -75,11 +75,11 @@ class RunState:
 
         A quantized model is dequantized, unless only tokens are removed and this does not change its packed weights.
         """
-        dense_model = None
+        original_model = None
         if is_quantized(model) and not _stays_packed(model, arch, data.config):
             model = dequantized(model, inplace)
         elif not inplace:
-            dense_model = model
+            original_model = model
             model = deepcopy(model)
 
         report = report or Report(model_type=arch.model_type, criterion=data.config.scored_by)
@@ -90,7 +90,7 @@ class RunState:
             tokenizer=tokenizer,
             plan=Plan(arch.model_type, {}),
             report=report,
-            dense_model=dense_model,
+            original_model=original_model,
             earlier=earlier,
             inplace=inplace,
         )
@@ -107,7 +107,7 @@ class RunState:
             self._reads_languages = True
 
     def manifest(self) -> Manifest:
-        """Return the record of the text of this run and of the earlier runs of the dense model."""
+        """Return the record of the text of this run and of the earlier runs of the original model."""
         manifest = Manifest.of(self.config, self.data.domains, self.tokenizer)
         manifest = manifest.with_entries(self.entries)
         return manifest.after(self.earlier)

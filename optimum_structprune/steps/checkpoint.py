@@ -16,7 +16,7 @@ from .data import CalibrationData
 
 
 def run_key(data: CalibrationData, model: PreTrainedModel, widths: Widths) -> str:
-    """Return the hash that identifies a run: its config, the dense model, the text and the final widths."""
+    """Return the hash that identifies a run: its config, the original model, the text and the final widths."""
     # The domains are left out, because `data.key` hashes their text.
     settings = data.config.to_dict()
     settings["domains"] = None

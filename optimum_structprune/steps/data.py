@@ -151,7 +151,7 @@ class CalibrationData:
         )
 
     def key(self, model: PreTrainedModel, *settings: Any) -> str:
-        """Return the SHA-256 of a dense model, the text, and the settings that a result depends on."""
+        """Return the SHA-256 of an original model, the text, and the settings that a result depends on."""
         entries = []
         for domain in self.domains:
             entry = asdict(Entry.of(domain))

@@ -49,7 +49,7 @@ class DropExperts(Step):
             with rebuilding_(model, shrunk_config(model.config, arch, widths)) as smaller:
                 for layer in progress(range(arch.num_layers), desc="Removing experts", unit="layer"):
                     with source.at(layer, changes=True):
-                        source.advance_dense(layer, widths)
+                        source.advance_original(layer, widths)
                         _remove_from_layer_(state, widths, source, layer, criterion, keep, smaller)
                         source.advance(layer)
 
@@ -74,7 +74,7 @@ def _remove_from_layer_(
     for space in spaces:
         see = None
         if refits:
-            see = refits[space.key].see_dense
+            see = refits[space.key].see_original
         scores = state.data.combined(contributions(source, space, criterion, see))
         keep[space.key] = best_units(scores, space.width_in(widths))
 
@@ -150,13 +150,13 @@ def _refit_block_(
 class ExpertRefit:
     """Refit the kept experts and the shared experts of a layer to the outputs of all experts.
 
-    The target is the output of the dense experts for the current inputs. If the experts' output is added to the
+    The target is the output of the original experts for the current inputs. If the experts' output is added to the
     residual stream, the target also contains a share of the accumulated error of the residual stream. Fitted outputs
     are multiplied by the gates of the new routing, so the fit also corrects a change in the size of the gates. A
     shared expert is fitted too if its output is added to the residual stream.
 
     Args:
-        source: The source that runs the layer, which still has its dense weights.
+        source: The source that runs the layer, which still has its original weights.
         space: The space of the layer's experts.
         data: The calibration text.
     """
@@ -182,7 +182,7 @@ class ExpertRefit:
             return None
         return path.factor
 
-    def see_dense(self, number: int, routed: Tensor, output: Any) -> None:
+    def see_original(self, number: int, routed: Tensor, output: Any) -> None:
         """Record the outputs of all experts for a batch, shape `(tokens, hidden)`."""
         source = self.source
         batch = source.batches[number]
@@ -191,8 +191,8 @@ class ExpertRefit:
         self._counts.append(len(target))
 
         if self.gain is not None and isinstance(source, InMemory) and source.error_feedback:
-            dense = source.dense[number].to(output.device)
-            error = batch.counted(source.error_feedback * (dense.float() - output.float()))
+            original = source.original[number].to(output.device)
+            error = batch.counted(source.error_feedback * (original.float() - output.float()))
             target = target + error / self.gain
 
         self.targets.append(target)

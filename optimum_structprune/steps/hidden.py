@@ -27,8 +27,8 @@ class NarrowHidden(Step):
     """Remove channels of the residual stream of the whole model.
 
     Without refit, the result computes the same as the model with these channels set to zero at every read of the
-    residual stream. With `least_squares`, the consumers inside the layers are refitted to their outputs on the dense
-    residual stream, and every norm is scaled by the root of the remaining share of the energy.
+    residual stream. With `least_squares`, the consumers inside the layers are refitted to their outputs on the
+    original residual stream, and every norm is scaled by the root of the remaining share of the energy.
     """
 
     def prune_(self, state: RunState, widths: Widths) -> Plan:
@@ -107,7 +107,7 @@ def channel_energies(
 
 
 def refit_readers_(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData, keep: Sequence[int]) -> None:
-    """Refit the readers inside the layers to their outputs on the dense residual stream."""
+    """Refit the readers inside the layers to their outputs on the original residual stream."""
     assert arch.residual is not None
     source = source_of(model, arch, data.own_batches, fixed=True)
     columns = torch.tensor(keep)

@@ -69,7 +69,7 @@ def remove_layers_(model: PreTrainedModel, arch: ArchSpec, data: CalibrationData
 
 
 def _refit_before_gaps_(arch: ArchSpec, data: CalibrationData, keep: Sequence[int], source: InMemory) -> None:
-    """Refit the layer before each gap, so that the residual stream after the gap is closer to the dense one."""
+    """Refit the layer before each gap, so that the residual stream after the gap is closer to the original one."""
     # The outputs of a layer may pass through a norm, which error feedback ignores by default.
     source.find_other_path = Norm.after_module
 
@@ -77,10 +77,10 @@ def _refit_before_gaps_(arch: ArchSpec, data: CalibrationData, keep: Sequence[in
     next_layers.append(arch.num_layers)
     num_passed = 0
     for layer, next_layer in zip(keep, next_layers, strict=True):
-        # The dense residual stream passes through the removed layers too.
-        for dense_layer in range(num_passed, next_layer):
-            with source.at(dense_layer):
-                source.advance_dense(dense_layer, arch.names)
+        # The original residual stream passes through the removed layers too.
+        for original_layer in range(num_passed, next_layer):
+            with source.at(original_layer):
+                source.advance_original(original_layer, arch.names)
         num_passed = next_layer
 
         with source.at(layer, changes=True):
@@ -103,7 +103,7 @@ def _few_outputs(model: PreTrainedModel, arch: ArchSpec, layers: Sequence[int]) 
 
 
 def _refit_before_gap_(data: CalibrationData, layer: int, source: InMemory) -> None:
-    """Refit the last matrix of a layer that writes to the residual stream, to the dense residual stream after the gap.
+    """Refit the last matrix of a layer that writes to the residual stream, to the original stream after the gap.
 
     ReplaceMe (Shopkhoev et al. 2025, arXiv 2505.02819) inserts a linear map after this matrix instead.
     """

@@ -26,7 +26,7 @@ def temporarily_pruned(
     """Prune the layers of a model inside `with`. The removed units are masked, and restored at the end.
 
     Args:
-        model: The dense model.
+        model: The original model.
         arch: The description of the model.
         data: The calibration text.
         widths: The widths of the spaces inside the layers.

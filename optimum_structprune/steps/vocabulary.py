@@ -27,12 +27,12 @@ from ..vocabulary.choose import Choice, Ranking, VocabularyRequest, choose_token
 from .base import RunState, Step
 
 
-# The number of positions at which the dense model predicts the next token.
+# The number of positions at which the original model predicts the next token.
 EXPECTED_TOKENS = 2**12
 
 
 class TrimVocabulary(Step):
-    """Remove the tokens that the calibration text needs least. Later steps treat the trimmed model as the dense model.
+    """Remove the tokens that the calibration text needs least. Later steps treat the trimmed model as the original.
 
     Args:
         request: The tokens to choose from.
@@ -112,7 +112,7 @@ def config_of_the_rest(request: VocabularyRequest, state: RunState) -> StructPru
 
 
 def _expected(state: RunState) -> Tensor | None:
-    """Return the share of each token in the predictions of the dense model, over 4,096 tokens of text.
+    """Return the share of each token in the predictions of the original model, over 4,096 tokens of text.
 
     Returns:
         The shares, shape `(rows,)`. None if the model does not predict tokens, or if the config does not set domains,

@@ -142,7 +142,7 @@ class VocabBudget:
         budget: The limits, and the function from widths to the limited figures.
         numbers: The numbers of tokens to choose from, ascending.
         smallest: The smallest widths of the other spaces that share the budget.
-        rows: The number of tokens of the dense model.
+        rows: The number of tokens of the original model.
     """
 
     budget: Budget

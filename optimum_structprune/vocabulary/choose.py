@@ -427,7 +427,7 @@ def choose_tokens(request: VocabularyRequest, ranking: Ranking, number: int, dom
     """Keep the first tokens of a ranking, `number` of them with rows, and check the smaller tokenizer on the domains.
 
     Raises:
-        StructPruneError: If the smaller tokenizer reads text in another way than the tokenizer of the dense model.
+        StructPruneError: If the smaller tokenizer reads text in another way than the tokenizer of the original model.
     """
     vocabulary = request.vocabulary
     keep = request.keep(ranking.order, number)

@@ -1,4 +1,4 @@
-"""Align the tokens and the predictions of a dense model with the tokens of a smaller vocabulary."""
+"""Align the tokens and the predictions of an original model with the tokens of a smaller vocabulary."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ class AlignedToken(NamedTuple):
 
     Attributes:
         token: The token id in the smaller vocabulary.
-        row: The index of its dense token among the counted dense tokens, or -1 if the dense token is not counted.
-        node: The node of the prefix before it, or -1 if no dense prediction applies to that prefix. Inside a dense
-            token, the prefix is the beginning of that token. For the first part of a dense token, the prefix is the
-            previous dense token, because the dense model may have expected a longer token there.
+        row: The index of its original token among the counted original tokens, or -1 if the original token is not
+            counted.
+        node: The node of the prefix before it, or -1 if no original prediction applies to that prefix. Inside an
+            original token, the prefix is the beginning of that token. For the first part of an original token, the
+            prefix is the previous original token, because the original model may have expected a longer token there.
     """
 
     token: int
@@ -34,9 +35,9 @@ class AlignedToken(NamedTuple):
 class AlignedChunk(NamedTuple):
     """Consecutive positions of a text, with index tensors on the device of the logits."""
 
-    dense: slice  # the counted dense tokens of the positions, with the token before them
-    rows: Tensor  # the dense token of each position, relative to the start of `dense`, shape `(positions,)`
-    first: Tensor  # 1 at the first part of a dense token, else 0, shape `(positions,)`
+    original: slice  # the counted original tokens of the positions, with the token before them
+    rows: Tensor  # the original token of each position, relative to the start of `original`, shape `(positions,)`
+    first: Tensor  # 1 at the first part of an original token, else 0, shape `(positions,)`
     inner: Tensor  # the positions that have a node, shape `(inner,)`
     ends: Tensor  # the cumulative number of branches of their nodes, shape `(inner,)`
     offsets: Tensor  # the first branch of each node minus the branches of earlier inner positions, shape `(inner,)`
@@ -44,14 +45,15 @@ class AlignedChunk(NamedTuple):
 
 
 class TokenAlignment:
-    """The spelling of each token of a dense model by one or more tokens of a smaller vocabulary.
+    """The spelling of each token of an original model by one or more tokens of a smaller vocabulary.
 
-    The spellings form a tree. Its nodes are the proper prefixes of spellings. The branches of a node are the dense
+    The spellings form a tree. Its nodes are the proper prefixes of spellings. The branches of a node are the original
     tokens whose spelling begins with the prefix. Each branch has the part after the prefix, or `size` at the end of
     the spelling.
 
     Args:
-        spellings: The token ids in the smaller vocabulary by dense token id. They are empty if nothing spells a token.
+        spellings: The token ids in the smaller vocabulary by original token id. They are empty if nothing spells a
+            token.
         size: The number of tokens in the smaller vocabulary.
     """
 
@@ -84,44 +86,45 @@ class TokenAlignment:
     @classmethod
     def between(
         cls,
-        dense: PreTrainedModel,
-        dense_tokenizer: PreTrainedTokenizerBase,
+        original: PreTrainedModel,
+        original_tokenizer: PreTrainedTokenizerBase,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
     ) -> TokenAlignment:
-        """Align the tokens of a dense model with the tokens of a pruned model.
+        """Align the tokens of an original model with the tokens of a pruned model.
 
         Raises:
-            StructPruneError: If the model has tokens that the dense model lacks, or the same tokens in another order.
+            StructPruneError: If the model has tokens that the original model lacks, or the same tokens in another
+                order.
         """
-        dense_size = dense.config.get_text_config().vocab_size
+        original_size = original.config.get_text_config().vocab_size
         size = model.config.get_text_config().vocab_size
-        dense_tokens = 1 + max(dense_tokenizer.get_vocab().values())
+        original_tokens = 1 + max(original_tokenizer.get_vocab().values())
         own_tokens = 1 + max(tokenizer.get_vocab().values())
 
-        keep = ids_in(dense_tokenizer, tokenizer, min(own_tokens, size))
+        keep = ids_in(original_tokenizer, tokenizer, min(own_tokens, size))
         # Among the rows without a token, pruning first keeps the rows that the model's configs name.
-        config_ids = named_ids(dense)
-        spare_rows = sorted(range(dense_tokens, dense_size), key=lambda row: row not in config_ids)
+        config_ids = named_ids(original)
+        spare_rows = sorted(range(original_tokens, original_size), key=lambda row: row not in config_ids)
         keep += sorted(spare_rows[: max(size - own_tokens, 0)])
 
-        # `ids_in` returns -1 for tokens that the dense tokenizer lacks.
+        # `ids_in` returns -1 for tokens that the original tokenizer lacks.
         in_order = keep == sorted(set(keep) - {-1})
-        if not in_order or keep[-1] >= dense_size:
+        if not in_order or keep[-1] >= original_size:
             raise StructPruneError(
-                f"The original model has a vocabulary of {dense_size} tokens and the model one of {size}, and by the "
-                "same ids they mean other tokens, which cannot be compared. Pass the model that was pruned."
+                f"The original model has a vocabulary of {original_size} tokens and the model one of {size}, and by "
+                "the same ids they mean other tokens, which cannot be compared. Pass the model that was pruned."
             )
 
         new_ids = {old: new for new, old in enumerate(keep)}
-        spellings: list[tuple[int, ...]] = [() for _ in range(dense_size)]
+        spellings: list[tuple[int, ...]] = [() for _ in range(original_size)]
         for old, new in new_ids.items():
             spellings[old] = (new,)
 
-        removed_tokens = set(range(min(dense_tokens, dense_size))).difference(new_ids)
+        removed_tokens = set(range(min(original_tokens, original_size))).difference(new_ids)
         if removed_tokens:
-            vocabulary = Vocabulary.of(dense_tokenizer)
-            unknown = new_ids.get(dense_tokenizer.unk_token_id)
+            vocabulary = Vocabulary.of(original_tokenizer)
+            unknown = new_ids.get(original_tokenizer.unk_token_id)
             for token in removed_tokens:
                 spellings[token] = _spelling(vocabulary, token, new_ids, unknown)
         return cls(spellings, size)
@@ -133,12 +136,12 @@ class TokenAlignment:
         return all(parts == (token,) for token, parts in enumerate(self.spellings))
 
     def align(self, ids: Sequence[int], is_counted: Sequence[bool], first_row: int = 0) -> list[AlignedToken]:
-        """Spell a text of dense token ids in the smaller vocabulary.
+        """Spell a text of original token ids in the smaller vocabulary.
 
         Args:
-            ids: The dense token ids.
-            is_counted: Whether the prediction of each dense token counts.
-            first_row: The number of counted dense tokens in earlier texts of the same sample.
+            ids: The original token ids.
+            is_counted: Whether the prediction of each original token counts.
+            first_row: The number of counted original tokens in earlier texts of the same sample.
 
         Raises:
             StructPruneError: If a token has no spelling.
@@ -156,7 +159,7 @@ class TokenAlignment:
                 row = next_row
                 next_row += 1
 
-            # The node of the first part belongs to the previous dense token.
+            # The node of the first part belongs to the previous original token.
             aligned.append(AlignedToken(parts[0], row, node))
             for position in range(1, len(parts)):
                 aligned.append(AlignedToken(parts[position], row, self.nodes[parts[:position]]))
@@ -195,28 +198,29 @@ class TokenAlignment:
 
         all_rows, *moved = torch.cat(indices).to(device).split([len(index) for index in indices])
         chunks = []
-        for number, (dense, num_branches) in enumerate(zip(slices, branches, strict=True)):
+        for number, (original, num_branches) in enumerate(zip(slices, branches, strict=True)):
             of_rows, of_first, inner, ends, offsets = moved[5 * number : 5 * number + 5]
-            chunks.append(AlignedChunk(dense, of_rows, of_first, inner, ends, offsets, num_branches))
+            chunks.append(AlignedChunk(original, of_rows, of_first, inner, ends, offsets, num_branches))
         return all_rows, chunks
 
     @torch.no_grad()
     def next_part(self, probabilities: Tensor, chunk: AlignedChunk) -> tuple[Tensor, Tensor]:
-        """Compute the distribution of the next part, and the probability that the dense model has one.
+        """Compute the distribution of the next part, and the probability that the original model has one.
 
         Args:
-            probabilities: The dense next-token probabilities of the chunk's tokens, shape `(tokens, dense_size)`.
+            probabilities: The original next-token probabilities of the chunk's tokens, shape `(tokens,
+                original_size)`.
             chunk: The positions.
 
         Returns:
             The distribution over the smaller vocabulary, shape `(positions, size)`; and its weight, `(positions,)`.
-            The weight is less than 1 inside a dense token if a shorter dense token may have ended there, because the
-            dense model has no next-token distribution after the shorter token.
+            The weight is less than 1 inside an original token if a shorter original token may have ended there,
+            because the original model has no next-token distribution after the shorter token.
         """
         device = probabilities.device
         first_parts, token_of_branch, part_of_branch = self._tables_on(device)
 
-        # The distribution at the start of a dense token: the first parts of all dense tokens.
+        # The distribution at the start of an original token: the first parts of all original tokens.
         begins = probabilities.new_zeros(len(probabilities), self.size + 1)
         begins = begins.scatter_add_(1, first_parts.expand_as(probabilities), probabilities)[:, : self.size]
         begins = begins / begins.sum(1, keepdim=True)
@@ -226,7 +230,7 @@ class TokenAlignment:
         owner = torch.searchsorted(chunk.ends, number, right=True)
         branch = number + chunk.offsets[owner]
         position = chunk.inner[owner]
-        # The prefix of a first part is the previous dense token.
+        # The prefix of a first part is the previous original token.
         prediction = (chunk.rows - chunk.first)[position]
         following = probabilities.new_zeros(len(chunk.rows), self.size + 1)
         index = (position, part_of_branch[branch])
@@ -244,7 +248,7 @@ class TokenAlignment:
         return target, torch.where(is_first, 1.0, continuing)
 
     def _tables_on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the first part of each dense token, and the token and the following part of each branch."""
+        """Return the first part of each original token, and the token and the following part of each branch."""
         if device not in self._tables:
             first_parts, token_of_branch, part_of_branch = self._tables[torch.device("cpu")]
             self._tables[device] = (first_parts.to(device), token_of_branch.to(device), part_of_branch.to(device))

@@ -223,17 +223,19 @@ class Vocabulary:
 
         new_ids = {old: new for new, old in enumerate(keep)}
         for text in chain(chat_texts, texts):
-            dense = self.tokenizer(text, verbose=False).input_ids
+            original = self.tokenizer(text, verbose=False).input_ids
             ids = smaller(text, verbose=False).input_ids
-            if all(token in new_ids for token in dense) and [new_ids[token] for token in dense] != ids:
+            if all(token in new_ids for token in original) and [new_ids[token] for token in original] != ids:
                 raise StructPruneError(
                     f"All tokens of a text are kept, but the smaller tokenizer returns other tokens: {text!r:.200}"
                 )
 
             # A letter of a removed script is unknown.
-            is_spelled = all(token in new_ids or self.parts(token, new_ids) for token in dense)
-            if is_spelled and smaller.decode(ids) != self.tokenizer.decode(dense):
-                raise StructPruneError(f"The smaller tokenizer decodes another text than the dense one: {text!r:.200}")
+            is_spelled = all(token in new_ids or self.parts(token, new_ids) for token in original)
+            if is_spelled and smaller.decode(ids) != self.tokenizer.decode(original):
+                raise StructPruneError(
+                    f"The smaller tokenizer decodes another text than the original one: {text!r:.200}"
+                )
 
 
 def with_dependencies(tokens: Iterable[int], needs: Callable[[int], Iterable[int]]) -> set[int]:

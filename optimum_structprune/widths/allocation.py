@@ -360,7 +360,7 @@ def _within_budget(
     best = _filled_up(smallest, config, arch, legal, budget)
     lower = 0.0
     upper = float(removed_parameters(arch, smallest))
-    trial = upper * (budget.dense - budget.limit) / (budget.dense - budget.cost(smallest))
+    trial = upper * (budget.original - budget.limit) / (budget.original - budget.cost(smallest))
     while upper - lower > min(unit_params) / 2:
         sparsity = trial / sum(arch.layer_params)
         sparsity_config = replace(config, budget=None, targets=tuple(legal), sparsity=sparsity)
@@ -380,12 +380,12 @@ def _effective_spaces(config: StructPruneConfig, arch: ArchSpec, legal: LegalWid
     """Return the spaces whose units reduce a figure of the budget. Only some of them reduce the cache."""
     # Not every space may have widths of its own in each layer, so each space gets one width here.
     config = replace(config, allocation="uniform", skip_layers=())
-    dense = budget.figures({})
+    original = budget.figures({})
     effective = {}
     for name, sizes in legal.items():
         smallest = smallest_widths(config, arch, {name: sizes})
         figures = budget.figures(smallest)
-        if any(figures[figure] < dense[figure] for figure in dense):
+        if any(figures[figure] < original[figure] for figure in original):
             effective[name] = sizes
     return effective
 

@@ -49,8 +49,8 @@ class Budget:
         return next(iter(self.limits.values()))
 
     @property
-    def dense(self) -> float:
-        """Return the cost of the dense model."""
+    def original(self) -> float:
+        """Return the cost of the original model."""
         return self.cost({})
 
     def cost(self, widths: Widths) -> float:
@@ -62,7 +62,7 @@ class Budget:
 
 
 def budget_of(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, names: Collection[str]) -> Budget:
-    """Return the budget of a config for the spaces `names`. A limit below 1 is a share of the dense figure."""
+    """Return the budget of a config for the spaces `names`. A limit below 1 is a share of the original figure."""
     functions = {name: _figure_of(name, config, arch, model, names) for name in config.budget or {}}
     known: dict[str, dict[str, float]] = {}
 
@@ -109,14 +109,14 @@ def _figure_of(
     # The tied parameters of an offloaded model are separate tensors, and would count twice.
     if is_offloaded(model):
         model = shrunk_skeleton(model, arch, {})
-    dense_size = size(model)
+    original_size = size(model)
     if name == ACTIVE:
-        return lambda widths: dense_size - removed_parameters(arch, widths, active_shares)
+        return lambda widths: original_size - removed_parameters(arch, widths, active_shares)
 
     size_per_parameter = 1
     if name == "bytes":
         size_per_parameter = itemsize
-    return lambda widths: dense_size - size_per_parameter * removed_parameters(arch, widths)
+    return lambda widths: original_size - size_per_parameter * removed_parameters(arch, widths)
 
 
 def active_parameters(model: PreTrainedModel, arch: ArchSpec) -> int:
@@ -175,7 +175,7 @@ def removed_parameters(arch: ArchSpec, widths: Widths, active_shares: Mapping[st
 
 
 def check_reach(config: StructPruneConfig, budget: Budget, smallest: Widths, names: list[str], arch: ArchSpec) -> None:
-    """Raise if the dense model meets a budget already, or if the smallest widths do not meet it.
+    """Raise if the original model meets a budget already, or if the smallest widths do not meet it.
 
     Args:
         config: The config.
@@ -184,11 +184,11 @@ def check_reach(config: StructPruneConfig, budget: Budget, smallest: Widths, nam
         names: The spaces that share the budget.
         arch: The description of the model.
     """
-    dense = budget.figures({})
-    if budget.limit >= budget.dense:
+    original = budget.figures({})
+    if budget.limit >= budget.original:
         labels = " and ".join(f"{name}={limit:,}" for name, limit in budget.limits.items())
-        verb = "are" if len(dense) > 1 else "is"
-        sizes = " and ".join(f"{figure:,}" for figure in dense.values())
+        verb = "are" if len(original) > 1 else "is"
+        sizes = " and ".join(f"{figure:,}" for figure in original.values())
         raise StructPruneError(
             f"budget {labels} {verb} met by the original model, with {sizes}. Set a smaller budget."
         )
@@ -196,11 +196,17 @@ def check_reach(config: StructPruneConfig, budget: Budget, smallest: Widths, nam
     for name, figure in budget.figures(smallest).items():
         limit = budget.limits[name]
         if figure > limit:
-            _refuse_limit(config, name, limit, dense[name], figure, names, arch)
+            _refuse_limit(config, name, limit, original[name], figure, names, arch)
 
 
 def _refuse_limit(
-    config: StructPruneConfig, name: str, limit: float, dense: float, smallest: float, names: list[str], arch: ArchSpec
+    config: StructPruneConfig,
+    name: str,
+    limit: float,
+    original: float,
+    smallest: float,
+    names: list[str],
+    arch: ArchSpec,
 ) -> None:
     """Raise, because the smallest widths do not meet one limit."""
     label = f"budget {name}={limit:,}"
@@ -210,7 +216,7 @@ def _refuse_limit(
         if untargeted:
             advice = f"target {' or '.join(repr(kind) for kind in untargeted)}"
         raise UnreachableBudgetError(
-            f"{label} is not met by the original model, which has {dense:,}, and targets="
+            f"{label} is not met by the original model, which has {original:,}, and targets="
             f"{list(config.targets_or_default)} do not change that. {capitalized(advice)}.",
             advice,
         )
@@ -221,7 +227,7 @@ def _refuse_limit(
         suggestion = f", or {advice}"
     raise UnreachableBudgetError(
         f"{label} cannot be met: with the smallest widths of {', '.join(names)} the model still has "
-        f"{smallest:,} of {dense:,}. Allow that{suggestion}.",
+        f"{smallest:,} of {original:,}. Allow that{suggestion}.",
         advice,
     )
 

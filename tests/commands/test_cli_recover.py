@@ -178,8 +178,8 @@ def test_too_little_training_text_is_refused_before_the_pruning(folder, capsys):
 
 @pytest.mark.slow
 def test_prune_reports_the_languages_of_the_recovered_model(tmp_path, capsys):
-    dense, words = real_text_model()
-    save_with_tokenizer(dense, tmp_path / "model", words)
+    original, words = real_text_model()
+    save_with_tokenizer(original, tmp_path / "model", words)
     output = tmp_path / "out"
     line = ["prune", str(tmp_path / "model"), str(output), "--width", "mlp=256", "--languages", "en", "--json"]
     line += ["--domain", "math=builtin:math", "--num-samples", "6", "--seq-length", "32", "--general-share", "0"]

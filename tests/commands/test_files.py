@@ -18,15 +18,15 @@ from optimum_structprune.system.errors import reason_of
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory):
+def original(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files") / "model"
     save_with_tokenizer(build("llama-tied"), folder)
     return folder
 
 
 @pytest.fixture
-def copy(dense, tmp_path):
-    return shutil.copytree(dense, tmp_path / "copy")
+def copy(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "copy")
 
 
 def edit_config(folder, **fields):
@@ -42,23 +42,23 @@ def assert_refused(folder, message):
     return str(caught.value)
 
 
-def test_a_complete_model_loads(dense):
-    model, reader = Loading(device="cpu").model_and_tokenizer(str(dense))
+def test_a_complete_model_loads(original):
+    model, reader = Loading(device="cpu").model_and_tokenizer(str(original))
 
     assert model.dtype == torch.float32
     assert not model.training
     assert len(reader) == 96
     # The file lacks the weight of the head, because it is tied.
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    assert weights_bytes(str(dense)) == (dense / "model.safetensors").stat().st_size
+    assert weights_bytes(str(original)) == (original / "model.safetensors").stat().st_size
     assert weights_bytes("no/where") == 0
 
 
-def test_a_model_that_does_not_fit_in_memory_is_refused(dense, monkeypatch):
+def test_a_model_that_does_not_fit_in_memory_is_refused(original, monkeypatch):
     out_of_memory = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory."))
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", out_of_memory)
 
-    assert_refused(dense, "cannot be put on --device cpu: CUDA out of memory")
+    assert_refused(original, "cannot be put on --device cpu: CUDA out of memory")
 
 
 def test_weights_that_contradict_the_config_are_named(copy):
@@ -178,7 +178,7 @@ def test_a_malformed_config_is_refused(copy):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
-def test_an_absent_device_is_reported_in_one_sentence(dense):
+def test_an_absent_device_is_reported_in_one_sentence(original):
     for device in ("cuda", "cuda:3", "nope", "meta", "cpu:x"):
         with pytest.raises(StructPruneError, match=f"--device {device} cannot be used: .*This machine has cpu"):
             usable_device(device)

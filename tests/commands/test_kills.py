@@ -124,7 +124,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory):
+def original(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kills")
     torch.manual_seed(0)
     config = AutoConfig.for_model("llama", **(GROUPED | {"num_hidden_layers": 4}))
@@ -142,8 +142,8 @@ MOMENTS = ["gathering", "between layers", "saving", "replacing"]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moments", [MOMENTS, pytest.param([], marks=pytest.mark.nightly)], ids=["chosen", "random"])
-def test_a_run_that_was_killed_at_any_moment_resumes_to_the_same_result(dense, tmp_path, moments):
-    command = [sys.executable, "-c", SCRIPT, dense / "model", tmp_path, dense / "a.jsonl"] + moments
+def test_a_run_that_was_killed_at_any_moment_resumes_to_the_same_result(original, tmp_path, moments):
+    command = [sys.executable, "-c", SCRIPT, original / "model", tmp_path, original / "a.jsonl"] + moments
     process = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=900)
     assert process.returncode == 0, process.stdout + process.stderr
     assert f" -{signal.SIGKILL:d} " in process.stdout
@@ -161,8 +161,8 @@ def test_a_run_that_was_killed_at_any_moment_resumes_to_the_same_result(dense, t
             assert read_record(tmp_path / output / file) == read_record(tmp_path / "whole" / file)
 
 
-def prune_command(dense, out, *flags) -> list[str]:
-    line = ["prune", str(dense / "model"), str(out), "--domain", f"a={dense / 'a.jsonl'}"]
+def prune_command(original, out, *flags) -> list[str]:
+    line = ["prune", str(original / "model"), str(out), "--domain", f"a={original / 'a.jsonl'}"]
     line += ["--width", "mlp=24", "--width", "attention=2", "--num-samples", "6", "--seq-length", "24"]
     # An offloaded model writes no general text. A run in memory must not write one either.
     line += ["--general-share", "0", "--device", "cpu"]
@@ -179,7 +179,7 @@ def launch(line) -> subprocess.CompletedProcess:
     return subprocess.run(launch_command(line), capture_output=True, text=True, env=environment(), timeout=300)
 
 
-def test_a_run_that_receives_a_signal_to_end_leaves_no_file(dense, tmp_path, monkeypatch):
+def test_a_run_that_receives_a_signal_to_end_leaves_no_file(original, tmp_path, monkeypatch):
     save = PreTrainedModel.save_pretrained
     handler = signal.getsignal(signal.SIGTERM)
 
@@ -189,7 +189,7 @@ def test_a_run_that_receives_a_signal_to_end_leaves_no_file(dense, tmp_path, mon
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", save_and_end)
     try:
-        assert main(prune_command(dense, tmp_path / "out", "--offload", "disk")) == 130
+        assert main(prune_command(original, tmp_path / "out", "--offload", "disk")) == 130
     finally:
         signal.signal(signal.SIGTERM, handler)
 
@@ -203,12 +203,12 @@ def children_of(process) -> list[int]:
 
 
 @pytest.mark.nightly
-def test_two_processes_resume_a_killed_run_of_two_processes(dense, tmp_path):
-    single = dense / "alone"
-    assert main(prune_command(dense, single)) == 0
+def test_two_processes_resume_a_killed_run_of_two_processes(original, tmp_path):
+    single = original / "alone"
+    assert main(prune_command(original, single)) == 0
 
     # Kill the launcher and both processes as soon as one layer is on disk.
-    line = prune_command(dense, tmp_path / "out", "--resume")
+    line = prune_command(original, tmp_path / "out", "--resume")
     null = subprocess.DEVNULL
     process = subprocess.Popen(launch_command(line), stdout=null, stderr=null, env=environment())
     progress = tmp_path / ".out.progress"
@@ -218,7 +218,7 @@ def test_two_processes_resume_a_killed_run_of_two_processes(dense, tmp_path):
         os.kill(process_id, signal.SIGKILL)
     process.wait()
 
-    refused = launch(prune_command(dense, tmp_path / "wrong", "--criterion", "nope"))
+    refused = launch(prune_command(original, tmp_path / "wrong", "--criterion", "nope"))
     assert refused.returncode != 0, "an error of one process ends all processes"
     assert "structprune: error: " in refused.stderr
     assert any(progress.glob("layer-*.json"))

@@ -24,11 +24,11 @@ CPU = ["--device", "cpu"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Save a dense model, a pruned model, a text and questions."""
+    """Save an original model, a pruned model, a text and questions."""
     folder = tmp_path_factory.mktemp("measure")
-    dense = build("llama-tied")
-    save_with_tokenizer(dense, folder / "dense")
-    small = StructPruner(config(widths={"mlp": [14, 24]})).prune_model(dense, tokenizer())
+    original = build("llama-tied")
+    save_with_tokenizer(original, folder / "original")
+    small = StructPruner(config(widths={"mlp": [14, 24]})).prune_model(original, tokenizer())
     save_with_tokenizer(small, folder / "small")
     write_texts(folder / "a.jsonl", documents(40))
 
@@ -44,7 +44,7 @@ def text_flags(folder):
 
 
 def test_two_models_are_measured_in_one_run(folder, capsys):
-    line = ["evaluate", str(folder / "dense"), str(folder / "small"), "--json", str(folder / "c.json")]
+    line = ["evaluate", str(folder / "original"), str(folder / "small"), "--json", str(folder / "c.json")]
     line += text_flags(folder) + CPU
     line += ["--answers", str(folder / "questions.jsonl"), "--max-new-tokens", "3"]
 
@@ -53,7 +53,7 @@ def test_two_models_are_measured_in_one_run(folder, capsys):
 
     printed = capsys.readouterr().out
     values = json.loads((folder / "c.json").read_text())
-    for name in ("dense", "small"):
+    for name in ("original", "small"):
         model = Loading().model(str(folder / name))
         measured = values["models"][name]
         assert measured["size"]["parameters"] == model.num_parameters()
@@ -65,7 +65,7 @@ def test_two_models_are_measured_in_one_run(folder, capsys):
         assert f"{model.num_parameters():,}" in printed
 
     samples = read_heldout(DomainConfig(name="a", source=str(folder / "a.jsonl")), tokenizer(), 24).samples
-    measured_perplexity = values["models"]["dense"]["evaluation"]["domains"]["a"]["perplexity"]["pruned"]
+    measured_perplexity = values["models"]["original"]["evaluation"]["domains"]["a"]["perplexity"]["pruned"]
     assert measured_perplexity == pytest.approx(perplexity(build("llama-tied"), samples), rel=1e-4)
     assert "1 of 4" in printed
 
@@ -80,16 +80,16 @@ def test_the_tokenizer_of_the_compared_model_replaces_a_missing_one(folder, capl
     assert "The tokenizer of the compared model reads the text" in caplog.text
 
 
-def test_several_models_are_compared_with_the_dense_one(folder, capsys):
+def test_several_models_are_compared_with_the_original_one(folder, capsys):
     """Each model gets the same numbers as in a run of its own."""
-    dense_path = str(folder / "dense")
+    original_path = str(folder / "original")
     small_path = str(folder / "small")
-    flags = ["--against", dense_path, "--quiet", "--json"] + text_flags(folder) + CPU
+    flags = ["--against", original_path, "--quiet", "--json"] + text_flags(folder) + CPU
 
-    assert main(["evaluate", dense_path, small_path] + flags) == 0
+    assert main(["evaluate", original_path, small_path] + flags) == 0
     models = json.loads(capsys.readouterr().out)["models"]
-    dense, twin, small = models
-    assert "evaluation" not in models[dense]
+    original, twin, small = models
+    assert "evaluation" not in models[original]
     twin_domain = models[twin]["evaluation"]["domains"]["a"]
     small_domain = models[small]["evaluation"]["domains"]["a"]
     assert twin_domain["perplexity"]["original"] == twin_domain["perplexity"]["pruned"]
@@ -126,7 +126,7 @@ def test_each_model_is_freed_before_the_next_one_is_loaded(folder, monkeypatch):
         return model
 
     monkeypatch.setattr(Loading, "model", load_and_check)
-    models = [str(folder / name) for name in ("small", "dense", "small")]
+    models = [str(folder / name) for name in ("small", "original", "small")]
     assert main(["evaluate"] + models + CPU) == 0
 
     assert len(references) == 3
@@ -134,8 +134,8 @@ def test_each_model_is_freed_before_the_next_one_is_loaded(folder, monkeypatch):
 
 @pytest.mark.slow
 def test_speeds_of_several_models_and_shapes(folder, capsys):
-    dense = str(folder / "dense")
-    line = ["evaluate", str(folder / "small"), dense, "--against", dense] + SPEED + CPU
+    original = str(folder / "original")
+    line = ["evaluate", str(folder / "small"), original, "--against", original] + SPEED + CPU
     line += ["--prompt", "4", "--batch-size", "3", "--dtype", "bfloat16", "--clock", "cpu", "--json", "--quiet"]
 
     assert main(line) == 0
@@ -143,7 +143,7 @@ def test_speeds_of_several_models_and_shapes(folder, capsys):
     values = json.loads(capsys.readouterr().out)
     models = values["models"]
     speed = values["speed"]
-    names = [f"{dense} (1)", "small", f"{dense} (2)"]
+    names = [f"{original} (1)", "small", f"{original} (2)"]
     assert list(models) == names
     assert speed["clock"] == "cpu"
     for stage in ("prefill", "decode"):
@@ -165,7 +165,7 @@ def test_models_are_named_by_the_ends_of_their_paths_where_these_differ():
 def test_a_clock_that_cannot_time_the_device_is_refused_before_loading(folder, capsys, monkeypatch):
     monkeypatch.setattr(Loading, "model", None)
     monkeypatch.setattr(loading, "usable_device", lambda name: "cuda")
-    line = ["evaluate", str(folder / "dense"), str(folder / "small"), "--clock", "cpu"]
+    line = ["evaluate", str(folder / "original"), str(folder / "small"), "--clock", "cpu"]
 
     assert main(line + SPEED) == 2
 
@@ -174,8 +174,8 @@ def test_a_clock_that_cannot_time_the_device_is_refused_before_loading(folder, c
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_memory_on_cuda_is_measured_for_each_model(folder, capsys):
-    dense = str(folder / "dense")
-    line = ["evaluate", dense, dense, "--device", "cuda", "--json"]
+    original = str(folder / "original")
+    line = ["evaluate", original, original, "--device", "cuda", "--json"]
 
     assert main(line + SPEED) == 0
 

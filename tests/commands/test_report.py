@@ -78,7 +78,7 @@ def test_a_full_disk_is_reported_with_the_file_and_leaves_the_page_unchanged(fol
     assert not list((folder / "small").glob(".*.new"))
 
 
-def test_a_page_with_speeds_needs_the_dense_model(folder, capsys):
+def test_a_page_with_speeds_needs_the_original_model(folder, capsys):
     assert main(["evaluate", str(folder / "small"), "--html", "--speed"]) == 2
 
     assert "Pass the original model with --against" in error_line(capsys)

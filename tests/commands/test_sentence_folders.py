@@ -102,21 +102,21 @@ def test_sentence_transformers_loads_the_result(place):
 
 
 def test_a_router_behind_the_transformer_is_copied(place, tmp_path):
-    dense = shutil.copytree(place / "flat", tmp_path / "dense")
+    original = shutil.copytree(place / "flat", tmp_path / "original")
     modules = json.loads(modules_file("")) + [{"path": "2_Router", "type": "sentence_transformers.models.Router"}]
     router = {"2_Router/router_config.json": "{}", "2_Router/query_0_Dense/config.json": '{"in_features": 32}'}
-    put_into(dense, router | {"modules.json": json.dumps(modules)})
+    put_into(original, router | {"modules.json": json.dumps(modules)})
 
-    line = f"prune {dense} {tmp_path / 'out'} --width mlp=24 --domain a={place / 'a.jsonl'} --num-samples 6"
+    line = f"prune {original} {tmp_path / 'out'} --width mlp=24 --domain a={place / 'a.jsonl'} --num-samples 6"
     assert main([*line.split(), "--seq-length", "16", "--general-share", "0"]) == 0
     assert contents(tmp_path / "out").keys() >= router.keys()
 
 
 def test_layers_that_a_module_reads_are_not_removed(place, tmp_path, capsys):
-    dense = shutil.copytree(place / "flat", tmp_path / "dense")
+    original = shutil.copytree(place / "flat", tmp_path / "original")
     modules = [{"path": ""}, {"path": "1_WeightedLayerPooling"}, {"path": "2_Pooling"}]
     weights = {"1_WeightedLayerPooling/config.json": '{"num_hidden_layers": 2, "layer_start": 1}'}
-    put_into(dense, weights | {"modules.json": json.dumps(modules)})
+    put_into(original, weights | {"modules.json": json.dumps(modules)})
 
-    assert main(["prune", str(dense), str(tmp_path / "out"), "--width", "layer=1", "--seq-length", "16"]) == 2
+    assert main(["prune", str(original), str(tmp_path / "out"), "--width", "layer=1", "--seq-length", "16"]) == 2
     assert "1_WeightedLayerPooling/config.json belongs to a module that reads" in error_line(capsys)

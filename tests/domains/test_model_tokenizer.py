@@ -88,8 +88,8 @@ UNREAD_DOMAINS = [DomainConfig("unread", unread())]
 ENTRY_POINTS = {
     "prune": lambda model, tokenizer: prune_model(model, config(domains=UNREAD_DOMAINS), tokenizer),
     "evaluate": lambda model, tokenizer: evaluate(model, tokenizer, UNREAD_DOMAINS, seq_length=24),
-    "dense": lambda model, tokenizer: evaluate(
-        build("llama-tied"), tokenizer, UNREAD_DOMAINS, dense=model, seq_length=24
+    "original": lambda model, tokenizer: evaluate(
+        build("llama-tied"), tokenizer, UNREAD_DOMAINS, original=model, seq_length=24
     ),
     "gguf": lambda model, tokenizer: export_gguf(model, "nowhere.gguf", tokenizer),
     "recover": lambda model, tokenizer: recover(model, tokenizer, recovery_config(domains=UNREAD_DOMAINS)),

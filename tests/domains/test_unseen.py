@@ -93,7 +93,7 @@ def test_text_for_choices_is_neither_read_nor_measured_by_the_run(writer):
         assert manifest.uses().keys().isdisjoint(documents)
 
 
-def test_a_model_that_loses_nothing_has_the_dense_perplexity_on_unseen_text(writer):
+def test_a_model_that_loses_nothing_has_the_original_perplexity_on_unseen_text(writer):
     model, tokenizer = deepcopy(writer)
     width = model.config.intermediate_size - 128
     with torch.no_grad():

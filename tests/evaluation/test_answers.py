@@ -308,7 +308,7 @@ def test_the_judge_is_fair():
     original, tokenizer = stories_model()
     rounded = deepcopy(original).bfloat16()
     pruned = StructPruner(stories_config(widths={"mlp": 152})).prune_model(deepcopy(original), tokenizer)
-    options = {"dense": original, "answers": "builtin", "max_new_tokens": 24}
+    options = {"original": original, "answers": "builtin", "max_new_tokens": 24}
 
     equal = evaluate(rounded, tokenizer, **options).answers
     worse = evaluate(pruned, tokenizer, **options).answers

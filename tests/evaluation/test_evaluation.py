@@ -26,7 +26,7 @@ from optimum_structprune.system.margins import margin_of_error
 
 
 MODEL = build("llama-tied", 0)
-DENSE = build("llama-tied", 1)
+ORIGINAL = build("llama-tied", 1)
 
 
 @pytest.fixture(scope="module")
@@ -49,31 +49,31 @@ def test_a_comparison_equals_its_definition(batch_size):
     samples = token_ids(batch=5, length=60)
     targets = samples[:, 1:].flatten()
     log_probs = predicted_log_probs(MODEL, samples)
-    dense_log_probs = predicted_log_probs(DENSE, samples)
+    original_log_probs = predicted_log_probs(ORIGINAL, samples)
 
-    measured = measure_text(MODEL, Text(list(samples)), DENSE, tokens=60 * batch_size)
+    measured = measure_text(MODEL, Text(list(samples)), ORIGINAL, tokens=60 * batch_size)
 
-    for losses, predicted in ((measured.loss, log_probs), (measured.other, dense_log_probs)):
+    for losses, predicted in ((measured.loss, log_probs), (measured.other, original_log_probs)):
         expected_loss = float(cross_entropy(predicted.flatten(0, 1), targets))
         assert float(means(losses).mean()) == pytest.approx(expected_loss, rel=1e-5)
     assert means(measured.loss).mean().exp() == pytest.approx(perplexity(MODEL, samples), rel=1e-6)
 
-    expected_divergence = (dense_log_probs.exp() * (dense_log_probs - log_probs)).sum(-1).mean()
+    expected_divergence = (original_log_probs.exp() * (original_log_probs - log_probs)).sum(-1).mean()
     divergence = float(torch.cat(measured.kl).mean())
     assert divergence == pytest.approx(float(expected_divergence), rel=1e-4)
     assert divergence > 0
 
-    is_same_token = log_probs.argmax(-1) == dense_log_probs.argmax(-1)
+    is_same_token = log_probs.argmax(-1) == original_log_probs.argmax(-1)
     assert torch.stack(measured.agrees).equal(is_same_token.double())
     assert not is_same_token.all()
 
 
-def test_an_evaluation_against_the_dense_model_has_all_figures(folder):
+def test_an_evaluation_against_the_original_model_has_all_figures(folder):
     domain = DomainConfig("a", str(folder / "a.jsonl"))
     samples = read_heldout(domain, tokenizer(), 24, 4).samples
-    measured = measure_text(MODEL, Text(list(samples)), DENSE)
+    measured = measure_text(MODEL, Text(list(samples)), ORIGINAL)
 
-    evaluation = evaluate(MODEL, tokenizer(), [domain], dense=DENSE, seq_length=24, num_samples=4)
+    evaluation = evaluate(MODEL, tokenizer(), [domain], original=ORIGINAL, seq_length=24, num_samples=4)
 
     assert evaluation.prefix == "<s>"
     assert "KL" in str(evaluation)
@@ -143,10 +143,10 @@ def test_the_margin_of_a_perplexity_is_the_margin_over_documents():
     heldout = read_heldout(domain, tokenizer(), 24, 40)
     numbers = document_numbers(heldout.samples, tokenizer().eos_token_id)[:, 0]
     losses = losses_by_sample(MODEL, heldout.samples)
-    loss_differences = losses - losses_by_sample(DENSE, heldout.samples)
+    loss_differences = losses - losses_by_sample(ORIGINAL, heldout.samples)
     options = {"seq_length": 24, "num_samples": 40, "batch_size": 4}
 
-    comparison = evaluate(MODEL, tokenizer(), [domain], dense=DENSE, **options)
+    comparison = evaluate(MODEL, tokenizer(), [domain], original=ORIGINAL, **options)
     single = evaluate(MODEL, tokenizer(), [domain], **options)
 
     assert comparison.domains["a"].documents == len(numbers.unique())
@@ -188,10 +188,12 @@ MATH_SIZE = {"seq_length": 40, "num_samples": 3}
 
 def compare_with_text_model(model):
     """Compare a model with 300 tokens with the original model, which has 400."""
-    return evaluate(model, SMALL_TOKENIZER, [MATH], dense=TEXT_MODEL, dense_tokenizer=TEXT_TOKENIZER, **MATH_SIZE)
+    return evaluate(
+        model, SMALL_TOKENIZER, [MATH], original=TEXT_MODEL, original_tokenizer=TEXT_TOKENIZER, **MATH_SIZE
+    )
 
 
-def test_models_with_different_vocabularies_are_compared_per_token_of_the_dense_model():
+def test_models_with_different_vocabularies_are_compared_per_token_of_the_original_model():
     samples = read_heldout(DomainConfig(**MATH), TEXT_TOKENIZER, 40, 3).samples
     num_bytes = len("".join(TEXT_TOKENIZER.decode(sample[1:]) for sample in samples).encode())
 
@@ -209,8 +211,8 @@ def test_models_with_different_vocabularies_are_compared_per_token_of_the_dense_
         assert bits[name] == pytest.approx(log(perplexities[name], 2) * 117 / num_bytes, rel=1e-6)
     assert f"{bits['pruned']:.3f}" in str(evaluation)
 
-    # Without the dense model, the perplexity is also per token of the dense tokenizer.
-    single = evaluate(SMALL_MODEL, SMALL_TOKENIZER, [MATH], dense_tokenizer=TEXT_TOKENIZER, **MATH_SIZE)
+    # Without the original model, the perplexity is also per token of the original tokenizer.
+    single = evaluate(SMALL_MODEL, SMALL_TOKENIZER, [MATH], original_tokenizer=TEXT_TOKENIZER, **MATH_SIZE)
     assert single.domains["a"].perplexity.values == {"pruned": pytest.approx(perplexities["pruned"])}
 
 
@@ -226,26 +228,26 @@ def test_a_damaged_model_diverges_further():
 
 
 def test_unrelated_vocabularies_have_no_divergence():
-    dense = {"dense": build("llama-tied"), "dense_tokenizer": tokenizer()}
+    original = {"original": build("llama-tied"), "original_tokenizer": tokenizer()}
 
-    evaluation = evaluate(TEXT_MODEL, TEXT_TOKENIZER, [MATH], **dense, **MATH_SIZE)
+    evaluation = evaluate(TEXT_MODEL, TEXT_TOKENIZER, [MATH], **original, **MATH_SIZE)
 
     assert evaluation.domains["a"].divergence is None
     assert "KL" not in str(evaluation)
 
 
 def test_the_command_evaluates_each_model_with_its_own_tokenizer(tmp_path, capsys):
-    dense_model = build("llama-tied")
+    original_model = build("llama-tied")
     reversed_order = [0, 1, 2] + list(range(VOCAB - 1, 2, -1))
-    renumbered_model, renumbered_tokenizer = with_tokens(dense_model, tokenizer(), reversed_order)
-    save_with_tokenizer(dense_model, tmp_path / "dense")
+    renumbered_model, renumbered_tokenizer = with_tokens(original_model, tokenizer(), reversed_order)
+    save_with_tokenizer(original_model, tmp_path / "original")
     save_with_tokenizer(renumbered_model, tmp_path / "other", renumbered_tokenizer)
     write_texts(tmp_path / "a.jsonl", documents(20))
     questions = [{"prompt": f"w5 w{number}", "right": "w[0-4]"} for number in range(6, 10)]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
 
     output = tmp_path / "out.json"
-    models = [str(tmp_path / "other"), str(tmp_path / "dense")]
+    models = [str(tmp_path / "other"), str(tmp_path / "original")]
     options = ["--domain", f"a={tmp_path / 'a.jsonl'}", "--seq-length", "24", "--device", "cpu"]
     options += ["--json", str(output), "--answers", str(tmp_path / "questions.jsonl"), "--max-new-tokens", "4"]
 
@@ -265,9 +267,9 @@ def test_the_command_evaluates_each_model_with_its_own_tokenizer(tmp_path, capsy
     assert main(["evaluate"] + models + options + ["--overwrite"]) == 0
     measured_models = json.loads(output.read_text())["models"]
     other_domain = measured_models["other"]["evaluation"]["domains"]["a"]
-    dense_domain = measured_models["dense"]["evaluation"]["domains"]["a"]
+    original_domain = measured_models["original"]["evaluation"]["domains"]["a"]
     for field in ("perplexity", "bits_per_byte"):
-        assert other_domain[field]["pruned"] == pytest.approx(dense_domain[field]["pruned"], rel=1e-6)
+        assert other_domain[field]["pruned"] == pytest.approx(original_domain[field]["pruned"], rel=1e-6)
 
     text = capsys.readouterr().out
     assert f"The vocabularies differ; perplexity is per token of {models[0]}." in text
@@ -279,7 +281,7 @@ def test_the_command_evaluates_each_model_with_its_own_tokenizer(tmp_path, capsy
 def encoders(tmp_path_factory):
     """Return a folder with three encoders, text in `a.jsonl` and pairs of texts in `xx.jsonl`."""
     folder = tmp_path_factory.mktemp("vectors")
-    for seed, name in enumerate(("dense", "small", "smaller")):
+    for seed, name in enumerate(("original", "small", "smaller")):
         save_with_tokenizer(build("bert-no-head", seed), folder / name)
     write_texts(folder / "a.jsonl", documents(60))
     pairs = [{"en": text[:40], "xx": text[:40].swapcase()} for text in documents(12)]
@@ -293,7 +295,7 @@ def compare_encoder(seed, encoders):
         build("bert", seed),
         tokenizer(),
         [DomainConfig("a", str(encoders / "a.jsonl"))],
-        dense=build("bert", 0),
+        original=build("bert", 0),
         seq_length=48,
         pairs=[encoders / "xx.jsonl"],
     )
@@ -335,7 +337,7 @@ def test_the_command_compares_several_encoders(encoders, capsys, monkeypatch):
         encoders / "xx.jsonl",
     ]
 
-    command = ["evaluate", str(encoders / "small"), str(encoders / "smaller"), "--against", str(encoders / "dense")]
+    command = ["evaluate", str(encoders / "small"), str(encoders / "smaller"), "--against", str(encoders / "original")]
     command += ["--domain", f"a={encoders / 'a.jsonl'}", "--seq-length", "48"]
     for file in files:
         command += ["--pairs", str(file)]
@@ -344,8 +346,8 @@ def test_the_command_compares_several_encoders(encoders, capsys, monkeypatch):
 
     record = json.loads(capsys.readouterr().out)
     assert record["notes"] == []
-    assert list(record["models"]) == ["dense", "small", "smaller"]
-    assert "cache_per_token" not in record["models"]["dense"]["size"]
+    assert list(record["models"]) == ["original", "small", "smaller"]
+    assert "cache_per_token" not in record["models"]["original"]["size"]
     for name in ("small", "smaller"):
         domains = record["models"][name]["evaluation"]["domains"]
         assert list(domains) == ["a", f"pairs {files[0]}", "pairs yy", f"pairs {files[2]}"]
@@ -364,13 +366,17 @@ def test_invalid_arguments_are_refused(encoders):
 
     for model, options, message in (
         (str(encoders), {}, "`model` must be a transformers model, got str"),
-        (llama, {"dense": str(encoders)}, "`model` must be a transformers model, got str"),
-        (llama, {"dense_tokenizer": str(encoders)}, "`tokenizer` must be a transformers tokenizer, got str"),
+        (llama, {"original": str(encoders)}, "`model` must be a transformers model, got str"),
+        (llama, {"original_tokenizer": str(encoders)}, "`tokenizer` must be a transformers tokenizer, got str"),
         (llama, {"domains": []}, "nothing to evaluate"),
         (llama, {"domains": [text, text]}, "Two domains are named 'a'"),
         (llama, {"seq_length": 65}, "seq_length=65 is longer than the model's 64 positions"),
         (llama, {"num_samples": 0}, "`num_samples` must be at least 1, got 0"),
-        (llama, {"dense": wide_llama}, "vocabulary of 96, and the original model has one of 100. Pass the original"),
+        (
+            llama,
+            {"original": wide_llama},
+            "vocabulary of 96, and the original model has one of 100. Pass the original",
+        ),
         (narrow_llama, {}, "token id 95, vocabulary 9"),
     ):
         with pytest.raises(StructPruneError, match=message):
@@ -385,10 +391,10 @@ def test_invalid_comparisons_of_encoders_are_refused(encoders):
 
     for model, options, message in (
         (bert, {}, "BertForMaskedLM does not predict the next token. .* and an original model of the same kind"),
-        (bert, {"dense": llama}, "BertForMaskedLM does not predict"),
-        (llama, {"dense": bert}, "BertForMaskedLM does not predict"),
-        (bert, {"dense": bert, "answers": "builtin"}, "Only its vectors of text can be compared"),
-        (vit, {"dense": vit}, "ViT.* reads pixel_values, and only models of text can be evaluated"),
+        (bert, {"original": llama}, "BertForMaskedLM does not predict"),
+        (llama, {"original": bert}, "BertForMaskedLM does not predict"),
+        (bert, {"original": bert, "answers": "builtin"}, "Only its vectors of text can be compared"),
+        (vit, {"original": vit}, "ViT.* reads pixel_values, and only models of text can be evaluated"),
     ):
         with pytest.raises(StructPruneError, match=message):
             evaluate(model, tokenizer(), **(defaults | options))
@@ -406,7 +412,7 @@ def test_invalid_pairs_are_refused(encoders):
         ("none.jsonl", "cannot be read"),
     ):
         with pytest.raises(StructPruneError, match=message):
-            evaluate(bert, tokenizer(), [domain], dense=bert, seq_length=48, pairs=[encoders / name])
+            evaluate(bert, tokenizer(), [domain], original=bert, seq_length=48, pairs=[encoders / name])
 
     with pytest.raises(StructPruneError, match="pairs are for encoders"):
         evaluate(build("llama-tied"), tokenizer(), [domain], seq_length=48, pairs=["xx.jsonl"])

@@ -20,8 +20,8 @@ SHORT = {"prompts": (8,), "new_tokens": 3, "repeats": 2}
 @pytest.fixture(scope="module")
 def speed():
     """Return the measured speed of a model and of the same model with half of its channels."""
-    dense = build("llama-tied")
-    models = {"dense": dense, "half": first_units(dense, (20, 20))}
+    original = build("llama-tied")
+    models = {"original": original, "half": first_units(original, (20, 20))}
     return measure_speed(models, batch_sizes=(1, 2), **SHORT)
 
 
@@ -65,7 +65,7 @@ def test_every_model_is_measured_in_every_shape(speed):
         assert list(speed.run_memory) == list(batch_sizes)
 
         for shape, batch_size in batch_sizes.items():
-            for name in ("dense", "half"):
+            for name in ("original", "half"):
                 timing = timings_by_shape[shape][name]
                 assert len(timing.seconds) == 2
                 assert min(timing.seconds) > 0
@@ -75,11 +75,11 @@ def test_every_model_is_measured_in_every_shape(speed):
 def test_speed_ups_are_ratios_of_paired_runs(speed):
     for timings_by_shape in (speed.prefill, speed.decode):
         for timings in timings_by_shape.values():
-            dense = timings["dense"]
+            original = timings["original"]
             half = timings["half"]
-            ratios = [first / second for first, second in zip(dense.seconds, half.seconds, strict=True)]
+            ratios = [first / second for first, second in zip(original.seconds, half.seconds, strict=True)]
             assert half.speedup == spread(ratios)
-            assert dense.speedup == Spread(1, 1, 1)
+            assert original.speedup == Spread(1, 1, 1)
 
 
 def test_the_spread_of_a_speed_up_is_its_median_and_quartiles():
@@ -111,7 +111,7 @@ def test_a_measurement_does_not_change_the_model_or_torch(tmp_path):
 
 
 def test_a_smaller_model_uses_less_memory(speed):
-    assert all(memory["half"] < memory["dense"] for memory in speed.run_memory.values())
+    assert all(memory["half"] < memory["original"] for memory in speed.run_memory.values())
 
 
 def test_impossible_measurements_are_refused():

@@ -8,7 +8,7 @@ from helpers import main_of
 from models import real_text_model
 
 
-STAGES = ["load", "prune", "save", "load dense", "recover", "save recovered", "evaluate", "speed"]
+STAGES = ["load", "prune", "save", "load original", "recover", "save recovered", "evaluate", "speed"]
 SMALL = "--num-samples 8 --seq-length 32 --tokens 1024 --eval-samples 2 --prompt 8 --new-tokens 2 --repeats 1"
 
 
@@ -37,9 +37,9 @@ def test_every_stage_of_every_model_is_measured(tmp_path):
         assert figures["seconds"] > 0
         assert figures["peak_bytes"] > 0
 
-    assert model["parameters"]["pruned"] < model["parameters"]["dense"]
+    assert model["parameters"]["pruned"] < model["parameters"]["original"]
     assert model["recovery"]["tokens"] == 1_024
-    assert {"dense", "pruned"} <= set(model["evaluation"]["perplexity"])
+    assert {"original", "pruned"} <= set(model["evaluation"]["perplexity"])
     assert len(model["speed"]["decode"]) == 2
 
     assert list(missing["stages"]) == ["load"]

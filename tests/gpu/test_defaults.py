@@ -97,16 +97,16 @@ def test_moments_of_larger_parts_are_the_same():
 def test_the_divergence_of_several_texts_is_computed_in_one_pass():
     alignment = TokenAlignment([(token,) for token in range(96)], 96)
     texts = [token_ids(1, length)[0].tolist() for length in (9, 5, 12)]
-    dense = build("llama-tied")
+    original = build("llama-tied")
     model = build("llama-untied")
     text = Text([torch.tensor(ids) for ids in texts])
-    expected = totals(measure(model, text, dense, alignment).kl)
+    expected = totals(measure(model, text, original, alignment).kl)
 
     with simulated_gpus():
-        dense = dense.cuda()
+        original = original.cuda()
         model = model.cuda()
         passes = count_passes(model)
-        actual = totals(measure(model, text, dense, alignment).kl)
+        actual = totals(measure(model, text, original, alignment).kl)
         assert passes.call_count == 1
         assert_same(actual, expected, tolerance=1e-5)
 

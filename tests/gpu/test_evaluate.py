@@ -32,9 +32,9 @@ def assert_same_figures(case, count, **options):
         return [place_model(model) for model in models]
 
     def work(models):
-        model, dense = models
+        model, original = models
         domain = DomainConfig(name="a", source=documents(seed=4))
-        evaluation = evaluate(model, tokenizer(), [domain], dense, seq_length=24, num_samples=6, **options)
+        evaluation = evaluate(model, tokenizer(), [domain], original, seq_length=24, num_samples=6, **options)
         return figures_in(evaluation.to_dict())
 
     assert_same_on_gpus(work, make, count, place)

@@ -118,9 +118,9 @@ def test_a_loaded_teacher_is_on_as_many_devices_as_the_student(tmp_path, count):
 @pytest.mark.slow
 @pytest.mark.parametrize("place", [on_one_gpu, on_two_gpus], ids=["one device", "two devices"])
 def test_a_recovery_with_a_trimmed_vocabulary_trains_the_same(place):
-    dense, reader = real_text_model()
+    original, reader = real_text_model()
     pruner = StructPruner(config(widths={"vocab": 320}, seq_length=48, num_samples=8))
-    pruned = pruner.prune_model(deepcopy(dense), reader)
+    pruned = pruner.prune_model(deepcopy(original), reader)
 
     def work(models):
         student, teacher = models
@@ -128,7 +128,7 @@ def test_a_recovery_with_a_trimmed_vocabulary_trains_the_same(place):
         recovered = recovery.recover_model(student, pruner.result.tokenizer, teacher, teacher_tokenizer=reader)
         return weights(recovered)
 
-    assert_same_on_gpus(work, lambda: (deepcopy(pruned), deepcopy(dense)), 2, place, tolerance=1e-3)
+    assert_same_on_gpus(work, lambda: (deepcopy(pruned), deepcopy(original)), 2, place, tolerance=1e-3)
 
 
 def training_rows():

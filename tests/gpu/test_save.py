@@ -46,12 +46,14 @@ MIXED = {
 @pytest.mark.parametrize("place", ["cpu", "disk", MIXED], ids=["cpu", "disk", "one layer on the CPU, one on cuda:1"])
 def test_an_offloaded_model_is_saved_and_reloads(tmp_path, place):
     def offload(model):
-        model.save_pretrained(tmp_path / "dense")
+        model.save_pretrained(tmp_path / "original")
         device_map = place
         if place is not MIXED:
             device_map = layer_device_map(model.config, "cuda:0", place)
         folder = tmp_path / "offloaded"
-        return AutoModelForCausalLM.from_pretrained(tmp_path / "dense", device_map=device_map, offload_folder=folder)
+        return AutoModelForCausalLM.from_pretrained(
+            tmp_path / "original", device_map=device_map, offload_folder=folder
+        )
 
     count = 2 if place is MIXED else 1
     assert_same_on_gpus(prune_and_save(tmp_path / "small"), lambda: build("llama-untied"), count, offload)

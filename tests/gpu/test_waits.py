@@ -50,8 +50,8 @@ SIZE = 50
 def aligned_batch(count):
     """Return an alignment, and the arguments of `divergence` for a text.
 
-    The text has `count` dense tokens that the divergence counts. The arguments are the logits of the pruned and of
-    the dense model, and the rows and nodes of the text.
+    The text has `count` original tokens that the divergence counts. The arguments are the logits of the pruned and of
+    the original model, and the rows and nodes of the text.
     """
     generator = torch.Generator().manual_seed(0)
     spellings = [(token,) for token in range(SIZE)]
@@ -65,21 +65,21 @@ def aligned_batch(count):
     counted_tokens = torch.tensor([token for token in aligned[1:] if token.row >= 0])
 
     logits = torch.randn(len(counted_tokens), SIZE, generator=generator)
-    dense_logits = torch.randn(count, len(spellings), generator=generator)
-    return alignment, logits, dense_logits, counted_tokens[:, 1], counted_tokens[:, 2]
+    original_logits = torch.randn(count, len(spellings), generator=generator)
+    return alignment, logits, original_logits, counted_tokens[:, 1], counted_tokens[:, 2]
 
 
 @pytest.mark.parametrize("count", [40, 400])
 def test_the_divergence_across_vocabularies_copies_indices_once(count):
-    alignment, logits, dense_logits, rows, nodes = aligned_batch(count)
-    expected = aligned_divergence(alignment, logits, dense_logits, rows, nodes)
+    alignment, logits, original_logits, rows, nodes = aligned_batch(count)
+    expected = aligned_divergence(alignment, logits, original_logits, rows, nodes)
 
     with simulated_gpus() as gpus:
         logits = logits.cuda()
-        dense_logits = dense_logits.cuda()
-        first = aligned_divergence(alignment, logits, dense_logits, rows, nodes)
+        original_logits = original_logits.cuda()
+        first = aligned_divergence(alignment, logits, original_logits, rows, nodes)
         copies_of_first = gpus.copies_in(ALIGNMENT)
-        second = aligned_divergence(alignment, logits, dense_logits, rows, nodes)
+        second = aligned_divergence(alignment, logits, original_logits, rows, nodes)
 
         assert_same(first, expected)
         assert_same(second, expected)
@@ -88,7 +88,7 @@ def test_the_divergence_across_vocabularies_copies_indices_once(count):
         assert copies_of_first <= 4
         assert gpus.copies_in(ALIGNMENT) - copies_of_first == 1
 
-        aligned_divergence(alignment, logits, dense_logits, rows.cuda(), nodes.cuda())
+        aligned_divergence(alignment, logits, original_logits, rows.cuda(), nodes.cuda())
         assert gpus.waits_in(ALIGNMENT) == 1
 
 

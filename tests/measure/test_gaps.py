@@ -31,10 +31,10 @@ def build_for_real_text(case):
     return random_model(auto, model_type, fields | sizes)
 
 
-def compare(model, reader, dense, dense_reader):
+def compare(model, reader, original, original_reader):
     """Return the evaluation of a model against an original one, and the ratio of perplexities in each domain."""
     evaluation = evaluate(
-        model, reader, KINDS, dense=dense, dense_tokenizer=dense_reader, seq_length=48, num_samples=8
+        model, reader, KINDS, original=original, original_tokenizer=original_reader, seq_length=48, num_samples=8
     )
     domains = evaluation.domains
     assert domains.keys() == {"math", "prose"}

@@ -204,7 +204,7 @@ def test_vectors_are_computed_after_the_prompt_of_the_model(default, expected, t
     embeddings = Embeddings(model, {"a": texts}, reader, languages=False)
     start = pooling.prompt_tokens(reader)
     prompt = reader.decode(reader(expected)["input_ids"][:start]).strip()
-    for text, vector in zip(texts, embeddings.dense[0]["a"], strict=True):
+    for text, vector in zip(texts, embeddings.original[0]["a"], strict=True):
         ids = reader(expected + text, return_tensors="pt")["input_ids"]
         assert 0 < start < ids.shape[1]
         assert reader.decode(ids[0, :start]).strip() == prompt
@@ -227,9 +227,9 @@ def test_an_encoder_decoder_has_the_vector_of_its_decoder():
 
 
 def test_scaled_vectors_lose_nothing():
-    dense = random_vectors(30)
+    original = random_vectors(30)
     further = random_vectors(20, seed=1)
-    figures = embedding_figures(3 * dense, dense, further, further)
+    figures = embedding_figures(3 * original, original, further, further)
 
     assert figures.texts == 30
     assert figures.neighbours.pruned == 1
@@ -238,27 +238,27 @@ def test_scaled_vectors_lose_nothing():
 
 
 def test_few_texts_have_no_neighbours():
-    dense = random_vectors(20)
-    figures = embedding_figures(dense, dense, dense[:0], dense[:0])
+    original = random_vectors(20)
+    figures = embedding_figures(original, original, original[:0], original[:0])
 
     assert figures.neighbours is None
     assert figures.cosine.pruned == pytest.approx(1)
 
 
 def test_vectors_with_fewer_channels_have_neighbours_but_no_cosine():
-    dense = random_vectors(30)
-    figures = embedding_figures(dense[:, :8], dense, dense[:0, :8], dense[:0])
+    original = random_vectors(30)
+    figures = embedding_figures(original[:, :8], original, original[:0, :8], original[:0])
 
     assert figures.cosine is None
     assert 0 < figures.neighbours.pruned < 1
 
 
 def test_a_reversed_vector_is_reported_as_a_loss():
-    dense = random_vectors(30)
+    original = random_vectors(30)
     further = random_vectors(20, seed=1)
-    vectors = dense.clone()
+    vectors = original.clone()
     vectors[0] = -vectors[0]
-    figures = embedding_figures(vectors, dense, further, further)
+    figures = embedding_figures(vectors, original, further, further)
 
     assert figures.cosine.pruned == pytest.approx(28 / 30)
     assert figures.cosine_worst.pruned == pytest.approx(-1)
@@ -268,8 +268,8 @@ def test_a_reversed_vector_is_reported_as_a_loss():
 
 
 def test_unrelated_vectors_share_neighbours_by_chance_only():
-    dense = random_vectors(500, seed=3)
-    figures = embedding_figures(random_vectors(500, seed=2), dense, dense[:0], dense[:0])
+    original = random_vectors(500, seed=3)
+    figures = embedding_figures(random_vectors(500, seed=2), original, original[:0], original[:0])
 
     by_chance = NUM_NEIGHBOURS / 499
     assert figures.neighbours.pruned == pytest.approx(by_chance, abs=4 * figures.neighbours.margin)
@@ -297,10 +297,10 @@ def figures_of_random_vectors(num_documents, texts_per_document, generator):
 
     centres = repeat(torch.randn(num_documents, 32, generator=generator))
     losses = repeat(torch.randn(num_documents, 32, generator=generator))
-    dense = centres + torch.randn(num_documents * texts_per_document, 32, generator=generator)
+    original = centres + torch.randn(num_documents * texts_per_document, 32, generator=generator)
     amounts = repeat(torch.rand(num_documents, 1, generator=generator))
     numbers = repeat(torch.arange(num_documents)).tolist()
-    return embedding_figures(dense + amounts * losses, dense, dense[:0], dense[:0], numbers)
+    return embedding_figures(original + amounts * losses, original, original[:0], original[:0], numbers)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Single layers see the same activations as the whole model, and error feedback follows the dense residual stream."""
+"""Single layers see the same activations as the whole model, and error feedback follows the original stream."""
 
 import pytest
 import torch
@@ -166,7 +166,7 @@ def test_noise_shows_the_norm_after_a_module(case, plus):
     source = InMemory(model, arch, [Batch(0, token_ids())], error_feedback=0.25)
     source.find_other_path = Norm.after_module
     source.hidden = [hidden + 0.5 for hidden in source.hidden]
-    source.advance_dense(0, ["mlp"])
+    source.advance_original(0, ["mlp"])
 
     space = mlp_space(arch, 0)
     consumer = space.consumers[0].module
@@ -176,7 +176,7 @@ def test_noise_shows_the_norm_after_a_module(case, plus):
     torch.testing.assert_close(path.weight, norm.weight.detach() + plus, rtol=1e-2, atol=1e-2)
 
     ((moments,),) = source.moments(0, space, True)
-    error = 0.25 * (source.dense[0] - source.output(0, 0)).flatten(0, 1)
+    error = 0.25 * (source.original[0] - source.output(0, 0)).flatten(0, 1)
     inputs = []
     products = []
     with observe(model, [consumer], lambda _, x: inputs.append(x)), torch.no_grad():
@@ -197,10 +197,10 @@ def test_noise_shows_the_norm_after_a_module(case, plus):
 def test_error_feedback_is_off_if_no_consumer_can_correct_an_error(case, share):
     model = build(case)
     source = InMemory(model, describe(model), [Batch(0, token_ids())], error_feedback=0.5)
-    source.advance_dense(0, ["mlp"])
+    source.advance_original(0, ["mlp"])
 
     assert source.error_feedback == share
-    assert (source.dense[0] is source.hidden[0]) == (share == 0)
+    assert (source.original[0] is source.hidden[0]) == (share == 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -208,9 +208,9 @@ def test_moments_hold_the_error_of_the_residual_stream(dtype):
     model = build("granite").to(dtype)
     arch = describe(model)
     source = InMemory(model, arch, [Batch(0, token_ids())], error_feedback=0.25)
-    dense_output = source.output(0, 0)
+    original_output = source.output(0, 0)
     source.hidden = [hidden + 0.5 for hidden in source.hidden]
-    source.advance_dense(0, ["mlp"])
+    source.advance_original(0, ["mlp"])
 
     space = mlp_space(arch, 0)
     ((moments,),) = source.moments(0, space, True)
@@ -220,7 +220,7 @@ def test_moments_hold_the_error_of_the_residual_stream(dtype):
         inputs.append(x.float().flatten(0, 1))
 
     with observe(model, [space.consumers[0].module], record):
-        error = 0.25 * (dense_output - source.output(0, 0)).float().flatten(0, 1) / 0.7
+        error = 0.25 * (original_output - source.output(0, 0)).float().flatten(0, 1) / 0.7
 
     torch.testing.assert_close(moments.error_mean, error.mean(0), rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(moments.error_cross, error.T @ inputs[0] / len(error), rtol=1e-2, atol=1e-2)
@@ -250,7 +250,7 @@ def test_the_gain_does_not_depend_on_the_size_of_a_batch():
 
 
 def test_error_feedback_changes_all_layers_but_the_first():
-    """The first layer sees the dense residual stream, which has no error."""
+    """The first layer sees the original residual stream, which has no error."""
     model = build("llama-tied")
     corrected = prune_model(model, config(error_feedback=0.5), tokenizer())
     plain = prune_model(model, config(error_feedback=0.0), tokenizer())
@@ -261,8 +261,8 @@ def test_error_feedback_changes_all_layers_but_the_first():
     assert not torch.allclose(last, plain_last)
 
 
-def test_each_round_follows_the_dense_residual_stream():
-    """The masks and refits of the first round do not change the dense outputs that the second round aims at."""
+def test_each_round_follows_the_original_residual_stream():
+    """The masks and refits of the first round do not change the original outputs that the second round aims at."""
     model = build("llama-tied")
     one_round = prune_model(model, config(widths={"mlp": 39}, rounds=1), tokenizer())
     two_rounds = prune_model(model, config(widths={"mlp": 39}, rounds=2), tokenizer())

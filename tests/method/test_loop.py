@@ -15,8 +15,8 @@ from optimum_structprune.arch.modules import layer_list
 from optimum_structprune.method.shrink import Masks, read_consumer
 
 
-def change_and_check(masks, axis, dense, turn):
-    """Mask every other column of a consumer, change its other values, and check that its dense values are stored."""
+def change_and_check(masks, axis, original, turn):
+    """Mask every other column of a consumer, change its other values, and check that its old values are stored."""
     weight, bias = read_consumer(masks.model, axis)
     columns = torch.arange(0, weight.shape[1], 2)
     if bias is not None:
@@ -27,37 +27,37 @@ def change_and_check(masks, axis, dense, turn):
     assert (masked_weight[:, 1::2] == 0).all()
     assert (masked_weight[:, 0] != 0).any()
 
-    stored_weight, stored_bias = masks.dense(axis)
-    dense_weight, dense_bias = read_consumer(dense, axis)
-    assert torch.equal(stored_weight, dense_weight)
-    if dense_bias is None:
+    stored_weight, stored_bias = masks.original(axis)
+    original_weight, original_bias = read_consumer(original, axis)
+    assert torch.equal(stored_weight, original_weight)
+    if original_bias is None:
         assert stored_bias is None
     else:
-        assert torch.equal(stored_bias, dense_bias)
+        assert torch.equal(stored_bias, original_bias)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", ["llama-tied", "llama-bias", "gpt2-tied", "mixtral", "gpt_oss"])
 def test_masks_are_undone_exactly(case, dtype):
     model = build(case).to(dtype)
-    dense = deepcopy(model)
+    original = deepcopy(model)
     arch = describe(model)
     masks = Masks(model, arch)
     axes = [axis for space in arch.spaces if space.inside for axis in space.consumers]
 
-    # The second change does not store the values of the first change as dense.
+    # The second change does not store the values of the first change as original.
     for turn in (1, 2):
         for axis in axes:
-            change_and_check(masks, axis, dense, turn)
-    assert not same_weights(model, dense)
+            change_and_check(masks, axis, original, turn)
+    assert not same_weights(model, original)
 
     masks.undo_(nullcontext)
-    assert same_weights(model, dense)
-    assert dict(model.named_parameters()).keys() == dict(dense.named_parameters()).keys()
-    assert torch.equal(logits(model), logits(dense))
+    assert same_weights(model, original)
+    assert dict(model.named_parameters()).keys() == dict(original.named_parameters()).keys()
+    assert torch.equal(logits(model), logits(original))
 
     masks.undo_(nullcontext)
-    assert same_weights(model, dense), "a second undo restores nothing"
+    assert same_weights(model, original), "a second undo restores nothing"
 
 
 def test_no_layer_runs_with_a_graph():

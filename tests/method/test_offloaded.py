@@ -58,8 +58,8 @@ def build_offloaded(case, place, folder):
         size = sum(tensor.nbytes for tensor in model.parameters())
         settings["device_map"] = "auto"
         settings["max_memory"] = {"cpu": size - layer_size // 2}
-    model.save_pretrained(folder / "dense", max_shard_size="20KB")
-    return AutoModelForCausalLM.from_pretrained(folder / "dense", **settings).eval()
+    model.save_pretrained(folder / "original", max_shard_size="20KB")
+    return AutoModelForCausalLM.from_pretrained(folder / "original", **settings).eval()
 
 
 def prune_in_place(model, **fields):
@@ -150,7 +150,7 @@ def test_a_gpu_holds_weights_from_the_disk_once():
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     model = build_offloaded("llama-untied", "disk", tmp_path)
-    for file in (tmp_path / "dense").glob("*.safetensors"):
+    for file in (tmp_path / "original").glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:100])
 
     with pytest.raises(StructPruneError, match=r"offloaded .*model\.layers\.0.* cannot be read"):
@@ -184,12 +184,12 @@ def test_a_replaced_layer_is_freed_at_once(place, tmp_path):
 def test_text_of_two_lengths_is_measured_as_in_memory(tmp_path):
     texts = {"a": Text(list(token_ids(4, 24))), "unseen": Text(list(token_ids(3, 40)))}
 
-    def dense_losses(model):
+    def original_losses(model):
         measured = measure_all(model, texts, arch=describe(model))
         return {name: torch.cat(losses.loss) for name, losses in measured.items()}
 
-    expected = dense_losses(build("llama-untied"))
-    losses = dense_losses(build_offloaded("llama-untied", "disk", tmp_path))
+    expected = original_losses(build("llama-untied"))
+    losses = original_losses(build_offloaded("llama-untied", "disk", tmp_path))
 
     assert losses.keys() == expected.keys()
     for name, domain_losses in expected.items():

@@ -190,19 +190,19 @@ def test_layers_that_transformers_does_not_load_are_removed_from_the_config():
 
 
 def test_a_single_warning_names_all_options_without_effect():
-    dense = ModelInfo.of(build("llama-tied"))
+    original = ModelInfo.of(build("llama-tied"))
     message = "have no effect here: round_to=8, because .*; keep_tokens='a', because"
     with pytest.warns(UserWarning, match=message) as recorded_warnings:
-        resolve_request(unread_config(round_to=8, keep_tokens="a"), dense, use=DRY_RUN)
+        resolve_request(unread_config(round_to=8, keep_tokens="a"), original, use=DRY_RUN)
     assert len(recorded_warnings) == 1
 
 
 def test_options_with_an_effect_raise_no_warning():
-    dense = ModelInfo.of(build("llama-tied"))
+    original = ModelInfo.of(build("llama-tied"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        resolve_request(unread_config(error_feedback=0.2), dense, use=DRY_RUN)
-        resolve_request(unread_config(sparsity=0.2, round_to=8, rounds=2), dense, use=DRY_RUN)
+        resolve_request(unread_config(error_feedback=0.2), original, use=DRY_RUN)
+        resolve_request(unread_config(sparsity=0.2, round_to=8, rounds=2), original, use=DRY_RUN)
 
 
 # An option, its value, other fields of the config, and whether the option changes the pruned model.

@@ -152,7 +152,7 @@ def test_a_partly_pruned_model_cannot_be_saved(place, kind, inplace, monkeypatch
 
 def test_a_model_without_some_experts_cannot_be_saved_after_a_later_error(monkeypatch, tmp_path):
     """The masks of units are undone, but the experts are removed already."""
-    monkeypatch.setattr(InMemory, "advance_dense", failing(InMemory.advance_dense, 2, RuntimeError("stop")))
+    monkeypatch.setattr(InMemory, "advance_original", failing(InMemory.advance_original, 2, RuntimeError("stop")))
     model = build("mixtral")
 
     with pytest.raises(InPlaceError, match="load it again"):

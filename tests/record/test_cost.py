@@ -184,7 +184,7 @@ def test_each_device_of_a_spread_model_needs_its_part_of_a_copy(monkeypatch):
         check([pruning + 3 * 10**6, pruning + 6 * 10**6])
 
 
-def test_a_recovery_needs_a_copy_of_the_dense_model(monkeypatch):
+def test_a_recovery_needs_a_copy_of_the_original_model(monkeypatch):
     model = build("llama-tied")
     info = ModelInfo(describe(model), model, model.device)
     plain = PruningRequest(config(recovery=None), info)

@@ -102,20 +102,20 @@ def test_the_mean_of_figures_without_a_margin_has_no_margin():
 
 def test_a_perplexity_and_its_margin_follow_from_the_losses():
     torch.manual_seed(0)
-    dense = torch.rand(40, dtype=torch.float64)
-    pruned = dense + torch.rand(40, dtype=torch.float64)
+    original = torch.rand(40, dtype=torch.float64)
+    pruned = original + torch.rand(40, dtype=torch.float64)
 
-    result = perplexity_result({"original": dense, "pruned": pruned}, 400)
+    result = perplexity_result({"original": original, "pruned": pruned}, 400)
 
-    ratio = float((pruned - dense).mean().exp())
-    assert result.perplexity.original == pytest.approx(float(dense.mean().exp()))
+    ratio = float((pruned - original).mean().exp())
+    assert result.perplexity.original == pytest.approx(float(original.mean().exp()))
     assert result.perplexity.ratio == pytest.approx(ratio)
-    assert result.perplexity.margin == pytest.approx(ratio * margin_of_error(pruned - dense))
+    assert result.perplexity.margin == pytest.approx(ratio * margin_of_error(pruned - original))
     assert result.tokens == 400
     assert result.documents == 40
 
     single = perplexity_result({"pruned": pruned}, 400).perplexity
     assert single.margin == pytest.approx(float(pruned.mean().exp()) * margin_of_error(pruned))
 
-    wide = perplexity_result({"original": dense, "pruned": pruned}, 400, spread=0.5)
+    wide = perplexity_result({"original": original, "pruned": pruned}, 400, spread=0.5)
     assert wide.perplexity.margin > result.perplexity.margin

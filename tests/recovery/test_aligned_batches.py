@@ -19,11 +19,11 @@ from optimum_structprune.vocabulary.token_alignment import TokenAlignment
 @pytest.fixture(scope="module")
 def trimmed():
     """Return a model, its tokenizer, the model with fewer tokens, and the trimmed tokenizer."""
-    dense, reader = real_text_model()
+    original, reader = real_text_model()
     settings = config(widths={"vocab": 320}, seq_length=48, num_samples=8)
     pruner = StructPruner(settings)
-    student = pruner.prune_model(dense, reader)
-    return dense, reader, student, pruner.result.tokenizer
+    student = pruner.prune_model(original, reader)
+    return original, reader, student, pruner.result.tokenizer
 
 
 def make_features(tokenizer, count=6, length=40):
@@ -61,8 +61,8 @@ def trainer_for(student, tokenizer, rows, folder, **settings):
 
 
 def test_batches_keep_the_students_tokens_and_add_the_teachers(trimmed):
-    dense, reader, student, tokenizer = trimmed
-    alignment = TokenAlignment.between(dense, reader, student, tokenizer)
+    original, reader, student, tokenizer = trimmed
+    alignment = TokenAlignment.between(original, reader, student, tokenizer)
     collator = AlignedCollator(plain_collator, alignment, reader, tokenizer)
     rows = make_features(tokenizer)
     batch = collator(rows)
@@ -87,8 +87,8 @@ def test_batches_keep_the_students_tokens_and_add_the_teachers(trimmed):
 
 
 def test_a_row_may_begin_inside_a_document_or_have_no_tokens(trimmed):
-    dense, reader, student, tokenizer = trimmed
-    alignment = TokenAlignment.between(dense, reader, student, tokenizer)
+    original, reader, student, tokenizer = trimmed
+    alignment = TokenAlignment.between(original, reader, student, tokenizer)
     ids = torch.tensor([row["input_ids"] for row in make_features(tokenizer, 2)])
     positions = torch.arange(40).expand_as(ids).clone()
     positions[:, :10] += 7
@@ -114,11 +114,11 @@ def test_a_row_may_begin_inside_a_document_or_have_no_tokens(trimmed):
 
 
 def test_the_loss_is_the_divergence_from_the_teachers_tokens(trimmed, tmp_path):
-    dense, reader, student, tokenizer = trimmed
-    alignment = TokenAlignment.between(dense, reader, student, tokenizer)
+    original, reader, student, tokenizer = trimmed
+    alignment = TokenAlignment.between(original, reader, student, tokenizer)
     rows = make_features(tokenizer, 4)
     trainer = trainer_for(student, tokenizer, rows, tmp_path)
-    attach_teacher(trainer, dense, teacher_tokenizer=reader)
+    attach_teacher(trainer, original, teacher_tokenizer=reader)
     batch = trainer.data_collator(rows)
     student.eval()
     loss = trainer.compute_loss(student, dict(batch))
@@ -130,14 +130,14 @@ def test_the_loss_is_the_divergence_from_the_teachers_tokens(trimmed, tmp_path):
             length = len(row["input_ids"])
             width = teacher_length(batch, number)
             logits = student(torch.tensor([row["input_ids"]])).logits[0, :-1]
-            dense_logits = dense(batch["teacher_input_ids"][number, None, :width]).logits[0, :-1]
+            original_logits = original(batch["teacher_input_ids"][number, None, :width]).logits[0, :-1]
             is_taught = batch["teacher_labels"][number, 1:width] != -100
             aligned_rows = batch["align_rows"][number, 1:length]
             is_counted = aligned_rows >= 0
             divergence = aligned_divergence(
                 alignment,
                 logits[is_counted],
-                dense_logits[is_taught],
+                original_logits[is_taught],
                 aligned_rows[is_counted],
                 batch["align_nodes"][number, 1:length][is_counted],
             )
@@ -169,12 +169,12 @@ def test_rows_of_packed_documents_are_numbered_consecutively():
 
 
 def test_a_trimmed_student_learns_from_its_teacher(trimmed, tmp_path):
-    dense, reader, student, tokenizer = trimmed
+    original, reader, student, tokenizer = trimmed
     rows = make_features(tokenizer, 8)
     trainer = trainer_for(
         student, tokenizer, rows, tmp_path, max_steps=15, learning_rate=3e-3, logging_steps=1, save_strategy="no"
     )
-    attach_teacher(trainer, dense, teacher_tokenizer=reader)
+    attach_teacher(trainer, original, teacher_tokenizer=reader)
 
     original_divergence = trainer.evaluate()["eval_kl"]
     trainer.train()
@@ -186,7 +186,7 @@ import sys
 import torch
 
 torch.set_num_threads(1)
-dense, student, folder = sys.argv[1:]
+original, student, folder = sys.argv[1:]
 
 from recovery.test_aligned_batches import make_features, trainer_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -195,7 +195,7 @@ from optimum_structprune import attach_teacher
 tokenizer = AutoTokenizer.from_pretrained(student)
 model = AutoModelForCausalLM.from_pretrained(student)
 trainer = trainer_for(model, tokenizer, make_features(tokenizer, 11), folder, per_device_eval_batch_size=2)
-attach_teacher(trainer, dense)
+attach_teacher(trainer, original)
 metrics = trainer.evaluate()
 print(f"kl={metrics['eval_kl']}")
 """
@@ -204,11 +204,11 @@ print(f"kl={metrics['eval_kl']}")
 @pytest.mark.slow
 def test_samples_that_fill_the_last_batch_are_not_counted(trimmed, tmp_path):
     """Two processes with batches of two evaluate eleven samples, and repeat one."""
-    dense, reader, student, tokenizer = trimmed
-    save_with_tokenizer(dense, tmp_path / "dense", reader)
+    original, reader, student, tokenizer = trimmed
+    save_with_tokenizer(original, tmp_path / "original", reader)
     save_with_tokenizer(student, tmp_path / "student", tokenizer)
 
-    arguments = [tmp_path / "dense", tmp_path / "student", tmp_path]
+    arguments = [tmp_path / "original", tmp_path / "student", tmp_path]
     (expected,) = printed_divergences(on_one_rank(EVALUATION, tmp_path, *arguments))
     results = printed_divergences(on_two_ranks(EVALUATION, tmp_path, *arguments).stdout)
     assert results == pytest.approx([expected, expected], rel=2e-6)

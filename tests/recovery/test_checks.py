@@ -236,10 +236,10 @@ def draw_tokens(data):
 @given(data=st.data())
 def test_a_teacher_is_refused_if_an_id_means_another_token(data):
     """A teacher is compatible only if the student's tokens are a subset of its tokens in the same order."""
-    dense = build("llama-tied")
+    original = build("llama-tied")
     teacher_tokens, student_tokens = draw_tokens(data)
-    teacher, teacher_reader = with_tokens(dense, tokenizer(), teacher_tokens)
-    student, student_reader = with_tokens(dense, tokenizer(), student_tokens)
+    teacher, teacher_reader = with_tokens(original, tokenizer(), teacher_tokens)
+    student, student_reader = with_tokens(original, tokenizer(), student_tokens)
     original_teacher = deepcopy(teacher)
     with torch.no_grad():
         student.model.norm.weight.mul_(2)  # a teacher with the weights of the student is refused
@@ -321,6 +321,6 @@ def test_a_teacher_whose_base_model_has_a_generic_signature_is_supported():
 
 
 def test_a_compiled_teacher_is_unwrapped():
-    dense = build("llama-tied")
-    compiled = torch.compile(dense, backend="eager")
-    assert load_teacher(compiled, build("llama-tied", seed=1), tokenizer()).model is dense
+    original = build("llama-tied")
+    compiled = torch.compile(original, backend="eager")
+    assert load_teacher(compiled, build("llama-tied", seed=1), tokenizer()).model is original

@@ -36,13 +36,13 @@ FULL = {"train": "full", "lora": {}}
 @pytest.mark.slow
 @needs_shared
 def test_recovery_closes_most_of_the_gap_on_a_trained_model(tmp_path, monkeypatch):
-    dense, words = stories_model()
+    original, words = stories_model()
     monkeypatch.setattr(StructPruneConfig, "holdout", 0.5)  # for more precise measurements
     pruning = stories_config()
-    pruned = prune_model(dense, pruning, words)
+    pruned = prune_model(original, pruning, words)
     # A training on fewer tokens is measured on fewer stories.
     recovery = Recovery(RecoveryConfig(tokens=52_000, training={"learning_rate": 3e-3}), pruning)
-    recovered = recovery.recover_model(pruned, words, dense)
+    recovered = recovery.recover_model(pruned, words, original)
     report = recovery.report
 
     for name, share in (("stories", 0.6), ("answers", 0.8), ("validation text", 1.0)):
@@ -55,7 +55,7 @@ def test_recovery_closes_most_of_the_gap_on_a_trained_model(tmp_path, monkeypatc
     assert report.seconds > 0
 
     assert recovered is pruned
-    assert type(recovered) is type(dense)
+    assert type(recovered) is type(original)
     recovery.save(recovered, tmp_path / "out", words)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert reloaded.config.intermediate_size == 96
@@ -317,15 +317,15 @@ def test_too_little_training_text_is_refused_before_the_pruning():
 
 
 def test_the_languages_of_a_recovered_model_are_measured_again(tmp_path):
-    dense, words = real_text_model()
-    result = StructPruner(config(widths={"mlp": 800}, languages=("en",))).prune(dense, words)
+    original, words = real_text_model()
+    result = StructPruner(config(widths={"mlp": 800}, languages=("en",))).prune(original, words)
     result.save(tmp_path / "pruned")
     recovery = Recovery(recovery_config(training={"learning_rate": 1e-3}), pruned=tmp_path / "pruned")
 
     # Another teacher, so that even a short training is a gain.
     with torch.no_grad():
-        dense.get_output_embeddings().weight.mul_(4)
-    recovered = recovery.recover_model(result.model, words, dense)
+        original.get_output_embeddings().weight.mul_(4)
+    recovered = recovery.recover_model(result.model, words, original)
     recovery.save(recovered, tmp_path / "out", words)
 
     before = Report.load(tmp_path / "pruned" / REPORT_NAME).languages["en"].cost

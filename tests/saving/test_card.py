@@ -56,15 +56,15 @@ def tables(text: str) -> dict[str, list[list[str]]]:
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
-    """Save a dense model with a card, and two pruned models: `slim`, and `uneven` with different widths by layer."""
+    """Save an original model with a card, and two pruned models: `slim`, and `uneven` with other widths by layer."""
     folder = tmp_path_factory.mktemp("cards")
-    build("llama-tied").save_pretrained(folder / "dense")
-    (folder / "dense" / "README.md").write_text("---\nlicense: other\nlicense_name: artistic\n---\nA model.\n")
+    build("llama-tied").save_pretrained(folder / "original")
+    (folder / "original" / "README.md").write_text("---\nlicense: other\nlicense_name: artistic\n---\nA model.\n")
 
     domains = [DomainConfig("a", documents(240)), DomainConfig("b", documents(240, seed=1), weight=3.0)]
     for name, fields in (("slim", {}), ("uneven", {"widths": {"mlp": [20, 30]}})):
         pruner = StructPruner(config(domains=domains, num_samples=240, **fields))
-        pruned = pruner.prune_model(AutoModelForCausalLM.from_pretrained(folder / "dense"), tokenizer())
+        pruned = pruner.prune_model(AutoModelForCausalLM.from_pretrained(folder / "original"), tokenizer())
         pruner.save(pruned, folder / name, tokenizer())
     return folder
 
@@ -79,10 +79,10 @@ def test_the_card_agrees_with_the_records(desk):
     assert card.data.base_model is None
 
     rows = tables(card.text)
-    dense = report.original.parameters
+    original = report.original.parameters
     pruned = report.pruned.parameters
     assert rows["Size"][2] == ["FFN channels per layer", "40", "24", "-40.0%"]
-    assert rows["Size"][3] == ["parameters", f"{dense:,}", f"{pruned:,}", f"{pruned / dense - 1:+.1%}"]
+    assert rows["Size"][3] == ["parameters", f"{original:,}", f"{pruned:,}", f"{pruned / original - 1:+.1%}"]
     assert "FFN channels: 40 → 24 (-40.0%) in each of 2 layers." in card.text
 
     loss_rows = []
@@ -224,17 +224,17 @@ def card_of(result, place, words):
     """Return the card of a result in which some words replace every name and text from outside the package."""
     name = f"of {words}".replace("/", ":").replace("\0", "")
     folder = shutil.copytree(result, Path(place, name))
-    dense = Path(place, f"dense {name}")
-    dense.mkdir()
+    original = Path(place, f"original {name}")
+    original.mkdir()
     metadata = yaml.safe_dump({"license": "other", "license_name": words, "base_model": name})
-    (dense / "README.md").write_text(f"---\n{metadata}---\n")
-    replace_text(dense / LIST_NAME, to_json({"files": {"README.md": ""}}))
+    (original / "README.md").write_text(f"---\n{metadata}---\n")
+    replace_text(original / LIST_NAME, to_json({"files": {"README.md": ""}}))
 
     answer = Answer(words, right=True, loops=False, stopped=True)
     questions = [AnsweredQuestion(words, words, {"original": answer, words: answer})]
     domains = {words: TextResult(results.figure(1.5), tokens=9, documents=90)}
     report = Report.load(folder / "report.json")
-    report.model.name = str(dense)
+    report.model.name = str(original)
     report.answers = AnswersResult(questions)
     report.domains = domains
     report.trimmed = TrimResult(9, 0.1, {words: 3}, unreadable={words: 1}, scripts={words: 1})
@@ -248,8 +248,8 @@ def card_of(result, place, words):
     evaluation.save(folder / "evaluation.json")
 
     timing = Timing([1.0], 1.0, Spread(1.0, 1.0, 1.0))
-    timings = {words: {"dense": timing, words: timing}}
-    memory = {words: {"dense": 2, words: 1}}
+    timings = {words: {"original": timing, words: timing}}
+    memory = {words: {"original": 2, words: 1}}
     Speed(timings, timings, memory, 1, 1, 1, words, words, words).save(folder / "speed.json")
 
     manifest = Manifest.load(folder)
@@ -298,7 +298,7 @@ def test_markup_in_names_and_texts_of_others_is_escaped(desk, markup_of_plain_wo
 
 @pytest.fixture
 def card_with_metadata(desk, tmp_path):
-    """Return a function that makes the card of a result whose dense model has this YAML in its card."""
+    """Return a function that makes the card of a result whose original model has this YAML in its card."""
     out = shutil.copytree(desk / "slim", tmp_path / "out")
     report = Report.load(out / "report.json")
     report.model.name = str(tmp_path)
@@ -311,7 +311,7 @@ def card_with_metadata(desk, tmp_path):
     return make
 
 
-def test_lists_in_the_card_of_the_dense_model_are_copied(card_with_metadata):
+def test_lists_in_the_card_of_the_original_model_are_copied(card_with_metadata):
     card = ModelCard(card_with_metadata("license: [mit, apache-2.0]\nlanguage: [de, en]"))
     assert card.data.language == ["de", "en"]
     assert card.data.license == ["mit", "apache-2.0"]
@@ -320,7 +320,7 @@ def test_lists_in_the_card_of_the_dense_model_are_copied(card_with_metadata):
     compile(snippet, "snippet", "exec")
 
 
-def test_a_short_dense_card_with_nested_references_makes_no_long_card(card_with_metadata):
+def test_a_short_original_card_with_nested_references_makes_no_long_card(card_with_metadata):
     # Each line of the YAML names the previous line nine times.
     lines = ["x0: &x0 [a]"]
     for number in range(1, 8):

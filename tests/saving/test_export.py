@@ -37,9 +37,9 @@ def test_the_records_of_the_pruning_are_exported(pruner, folder, tmp_path):
 
     out = tmp_path / "out"
     padding = export_uniform(model, out)
-    assert padding.dense == pruner.result.report.original.parameters
+    assert padding.original == pruner.result.report.original.parameters
     added = padding.after - padding.before
-    share = added / (padding.dense - padding.before)
+    share = added / (padding.original - padding.before)
     assert f"adds {added:,} zero parameters" in str(padding)
     assert f"{share:.1%} of the parameters that pruning had removed" in str(padding)
 
@@ -67,11 +67,11 @@ def test_an_export_can_be_replaced_without_records_or_with_records_of_another_pr
     for text in ("{}", '{"parameters": 5}', '{"parameters": {"before": "many"}}', "[]", "no JSON"):
         (folder / "report.json").write_text(text)
         padding = export_uniform(saved_model, out, overwrite=True)
-        assert padding.dense is None
+        assert padding.original is None
         assert "pruning had removed" not in str(padding)
 
     unsaved_model = pruner.result.model
     for _ in range(2):
         padding = export_uniform(unsaved_model, out, overwrite=True)
-        assert padding.dense is None
+        assert padding.original is None
     assert not (out / "report.json").exists()

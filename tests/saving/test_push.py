@@ -271,13 +271,13 @@ def test_pushed_files_do_not_name_folders_of_this_machine(hub, tmp_path, monkeyp
     write_texts(home / "near.jsonl", documents(60))
     write_texts(home / "texts" / "far.jsonl", documents(60))
     (home / "keep.txt").write_text("w5\n")
-    build("llama-tied").save_pretrained(home / "dense")
+    build("llama-tied").save_pretrained(home / "original")
     monkeypatch.chdir(home)
 
     domains = [DomainConfig("a", "near.jsonl"), DomainConfig("b", str(home / "texts" / "far.jsonl"))]
     pruner = StructPruner(config(domains=domains, keep_tokens=str(home / "keep.txt")))
-    dense = AutoModelForCausalLM.from_pretrained(home / "dense")
-    pruner.save(pruner.prune_model(dense, tokenizer()), home / "out", tokenizer())
+    original = AutoModelForCausalLM.from_pretrained(home / "original")
+    pruner.save(pruner.prune_model(original, tokenizer()), home / "out", tokenizer())
 
     manifest = json.loads((home / "out" / "calibration_manifest.json").read_text())
     sources = [entry["origin"]["source"] for entry in manifest["domains"] if entry["origin"]]

@@ -1,4 +1,4 @@
-"""A folder appears only once it is complete, with the other files of the dense model, and survives a failure."""
+"""A folder appears only once it is complete, with the other files of the original model, and survives a failure."""
 
 import json
 import logging
@@ -192,7 +192,7 @@ def test_the_check_reloads_each_part_of_a_model_with_its_attention(tmp_path, mon
     assert reloaded.config.vision_config._attn_implementation == "eager"
 
 
-# --- files of the dense model that a result copies, and files that it only names or ignores
+# --- files of the original model that a result copies, and files that it only names or ignores
 COPIED = {
     "preprocessor_config.json": "{}",
     "processor_config.json": "{}",
@@ -214,20 +214,20 @@ COPIED = {
 }
 NAMED = ("onnx/model.onnx", "original/consolidated.pth", "modeling_odd.py")
 IGNORED = ("pytorch_model.bin", "flax_model.msgpack", "model.safetensors.index.json", "README.md", ".gitattributes")
-TEXT_OF_DENSE_FILES = "the text of a dense file"
+TEXT_OF_ORIGINAL_FILES = "the text of an original file"
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Save a pruned model whose dense folder has files of every kind, and return the messages of the save too."""
+    """Save a pruned model whose original folder has files of every kind, and return the messages of the save too."""
     folder = tmp_path_factory.mktemp("copy_extra_files")
-    build("llama-tied").save_pretrained(folder / "dense")
-    put_into(folder / "dense", dict.fromkeys(NAMED + IGNORED, TEXT_OF_DENSE_FILES))
-    put_into(folder / "dense", COPIED)
+    build("llama-tied").save_pretrained(folder / "original")
+    put_into(folder / "original", dict.fromkeys(NAMED + IGNORED, TEXT_OF_ORIGINAL_FILES))
+    put_into(folder / "original", COPIED)
 
     pruner = StructPruner(config(domains=[DomainConfig("a", documents(60))]))
-    dense = AutoModelForCausalLM.from_pretrained(folder / "dense", use_safetensors=True)
-    pruned = pruner.prune_model(dense, tokenizer())
+    original = AutoModelForCausalLM.from_pretrained(folder / "original", use_safetensors=True)
+    pruned = pruner.prune_model(original, tokenizer())
 
     messages = []
     handler = logging.Handler()
@@ -250,7 +250,7 @@ def test_files_of_every_kind_are_copied_or_named(saved):
         assert not (out / name).exists()
 
     assert not (out / "pytorch_model.bin").exists()
-    assert TEXT_OF_DENSE_FILES not in (out / "README.md").read_text()
+    assert TEXT_OF_ORIGINAL_FILES not in (out / "README.md").read_text()
 
 
 def test_copied_files_are_part_of_the_result(saved):
@@ -276,19 +276,19 @@ def test_copied_files_are_part_of_the_result(saved):
 def test_other_forms_of_the_vocabulary_are_copied_only_for_all_tokens(tmp_path):
     forms = {"tokenizer.model", "vocab.json", "merges.txt", "vocabulary.tiktoken", "unigram.json"}
     plain_files = {"LICENSE", "normalizer.json"}
-    for kind, size in (("dense", 96), ("same", 96), ("smaller", 64)):
+    for kind, size in (("original", 96), ("same", 96), ("smaller", 64)):
         put_into(tmp_path / kind, {"config.json": json.dumps({"text_config": {"vocab_size": size}})})
-    put_into(tmp_path / "dense", dict.fromkeys(forms | plain_files, "text"))
+    put_into(tmp_path / "original", dict.fromkeys(forms | plain_files, "text"))
 
     for kind, reader, copied_forms in (("same", None, forms), ("smaller", WhisperTokenizer(), set())):
-        copy_extra_files(SimpleNamespace(name_or_path=tmp_path / "dense"), tmp_path / kind, reader)
+        copy_extra_files(SimpleNamespace(name_or_path=tmp_path / "original"), tmp_path / kind, reader)
         names = {path.name for path in (tmp_path / kind).iterdir()}
         assert names & forms == copied_forms
         assert names >= plain_files
 
 
 def test_files_that_cannot_be_copied_are_named_and_copies_have_the_same_bytes(tmp_path, caplog):
-    source = tmp_path / "dense"
+    source = tmp_path / "original"
     out = tmp_path / "out"
     put_into(source, {"modules.json": COPIED["modules.json"], "1_Pooling/config.json": b"\xff\xfe\x00"})
     (source / "LICENSE").symlink_to("nowhere")
@@ -305,7 +305,7 @@ def test_files_that_cannot_be_copied_are_named_and_copies_have_the_same_bytes(tm
 
 
 def test_modules_after_a_narrower_model_get_its_width_or_are_named(tmp_path, caplog):
-    source = tmp_path / "dense"
+    source = tmp_path / "original"
     out = tmp_path / "out"
     files = {
         "modules.json": COPIED["modules.json"],
@@ -335,7 +335,7 @@ def test_modules_after_a_narrower_model_get_its_width_or_are_named(tmp_path, cap
 
 def test_modules_that_read_tokens_get_the_number_of_tokens_and_their_new_ids(tmp_path):
     model = build("bert")
-    model.save_pretrained(tmp_path / "dense")
+    model.save_pretrained(tmp_path / "original")
     splade_name = "1_SpladePooling/config.json"
     mask_name = "2_MultiVectorMask/config.json"
     files = {
@@ -343,9 +343,9 @@ def test_modules_that_read_tokens_get_the_number_of_tokens_and_their_new_ids(tmp
         splade_name: '{"pooling_strategy": "max", "word_embedding_dimension": 96}',
         mask_name: '{"skiplist_words": [], "keep_only_token_ids": [\n  2,\n  80, 95\n ]}',
     }
-    put_into(tmp_path / "dense", files)
+    put_into(tmp_path / "original", files)
     model.config.vocab_size = 64
-    model.name_or_path = str(tmp_path / "dense")
+    model.name_or_path = str(tmp_path / "original")
     model.config.save_pretrained(tmp_path / "out")
 
     copy_extra_files(model, tmp_path / "out", None, kept_tokens=(*range(62), 80, 95))
@@ -372,15 +372,15 @@ def test_transformers_5_reads_the_same_config(case, rope, tmp_path):
     options = deepcopy(fields)
     if rope:
         options["rope_parameters"] = rope
-    dense_config = AutoConfig.for_model(model_type, **options)
-    dense_config.save_pretrained(tmp_path)
+    original_config = AutoConfig.for_model(model_type, **options)
+    original_config.save_pretrained(tmp_path)
 
-    make_portable(tmp_path / "config.json", type(dense_config))
+    make_portable(tmp_path / "config.json", type(original_config))
 
     reloaded = AutoConfig.from_pretrained(tmp_path).to_dict()
     fields_of_folder = {"_name_or_path": "", "dtype": reloaded["dtype"]}
     reloaded.update(fields_of_folder)
-    assert reloaded | dense_config.to_dict() | fields_of_folder == reloaded
+    assert reloaded | original_config.to_dict() | fields_of_folder == reloaded
 
     # Gemma 4 is unknown to transformers 4, and its class in transformers 5 would store keys of transformers 4.
     saved_fields = json.loads((tmp_path / "config.json").read_text())
@@ -412,15 +412,15 @@ def test_transformers_4_knows_the_tokenizer_and_fields_of_this_machine_are_remov
 
 # --- plans, reports and manifests belong to the model that they describe
 def test_every_model_is_saved_with_the_records_of_its_own_run(tmp_path):
-    dense_models = [build("llama-tied", seed) for seed in (0, 1)]
+    original_models = [build("llama-tied", seed) for seed in (0, 1)]
     other_text = [DomainConfig("c", documents())]
     pruners = [StructPruner(config(refit="none")), StructPruner(config(refit="none", domains=other_text))]
     runs = []
-    for dense, pruner in product(dense_models, pruners):
-        runs.append((dense, pruner.prune(dense, tokenizer())))
+    for original, pruner in product(original_models, pruners):
+        runs.append((original, pruner.prune(original, tokenizer())))
 
     for number in (1, 3, 0, 2):
-        dense, result = runs[number]
+        original, result = runs[number]
         folder = tmp_path / str(number)
         result.save(folder)
 
@@ -429,36 +429,37 @@ def test_every_model_is_saved_with_the_records_of_its_own_run(tmp_path):
         assert Manifest.load(folder) == result.manifest
 
         plan = Plan.load(folder / PLAN_NAME)
-        assert same_weights(without_refit(dense, plan), result.model)
+        assert same_weights(without_refit(original, plan), result.model)
         assert plan.sizes["mlp"] == 40
-        for dense_of_run, result_of_run in runs:
-            assert (plan.dense == fingerprint(dense_of_run)) == (dense_of_run is dense)
-            assert plan.dense != fingerprint(result_of_run.model)
+        for original_of_run, result_of_run in runs:
+            assert (plan.original == fingerprint(original_of_run)) == (original_of_run is original)
+            assert plan.original != fingerprint(result_of_run.model)
 
     result.save(tmp_path / "copy", model=deepcopy(result.model))
     assert Plan.load(tmp_path / "copy" / PLAN_NAME) == plan
 
-    # The plan of a second pruning belongs to the once pruned model, and both plans together belong to the dense model.
+    # The plan of a second pruning belongs to the once pruned model, and both plans together belong to the original
+    # model.
     second = prune(result.model, config(widths={"mlp": 12}), tokenizer())
-    assert second.plan.dense == fingerprint(result.model)
+    assert second.plan.original == fingerprint(result.model)
     assert second.plan.sizes["mlp"] == 24
-    assert plan.then(second.plan).dense == fingerprint(dense)
+    assert plan.then(second.plan).original == fingerprint(original)
 
 
 def test_a_pruner_saves_only_the_model_of_its_last_run(tmp_path):
     pruner = StructPruner(config(refit="none"))
-    dense = build("llama-tied")
-    first = pruner.prune_model(dense, tokenizer())
-    last = pruner.prune_model(dense, tokenizer())
+    original = build("llama-tied")
+    first = pruner.prune_model(original, tokenizer())
+    last = pruner.prune_model(original, tokenizer())
     assert pruner.result.model is last
 
     unused_pruner = StructPruner(config())
-    for saver, model in ((pruner, dense), (pruner, first), (pruner, deepcopy(last)), (unused_pruner, last)):
+    for saver, model in ((pruner, original), (pruner, first), (pruner, deepcopy(last)), (unused_pruner, last)):
         with pytest.raises(StructPruneError, match="is not the model that prune_model returned last"):
             saver.save(model, tmp_path / "out")
 
     with pytest.raises(StructPruneError, match="does not have the shapes of the pruned model"):
-        pruner.result.save(tmp_path / "out", model=dense)
+        pruner.result.save(tmp_path / "out", model=original)
     assert not list(tmp_path.iterdir())
 
 

@@ -47,13 +47,13 @@ def assert_unchanged(model, original):
 
 
 @torch.no_grad()
-def divergences(model, dense_logits, batches):
-    """Return the KL(dense‖model) of each domain over every fourth token, by forward passes of all layers."""
+def divergences(model, original_logits, batches):
+    """Return the KL(original‖model) of each domain over every fourth token, by forward passes of all layers."""
     by_domain = {}
-    for batch, dense in zip(batches, dense_logits, strict=True):
+    for batch, original in zip(batches, original_logits, strict=True):
         log_probabilities = model(batch.ids).logits[:, ::STRIDE].log_softmax(-1)
-        dense_log_probabilities = dense[:, ::STRIDE].log_softmax(-1)
-        terms = kl_div(log_probabilities, dense_log_probabilities, log_target=True, reduction="none")
+        original_log_probabilities = original[:, ::STRIDE].log_softmax(-1)
+        terms = kl_div(log_probabilities, original_log_probabilities, log_target=True, reduction="none")
         by_domain.setdefault(batch.domain, []).append(terms.sum(-1).flatten())
     return torch.stack([torch.cat(values).mean() for values in by_domain.values()])
 
@@ -65,7 +65,7 @@ def test_a_probe_from_a_middle_layer_measures_the_same_losses_as_all_layers(case
     original = deepcopy(model)
     arch = describe(model)
     batches = [Batch(0, token_ids(3, 12, 1)), Batch(1, token_ids(2, 12, 2)), Batch(1, token_ids(2, 7, 3))]
-    dense_logits = [model(batch.ids).logits for batch in batches]
+    original_logits = [model(batch.ids).logits for batch in batches]
 
     data = data_of(config(error_feedback=0.0), random_domains())
     masks = Masks(model, arch)
@@ -84,7 +84,7 @@ def test_a_probe_from_a_middle_layer_measures_the_same_losses_as_all_layers(case
             assert_unchanged(model, original)
             with masks.holding(values):
                 losses = probe.losses()
-                torch.testing.assert_close(losses, divergences(model, dense_logits, batches), atol=1e-6, rtol=1e-3)
+                torch.testing.assert_close(losses, divergences(model, original_logits, batches), atol=1e-6, rtol=1e-3)
 
         source.advance(layer)
         probe.advance()

@@ -100,7 +100,7 @@ def test_the_final_pruning_is_judged_on_text_that_chose_no_size():
     uses_before = {pair for pair in manifest_before.uses().items() if pair[0] not in probe_documents}
     assert uses_before.issubset(result.manifest.uses().items())
 
-    # The dense model has the same weights, and its manifest has no new text.
+    # The original model has the same weights, and its manifest has no new text.
     for name, tensor in model.state_dict().items():
         assert torch.equal(weights_before[name], tensor)
     assert Manifest.seen_by(model) is manifest_before
@@ -116,10 +116,10 @@ def test_tokens_are_removed_in_place_and_their_trials_share_the_weights():
     kept_tokens = result.plan.keep[MODEL, VOCAB]
     assert len(kept_tokens) == model.config.vocab_size < len(reader)
 
-    # The trials have removed rows too, but the remaining rows still are rows of the dense model.
-    dense_model, _ = real_text_model()
-    dense_rows = dense_model.get_input_embeddings().weight
-    assert torch.equal(model.get_input_embeddings().weight, dense_rows[list(kept_tokens)])
+    # The trials have removed rows too, but the remaining rows still are rows of the original model.
+    original_model, _ = real_text_model()
+    original_rows = original_model.get_input_embeddings().weight
+    assert torch.equal(model.get_input_embeddings().weight, original_rows[list(kept_tokens)])
 
 
 def test_the_loss_of_an_encoder_is_ten_times_the_distance_of_its_cosine_from_1():

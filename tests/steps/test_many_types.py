@@ -141,8 +141,8 @@ NAMES = [f"{model_type} {auto.removeprefix('AutoModel')}".strip() for auto, mode
 @torch.no_grad()
 def test_a_trimmed_model_reloads_and_computes_the_same_for_kept_tokens(auto, model_type, fields, tmp_path):
     reader = real_text_model()[1]
-    random_model(getattr(transformers, auto), model_type, fields).save_pretrained(tmp_path / "dense")
-    model = getattr(transformers, auto).from_pretrained(tmp_path / "dense").eval()
+    random_model(getattr(transformers, auto), model_type, fields).save_pretrained(tmp_path / "original")
+    model = getattr(transformers, auto).from_pretrained(tmp_path / "original").eval()
     pruner = StructPruner(fewer_tokens())
     pruner.save(pruner.prune_model(model, reader), tmp_path / "small")
     reloaded = type(model).from_pretrained(tmp_path / "small").eval()

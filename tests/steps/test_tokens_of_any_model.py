@@ -112,8 +112,8 @@ for case in MULTIMODAL:
 @torch.no_grad()
 def test_a_trimmed_model_reloads_and_predicts_kept_tokens_as_before(name, model_type, fields, shapes, tmp_path):
     model = model_of(name, model_type, fields)
-    model.save_pretrained(tmp_path / "dense")  # transformers sets some rows of paddings to 0 when it loads
-    model = type(model).from_pretrained(tmp_path / "dense").eval()
+    model.save_pretrained(tmp_path / "original")  # transformers sets some rows of paddings to 0 when it loads
+    model = type(model).from_pretrained(tmp_path / "original").eval()
 
     pruner = StructPruner(fewer_tokens())
     pruner.save(pruner.prune_model(model, READER), tmp_path / "small")
@@ -124,11 +124,11 @@ def test_a_trimmed_model_reloads_and_predicts_kept_tokens_as_before(name, model_
     extra_inputs = {kind: torch.randn(shape) for kind, shape in shapes.items()}
     keep = torch.tensor(pruner.result.plan.keep[-1, "vocab"])
     ids = pruner.result.tokenizer("The sum of 17 and 25 is 42, of course.", return_tensors="pt")["input_ids"]
-    dense = outputs(model, keep[ids], extra_inputs)
+    original = outputs(model, keep[ids], extra_inputs)
     small = outputs(reloaded, ids, extra_inputs)
 
-    output = next(name for name in ("logits", "logits_per_image", "last_hidden_state") if name in dense)
-    expected = dense[output]
+    output = next(name for name in ("logits", "logits_per_image", "last_hidden_state") if name in original)
+    expected = original[output]
     if expected.shape[-1] == 400:
         expected = expected[..., keep]
     torch.testing.assert_close(small[output], expected)
@@ -138,7 +138,7 @@ def test_a_trimmed_model_reloads_and_predicts_kept_tokens_as_before(name, model_
         assert has_remark == (output == "logits")
 
 
-def trim_whisper(dense, small):
+def trim_whisper(original, small):
     """Save a Whisper model in one folder, trim it into another on the command line, and return the original model."""
     _, reader = real_text_model(900)
     reader.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|de|>", "<|transcribe|>", "<|notimes|>"]})
@@ -157,8 +157,8 @@ def trim_whisper(dense, small):
         max_length=20,
     )
 
-    save_with_tokenizer(model, dense, reader)
-    command = f"prune {dense} {small} --target vocab --budget parameters=0.8 --languages en,de"
+    save_with_tokenizer(model, original, reader)
+    command = f"prune {original} {small} --target vocab --budget parameters=0.8 --languages en,de"
     assert main(command.split()) == 0
     return model
 
@@ -166,7 +166,7 @@ def trim_whisper(dense, small):
 @pytest.mark.slow
 def test_a_trimmed_whisper_writes_the_same_text(tmp_path):
     folder = tmp_path / "small"
-    model = trim_whisper(tmp_path / "dense", folder)
+    model = trim_whisper(tmp_path / "original", folder)
     german, _, no_times = range(901, 904)
     reloaded = type(model).from_pretrained(folder)
     reader = AutoTokenizer.from_pretrained(folder)
@@ -190,11 +190,11 @@ def test_a_trimmed_whisper_writes_the_same_text(tmp_path):
 
 @pytest.mark.slow
 def test_commands_and_the_card_of_whisper_omit_layers_and_evaluation(tmp_path, capsys):
-    dense = tmp_path / "dense"
+    original = tmp_path / "original"
     folder = tmp_path / "small"
-    trim_whisper(dense, folder)
+    trim_whisper(original, folder)
 
-    assert main(["inspect", str(dense)]) == 0
+    assert main(["inspect", str(original)]) == 0
     assert " layers, " not in capsys.readouterr().out, "the layers are not described"
 
     card = (folder / "README.md").read_text()
@@ -202,7 +202,7 @@ def test_commands_and_the_card_of_whisper_omit_layers_and_evaluation(tmp_path, c
     assert "structprune evaluate" not in card
     assert "in the layers" not in card
 
-    assert main(f"evaluate {folder} --against {dense} --text builtin:prose --seq-length 24".split()) == 2
+    assert main(f"evaluate {folder} --against {original} --text builtin:prose --seq-length 24".split()) == 2
     assert "reads input_features, and only models of text can be evaluated" in capsys.readouterr().err
 
 
@@ -293,21 +293,21 @@ def test_only_the_vocabulary_of_an_undescribed_model_can_be_pruned():
 
 
 def test_tokens_that_sentence_transformers_uses_are_kept(tmp_path):
-    dense = tmp_path / "dense"
+    original = tmp_path / "original"
     scores = "1_LogitScore/config.json"
-    model_of("Qwen3ForCausalLM", "qwen3", GROUPED | {"tie_word_embeddings": False}).save_pretrained(dense)
-    assert model_class(AutoConfig.from_pretrained(dense)) is AutoModelForCausalLM
-    put_into(dense, {"modules.json": '[{"path": ""}, {"path": "1_LogitScore"}]'})
-    assert model_class(AutoConfig.from_pretrained(dense)) is transformers.AutoModel
+    model_of("Qwen3ForCausalLM", "qwen3", GROUPED | {"tie_word_embeddings": False}).save_pretrained(original)
+    assert model_class(AutoConfig.from_pretrained(original)) is AutoModelForCausalLM
+    put_into(original, {"modules.json": '[{"path": ""}, {"path": "1_LogitScore"}]'})
+    assert model_class(AutoConfig.from_pretrained(original)) is transformers.AutoModel
 
     prompts = {"query": READER.decode([390, 392, 394]), "document": ""}
-    put_into(dense, {TASK: '{"transformer_task": "text-generation"}', PROMPTS: json.dumps({"prompts": prompts})})
-    put_into(dense, {scores: '{"true_token_id": 397, "false_token_id": 399}'})
-    reranker_class = model_class(AutoConfig.from_pretrained(dense))
+    put_into(original, {TASK: '{"transformer_task": "text-generation"}', PROMPTS: json.dumps({"prompts": prompts})})
+    put_into(original, {scores: '{"true_token_id": 397, "false_token_id": 399}'})
+    reranker_class = model_class(AutoConfig.from_pretrained(original))
     assert reranker_class is AutoModelForCausalLM, "a reranker reads the logits of its head"
 
     pruner = StructPruner(fewer_tokens())
-    pruner.save(pruner.prune_model(reranker_class.from_pretrained(dense), READER), tmp_path / "small")
+    pruner.save(pruner.prune_model(reranker_class.from_pretrained(original), READER), tmp_path / "small")
     keep = pruner.result.plan.keep[-1, "vocab"]
     settings = json.loads((tmp_path / "small" / scores).read_text())
     assert keep[settings["true_token_id"]] == 397
@@ -317,8 +317,8 @@ def test_tokens_that_sentence_transformers_uses_are_kept(tmp_path):
 
 def test_a_checkpoint_without_an_unused_pooler_loads(tmp_path):
     model = transformers.BertModel(model_of("BertModel", "bert", PLAIN).config, add_pooling_layer=False)
-    save_with_tokenizer(model, tmp_path / "dense", READER)
-    command = f"prune {tmp_path / 'dense'} {tmp_path / 'small'} --width vocab=320 --num-samples 8 --seq-length 48"
+    save_with_tokenizer(model, tmp_path / "original", READER)
+    command = f"prune {tmp_path / 'original'} {tmp_path / 'small'} --width vocab=320 --num-samples 8 --seq-length 48"
 
     assert main(command.split()) == 0
     assert transformers.BertModel.from_pretrained(tmp_path / "small").config.vocab_size == 320
@@ -452,10 +452,10 @@ PER_TOKEN = {"llama-untied": 2 * 32, "phi": 2 * 32 + 1, "bert": 32 + 1, "bart": 
 def assert_same_outputs(model, small, keep, atol=0.0):
     """Compare the outputs of both models for random kept tokens."""
     ids = torch.randint(len(keep), (2, 12), generator=torch.Generator().manual_seed(1))
-    dense = outputs_of(run_model(model, torch.tensor(keep)[ids]))
-    if dense.shape[-1] == VOCAB:
-        dense = dense[..., keep]
-    torch.testing.assert_close(outputs_of(run_model(small, ids)), dense, atol=atol, rtol=0)
+    original = outputs_of(run_model(model, torch.tensor(keep)[ids]))
+    if original.shape[-1] == VOCAB:
+        original = original[..., keep]
+    torch.testing.assert_close(outputs_of(run_model(small, ids)), original, atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("case", FAMILIES)

@@ -192,7 +192,7 @@ def test_rows_without_a_token_are_removed_first_unless_a_config_names_them(tmp_p
     model.resize_token_embeddings(464)  # as embeddings are padded for kernels
     model.config.pad_token_id = 463
     model.generation_config.eos_token_id = [2, 450]
-    save_with_tokenizer(model, tmp_path / "dense", READER)
+    save_with_tokenizer(model, tmp_path / "original", READER)
 
     for number in (448, 402, 330):
         pruner, small = prune(model, widths={"vocab": number})
@@ -205,7 +205,7 @@ def test_rows_without_a_token_are_removed_first_unless_a_config_names_them(tmp_p
         assert {463, 2, 450} <= set(keep)
         assert_predicts_like_original(pruner, small, model)
 
-        spellings = load_teacher(tmp_path / "dense", small, pruner.result.tokenizer).alignment.spellings
+        spellings = load_teacher(tmp_path / "original", small, pruner.result.tokenizer).alignment.spellings
         assert len(spellings) == 464
         assert [spellings[token] for token in keep] == [(new,) for new in range(number)]
 
@@ -391,7 +391,7 @@ def test_a_packed_model_and_a_resumed_run_lose_the_same_tokens(tmp_path, monkeyp
 @pytest.mark.slow
 def test_the_original_model_teaches_in_its_own_tokens_during_a_run_and_later(tmp_path):
     model = text_model()
-    save_with_tokenizer(model, tmp_path / "dense", READER)
+    save_with_tokenizer(model, tmp_path / "original", READER)
     texts = list(map(str, documents(200)))
     training = recovery_config(domains=[DomainConfig(name="a", source=texts)])
     fields = {"recovery": training, "widths": {"vocab": 320, "mlp": 24}}
@@ -411,7 +411,7 @@ def test_the_original_model_teaches_in_its_own_tokens_during_a_run_and_later(tmp
 
     # No folder has a tokenizer for a model in memory, but the run remembers the tokenizer of `model`.
     keep = kept_tokens(pruner)
-    for teacher, teacher_tokenizer in ((tmp_path / "dense", None), (model, None), (unknown, READER)):
+    for teacher, teacher_tokenizer in ((tmp_path / "original", None), (model, None), (unknown, READER)):
         loaded = load_teacher(teacher, small, pruner.result.tokenizer, teacher_tokenizer)
         assert [loaded.alignment.spellings[token] for token in keep] == [(new,) for new in range(320)]
         assert same_weights(loaded.model, model)
@@ -442,7 +442,7 @@ def test_a_training_of_rows_resumes_after_a_kill(tmp_path, monkeypatch):
     assert not same_weights(uninterrupted, small)
 
 
-def test_both_models_are_measured_on_the_same_text_per_dense_token():
+def test_both_models_are_measured_on_the_same_text_per_original_token():
     model = text_model()
     pruner, small = prune(model, widths={"vocab": 320, "mlp": 24})
 

@@ -64,9 +64,9 @@ def test_a_folder_that_only_looks_like_a_result_is_not_replaced(tmp_path):
         with pytest.raises(StructPruneError, match="is not a result of structprune"):
             Output(tmp_path, True).check()
 
-    build("llama-tied").save_pretrained(tmp_path / "dense")
+    build("llama-tied").save_pretrained(tmp_path / "original")
     with pytest.raises(StructPruneError, match="not a result"):
-        Output(tmp_path / "dense", True).check()
+        Output(tmp_path / "original", True).check()
 
 
 @pytest.mark.parametrize("spelling", [".", "", "..", "../out", "deep/..", "../link", "../../{}", "{}/./"])

@@ -78,10 +78,10 @@ def test_a_ratio_without_any_loss_has_a_margin():
 
 
 def test_a_ratio_for_other_kinds_of_text_has_a_wider_margin():
-    dense_losses = torch.randn(12, dtype=torch.float64)
+    original_losses = torch.randn(12, dtype=torch.float64)
     numbers = torch.arange(12)
     for increase in (0.1, 0.5):
-        losses = {"original": dense_losses, "pruned": dense_losses + increase}
+        losses = {"original": original_losses, "pruned": original_losses + increase}
         margin = perplexity_result(losses, 12, numbers, 0.0).perplexity.margin
         wider_margin = perplexity_result(losses, 12, numbers, KINDS_DIFFER).perplexity.margin
 

@@ -293,8 +293,8 @@ def test_every_id_in_a_config_keeps_its_row_and_name_and_other_numbers_do_not_ch
     b = data.draw(ids_up_to(max(rows, 400) - 1))
 
     model = random_model(AutoModelForCausalLM, "llama", GROUPED | {"vocab_size": rows})
-    dense_weights = torch.randn(rows, model.config.hidden_size)
-    model.get_input_embeddings().weight.data = dense_weights.clone()
+    original_weights = torch.randn(rows, model.config.hidden_size)
+    model.get_input_embeddings().weight.data = original_weights.clone()
     set_fields(model.config, CONFIG_FIELDS, a, b, number)
     set_fields(model.generation_config, generation_fields, a, b, number)
 
@@ -312,7 +312,7 @@ def test_every_id_in_a_config_keeps_its_row_and_name_and_other_numbers_do_not_ch
         if old_id >= rows:
             assert new_id >= num_rows
         else:
-            assert torch.equal(weights[new_id], dense_weights[old_id])
+            assert torch.equal(weights[new_id], original_weights[old_id])
 
     assert_fields(model.config, CONFIG_FIELDS, new_a, new_b, number)
     assert_fields(model.generation_config, generation_fields, new_a, new_b, number)

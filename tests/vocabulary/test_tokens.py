@@ -131,7 +131,7 @@ kinds = pytest.mark.parametrize("kind", MAKERS)
 
 
 @lru_cache
-def dense(kind: str) -> tuple[Vocabulary, PreTrainedTokenizerFast]:
+def original(kind: str) -> tuple[Vocabulary, PreTrainedTokenizerFast]:
     """Return the vocabulary of a tokenizer of one kind, and the tokenizer."""
     backend = MAKERS[kind]()
     if kind == "wordpiece":
@@ -176,7 +176,7 @@ def random_tokens(vocabulary: Vocabulary, seed: int, share: float) -> list[int]:
 @lru_cache
 def smaller(kind: str, seed: int) -> tuple[list[int], PreTrainedTokenizerFast]:
     """Return random tokens of a tokenizer of one kind, and the tokenizer with only these tokens."""
-    vocabulary, _ = dense(kind)
+    vocabulary, _ = original(kind)
     share = (0.0, 0.3, 0.6, 0.9)[seed]
     keep = random_tokens(vocabulary, seed, share)
     return keep, vocabulary.smaller(keep)
@@ -189,21 +189,21 @@ texts = st.one_of(st.text(), st.text(LETTERS), st.lists(st.sampled_from(" ".join
 @kinds
 @settings(max_examples=100)
 @given(seed=st.integers(0, 3), text=texts)
-def test_a_smaller_tokenizer_reads_the_same_text_as_the_dense_one(kind, seed, text):
-    _, dense_reader = dense(kind)
+def test_a_smaller_tokenizer_reads_the_same_text_as_the_original_one(kind, seed, text):
+    _, original_reader = original(kind)
     keep, reader = smaller(kind, seed)
 
-    dense_ids = dense_reader(text).input_ids
+    original_ids = original_reader(text).input_ids
     ids = reader(text).input_ids
 
-    assert reader.decode(ids) == dense_reader.decode(dense_ids)
-    if set(dense_ids) <= set(keep):
-        assert [keep[token] for token in ids] == dense_ids
+    assert reader.decode(ids) == original_reader.decode(original_ids)
+    if set(original_ids) <= set(keep):
+        assert [keep[token] for token in ids] == original_ids
 
 
 @kinds
 def test_the_parts_of_a_token_spell_it_once_it_is_removed(kind):
-    vocabulary, reader = dense(kind)
+    vocabulary, reader = original(kind)
     parts = {token: vocabulary.parts(token) for token in range(vocabulary.size)}
     removable = parts.keys() - required(vocabulary)
     if kind in MERGED:
@@ -224,7 +224,7 @@ def test_the_parts_of_a_token_spell_it_once_it_is_removed(kind):
 
 @kinds
 def test_every_token_in_text_has_a_surface_and_required_parts(kind):
-    vocabulary, reader = dense(kind)
+    vocabulary, reader = original(kind)
     ids = reader("the other cats sat on naive mats", add_special_tokens=False).input_ids
     surface = "".join(map(vocabulary.surface, ids))
     assert surface.strip() == reader.decode(ids).strip()
@@ -243,7 +243,7 @@ def test_every_token_in_text_has_a_surface_and_required_parts(kind):
 
 @kinds
 def test_special_tokens_digits_bytes_and_the_tokens_of_chats_are_required(kind):
-    vocabulary, reader = dense(kind)
+    vocabulary, reader = original(kind)
     required_tokens = required(vocabulary)
     names = {reader.convert_ids_to_tokens(token) for token in required_tokens}
     assert names.issuperset(reader.all_special_tokens)
@@ -267,7 +267,7 @@ TOOL_CHAT = (
 
 
 def test_the_tokens_of_tool_calls_and_of_answers_without_thinking_are_required():
-    reader = copy.deepcopy(dense("byte level")[1])
+    reader = copy.deepcopy(original("byte level")[1])
     reader.chat_template = TOOL_CHAT
     required_tokens = required(Vocabulary.of(reader))
 
@@ -275,7 +275,7 @@ def test_the_tokens_of_tool_calls_and_of_answers_without_thinking_are_required()
     chat = [{"role": "user", "content": "0"}, call, {"role": "tool", "content": "0"}]
     ids = reader.apply_chat_template(chat, enable_thinking=False)["input_ids"]
     assert required_tokens.issuperset(ids)
-    assert not required(dense("byte level")[0]).issuperset(ids)
+    assert not required(original("byte level")[0]).issuperset(ids)
 
 
 # The special tokens of each class that has a Unigram model.
@@ -316,16 +316,16 @@ CLASSES = (
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_smaller_tokenizer_of_every_class_reloads_unchanged(name, tmp_path):
-    dense_reader = of_class(name)
-    vocabulary = Vocabulary.of(dense_reader)
+    original_reader = of_class(name)
+    vocabulary = Vocabulary.of(original_reader)
     keep = random_tokens(vocabulary, 0, 0.5)
     reader = vocabulary.smaller(keep)
-    assert len(reader) == len(keep) < len(dense_reader)
+    assert len(reader) == len(keep) < len(original_reader)
     vocabulary.check(reader, keep, TEXT)
 
     reader.save_pretrained(tmp_path)
     reloaded = AutoTokenizer.from_pretrained(tmp_path)
-    assert type(reloaded) is type(dense_reader)
+    assert type(reloaded) is type(original_reader)
     reloaded("")  # a translator has the post-processor of its output before it reads text
     assert reloaded.backend_tokenizer.to_str() == reader.backend_tokenizer.to_str()
 
@@ -342,14 +342,14 @@ def test_a_smaller_llama_tokenizer_marks_spaces_in_the_same_places(legacy):
     assert pre_tokenizer["prepend_scheme"] == {True: "always", False: "first"}[legacy]
 
 
-def test_a_smaller_tokenizer_pads_with_its_own_token_on_the_sides_of_the_dense_one():
-    _, shared_reader = dense("byte level")
-    dense_reader = copy.deepcopy(shared_reader)
-    vocabulary = Vocabulary.of(dense_reader)
-    dense_reader.padding_side = "left"
-    dense_reader.truncation_side = "left"
+def test_a_smaller_tokenizer_pads_with_its_own_token_on_the_sides_of_the_original_one():
+    _, shared_reader = original("byte level")
+    original_reader = copy.deepcopy(shared_reader)
+    vocabulary = Vocabulary.of(original_reader)
+    original_reader.padding_side = "left"
+    original_reader.truncation_side = "left"
     # This call leaves its padding in the backend.
-    dense_reader(TEXT, padding=True)
+    original_reader(TEXT, padding=True)
 
     keep = sorted(required(vocabulary))
     reader = vocabulary.smaller(keep)
@@ -358,33 +358,33 @@ def test_a_smaller_tokenizer_pads_with_its_own_token_on_the_sides_of_the_dense_o
     assert reader.backend_tokenizer.padding is None
 
     rows = reader(["the", "the cats sat there"], padding=True).input_ids
-    assert keep[rows[0][0]] == dense_reader.pad_token_id
+    assert keep[rows[0][0]] == original_reader.pad_token_id
 
 
 def test_a_smaller_tokenizer_does_not_save_other_forms_of_the_vocabulary(tmp_path):
-    _, saved_reader = dense("byte fallback")
-    saved_reader.save_pretrained(tmp_path / "dense")
-    (tmp_path / "dense" / "tokenizer.model").write_bytes(b"SentencePiece")
-    dense_reader = AutoTokenizer.from_pretrained(tmp_path / "dense")
+    _, saved_reader = original("byte fallback")
+    saved_reader.save_pretrained(tmp_path / "original")
+    (tmp_path / "original" / "tokenizer.model").write_bytes(b"SentencePiece")
+    original_reader = AutoTokenizer.from_pretrained(tmp_path / "original")
 
-    vocabulary = Vocabulary.of(dense_reader)
+    vocabulary = Vocabulary.of(original_reader)
     reader = vocabulary.smaller(sorted(required(vocabulary)))
     reader.save_pretrained(tmp_path / "smaller")
     assert not (tmp_path / "smaller" / "tokenizer.model").exists()
-    assert reader.name_or_path == dense_reader.name_or_path
+    assert reader.name_or_path == original_reader.name_or_path
 
 
 def test_a_smaller_tokenizer_keeps_named_chat_templates_and_the_tokens_of_their_text():
-    _, shared_reader = dense("byte level")
-    dense_reader = copy.deepcopy(shared_reader)
+    _, shared_reader = original("byte level")
+    original_reader = copy.deepcopy(shared_reader)
     second_template = "The other cats{{ messages[0]['content'] }}"
-    dense_reader.chat_template = {"default": CHAT, "other": second_template, "bad": "{{ 1 / 0 }}"}
-    vocabulary = Vocabulary.of(dense_reader)
-    assert required(vocabulary).issuperset(dense_reader("The other cats0").input_ids)
+    original_reader.chat_template = {"default": CHAT, "other": second_template, "bad": "{{ 1 / 0 }}"}
+    vocabulary = Vocabulary.of(original_reader)
+    assert required(vocabulary).issuperset(original_reader("The other cats0").input_ids)
 
     keep = sorted(required(vocabulary))
     reader = vocabulary.smaller(keep)
-    assert reader.chat_template == dense_reader.chat_template
+    assert reader.chat_template == original_reader.chat_template
     vocabulary.check(reader, keep, TEXT)
 
 
@@ -410,7 +410,7 @@ def test_the_required_tokens_do_not_depend_on_the_date(monkeypatch):
 
 
 def test_a_tokenizer_that_reads_or_writes_other_text_fails_the_check():
-    vocabulary, _ = dense("byte level")
+    vocabulary, _ = original("byte level")
     keep = random_tokens(vocabulary, 0, 0.5)
     reader = vocabulary.smaller(keep)
     with pytest.raises(StructPruneError, match="All tokens of a text are kept, .* returns other tokens: '<s>system"):
@@ -418,7 +418,7 @@ def test_a_tokenizer_that_reads_or_writes_other_text_fails_the_check():
 
     normalizing_reader = copy.deepcopy(reader)
     normalizing_reader.backend_tokenizer.normalizer = normalizers.Replace("Ü", "U")
-    with pytest.raises(StructPruneError, match="decodes another text than the dense one: 'Numbers"):
+    with pytest.raises(StructPruneError, match="decodes another text than the original one: 'Numbers"):
         vocabulary.check(normalizing_reader, keep, TEXT[1:])
 
     chatting_reader = copy.deepcopy(reader)
@@ -447,13 +447,13 @@ def test_slow_tokenizers_and_a_class_that_ignores_its_file_are_refused():
         vocabulary.smaller(range(vocabulary.size))
 
 
-# --- the predictions of a dense model, in the tokens of a smaller vocabulary
+# --- the predictions of an original model, in the tokens of a smaller vocabulary
 SIZE = 3
 SPELLINGS = st.lists(st.lists(st.integers(0, SIZE - 1), min_size=2, max_size=4).map(tuple), unique=True, max_size=8)
 
 
 def random_text(data, removed):
-    """Return an alignment, dense token ids, whether each of them counts, and the dense logits of counted tokens."""
+    """Return an alignment, original token ids, whether each of them counts, and their original logits."""
     spellings = [(0,), (1,), (2,)] + removed
     ids = data.draw(st.lists(st.integers(0, len(spellings) - 1), min_size=2, max_size=6))
     is_counted = [False]
@@ -461,16 +461,16 @@ def random_text(data, removed):
         is_counted.append(data.draw(st.booleans()))
 
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
-    dense_logits = torch.randn(sum(is_counted), len(spellings), generator=generator) * 3
-    return TokenAlignment(spellings, SIZE), ids, is_counted, dense_logits
+    original_logits = torch.randn(sum(is_counted), len(spellings), generator=generator) * 3
+    return TokenAlignment(spellings, SIZE), ids, is_counted, original_logits
 
 
 def next_part(spellings, chances, previous_chances, prefix, previous_spelling):
     """Compute the distribution of the next part, and the probability of any next part, by enumeration of tokens.
 
-    `chances` are the probabilities of the current dense token, whose spelling begins with `prefix`.
-    `previous_chances` are the probabilities of the dense token before it, which was read as `previous_spelling`. They
-    are None if that token does not count.
+    `chances` are the probabilities of the current original token, whose spelling begins with `prefix`.
+    `previous_chances` are the probabilities of the original token before it, which was read as `previous_spelling`.
+    They are None if that token does not count.
     """
     chance_by_part = [0.0] * SIZE
     chance_of_end = 0.0
@@ -499,13 +499,13 @@ def next_part(spellings, chances, previous_chances, prefix, previous_spelling):
 @settings(max_examples=100)
 @given(removed=SPELLINGS, data=st.data())
 def test_the_next_part_has_the_probability_of_all_words_that_continue_with_it(removed, data):
-    alignment, ids, is_counted, dense_logits = random_text(data, removed)
+    alignment, ids, is_counted, original_logits = random_text(data, removed)
     aligned = [token for token in alignment.align(ids, is_counted) if token.row >= 0]
     logits = torch.randn(len(aligned), SIZE, generator=torch.Generator().manual_seed(1))
     log_probabilities = logits.log_softmax(-1).tolist()
-    dense_probabilities = dense_logits.softmax(-1).tolist()
+    original_probabilities = original_logits.softmax(-1).tolist()
 
-    expected = torch.zeros(len(dense_logits))
+    expected = torch.zeros(len(original_logits))
     row = -1
     place = 0
     previous_chances = None
@@ -515,7 +515,7 @@ def test_the_next_part_has_the_probability_of_all_words_that_continue_with_it(re
             continue
 
         row += 1
-        chances = dense_probabilities[row]
+        chances = original_probabilities[row]
         spelling = alignment.spellings[token]
         previous_spelling = alignment.spellings[ids[position - 1]]
         for end, part in enumerate(spelling):
@@ -531,7 +531,7 @@ def test_the_next_part_has_the_probability_of_all_words_that_continue_with_it(re
 
     if aligned:
         _, rows, nodes = torch.tensor(aligned).unbind(1)
-        divergences = aligned_divergence(alignment, logits, dense_logits, rows, nodes)
+        divergences = aligned_divergence(alignment, logits, original_logits, rows, nodes)
         torch.testing.assert_close(divergences, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -541,9 +541,9 @@ def test_without_removed_tokens_the_divergence_is_the_plain_divergence():
     is_counted = [False] + [True] * 149
     _, rows, nodes = torch.tensor(alignment.align(ids, is_counted)[1:]).unbind(1)
 
-    logits, dense_logits = torch.randn(2, 149, 200)
-    divergences = aligned_divergence(alignment, logits, dense_logits, rows, nodes)
-    torch.testing.assert_close(divergences, divergence(logits, dense_logits))
+    logits, original_logits = torch.randn(2, 149, 200)
+    divergences = aligned_divergence(alignment, logits, original_logits, rows, nodes)
+    torch.testing.assert_close(divergences, divergence(logits, original_logits))
 
 
 def model_for(reader):
@@ -552,29 +552,29 @@ def model_for(reader):
 
 @kinds
 def test_text_is_spelled_by_the_parts_of_its_tokens(kind):
-    _, dense_reader = dense(kind)
+    _, original_reader = original(kind)
     keep, reader = smaller(kind, 1)
-    dense_model = model_for(dense_reader)
+    original_model = model_for(original_reader)
     model = model_for(reader)
-    alignment = TokenAlignment.between(dense_model, dense_reader, model, reader)
+    alignment = TokenAlignment.between(original_model, original_reader, model, reader)
     assert [alignment.spellings[token] for token in keep] == [(new_id,) for new_id in range(len(keep))]
 
     added_tokens = 0
     for text in TEXT:
-        dense_ids = dense_reader(text).input_ids
-        ids = [entry.token for entry in alignment.align(dense_ids, [False] * len(dense_ids))]
-        assert reader.decode(ids) == dense_reader.decode(dense_ids)
-        added_tokens += len(ids) - len(dense_ids)
+        original_ids = original_reader(text).input_ids
+        ids = [entry.token for entry in alignment.align(original_ids, [False] * len(original_ids))]
+        assert reader.decode(ids) == original_reader.decode(original_ids)
+        added_tokens += len(ids) - len(original_ids)
     assert added_tokens
 
-    rows = [dense_reader(text).input_ids for text in TEXT[:2]]
+    rows = [original_reader(text).input_ids for text in TEXT[:2]]
     labels = [torch.tensor([-100] * context + row[context:]) for row, context in zip(rows, (1, 4), strict=True)]
     text = Text([torch.tensor(row) for row in rows], labels=labels)
-    divergences = totals(measure(model, text, dense_model, alignment).kl)
+    divergences = totals(measure(model, text, original_model, alignment).kl)
     assert divergences.shape == (2,)
     assert (divergences > 0).all()
 
-    identity = TokenAlignment.between(dense_model, dense_reader, dense_model, dense_reader)
-    assert totals(measure(dense_model, text, dense_model, identity).kl).abs().max() < 1e-4
+    identity = TokenAlignment.between(original_model, original_reader, original_model, original_reader)
+    assert totals(measure(original_model, text, original_model, identity).kl).abs().max() < 1e-4
     with pytest.raises(StructPruneError, match="by the same ids they mean other tokens"):
-        TokenAlignment.between(model, reader, dense_model, dense_reader)
+        TokenAlignment.between(model, reader, original_model, original_reader)

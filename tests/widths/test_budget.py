@@ -115,13 +115,13 @@ def test_a_budget_of_bytes_counts_the_saved_weights_and_buffers(case, targets):
     """BART saves a bias of the logits as a buffer."""
     model = build(case)
     arch = describe(model)
-    dense_bytes = model_bytes(model)
-    assert dense_bytes > 4 * model.num_parameters()
+    original_bytes = model_bytes(model)
+    assert original_bytes > 4 * model.num_parameters()
 
     budget = budget_of(budget_config("bytes", 0.9, targets=targets), arch, model, targets)
 
-    assert budget.dense == dense_bytes
-    assert budget.limit == int(0.9 * dense_bytes)
+    assert budget.original == original_bytes
+    assert budget.limit == int(0.9 * original_bytes)
     for num_removed in (1, 10):
         widths = {name: arch.of(name)[0].size - num_removed for name in targets}
         assert budget.cost(widths) == model_bytes(smaller_skeleton(model, arch, widths))
@@ -184,10 +184,10 @@ def test_several_limits_are_met_at_once(case, limits):
             name: budget_of(budget_config(name, 0.5), arch, model, widths).figures(widths)[name] for name in limits
         }
 
-    dense = figures({})
+    original = figures({})
 
     def meets_limits(widths):
-        return all(figure <= limits[name] * dense[name] for name, figure in figures(widths).items())
+        return all(figure <= limits[name] * original[name] for name, figure in figures(widths).items())
 
     widths = widths_of(settings, arch, model)
 

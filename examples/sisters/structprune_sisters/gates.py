@@ -170,7 +170,7 @@ def learned_gates(
     """Train the gates of all units, and return them. Units with low gates are removed first.
 
     A gate z multiplies the inputs of the consumers of a unit by max(z, 0), with the gradient of z. Each step uses
-    some samples, in an order that depends on the seed. The loss is KL(dense‖gated) per predicted token, plus the
+    some samples, in an order that depends on the seed. The loss is KL(original‖gated) per predicted token, plus the
     terms of an augmented Lagrangian (see `Gates.penalty`), whose multipliers ascend.
 
     Returns:
@@ -295,15 +295,15 @@ def _rate(step: int, steps: int) -> float:
 
 
 def _add_divergence_gradient(model: PreTrainedModel, gates: Gates, data: CalibrationData, step: int) -> None:
-    """Set the gradient of the gates to the gradient of KL(dense‖gated) per predicted token of a step."""
+    """Set the gradient of the gates to the gradient of KL(original‖gated) per predicted token of a step."""
     num_tokens = 0
     for ids in _batches(data, step):
         with torch.no_grad():
-            dense_logits = run_model(model, ids).logits[:, :-1]
+            original_logits = run_model(model, ids).logits[:, :-1]
         with torch.enable_grad(), multiplying(model, gates.factors()):
             gated_logits = run_model(model, ids).logits[:, :-1]
         num_tokens += ids[:, 1:].numel()
-        _backward(gated_logits.flatten(0, 1), dense_logits.flatten(0, 1), step)
+        _backward(gated_logits.flatten(0, 1), original_logits.flatten(0, 1), step)
 
     gradient = gates.values.grad
     if gradient is None:
@@ -313,20 +313,20 @@ def _add_divergence_gradient(model: PreTrainedModel, gates: Gates, data: Calibra
     gates.values.grad = gradient / count.clamp(min=1)
 
 
-def _backward(gated_logits: Tensor, dense_logits: Tensor, step: int) -> None:
-    """Backpropagate the sum of KL(dense‖gated) through the gated model.
+def _backward(gated_logits: Tensor, original_logits: Tensor, step: int) -> None:
+    """Backpropagate the sum of KL(original‖gated) through the gated model.
 
     The divergence is computed for a few tokens at a time, to limit the memory for logits.
     """
     gradients = []
     gated_parts = gated_logits.detach().split(LOSS_TOKENS)
-    dense_parts = dense_logits.split(LOSS_TOKENS)
-    for gated_part, dense_part in zip(gated_parts, dense_parts, strict=True):
-        loss = divergence(gated_part.requires_grad_(), dense_part).sum()
+    original_parts = original_logits.split(LOSS_TOKENS)
+    for gated_part, original_part in zip(gated_parts, original_parts, strict=True):
+        loss = divergence(gated_part.requires_grad_(), original_part).sum()
         value = float(loss.detach())
         if not isfinite(value):
             raise StructPruneError(
-                f"The divergence from the dense model is {value:g} in step {step + 1} of the gates; "
+                f"The divergence from the original model is {value:g} in step {step + 1} of the gates; "
                 "load the model in float32 or bfloat16, or lower learning_rate in STRUCTPRUNE_GATES."
             )
         gradients += torch.autograd.grad(loss, gated_part)
@@ -429,7 +429,7 @@ def ddp(weight: Tensor, moments: Moments, columns_per_unit: int) -> Tensor:
 
     The gates are trained as in Deterministic Differentiable Pruning (Huang et al., ICML 2026, arXiv 2603.08065). A
     gate also scales its unit: `refit="folded"` multiplies the columns of a kept unit by max(z, 0), as the code of the
-    paper does. Every other refit starts from the dense weights.
+    paper does. Every other refit starts from the original weights.
     """
     assert moments.prior is not None
     return per_unit(moments.prior.to(weight), columns_per_unit) / columns_per_unit

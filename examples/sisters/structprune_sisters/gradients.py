@@ -178,7 +178,7 @@ def check_gradients(arch: ArchSpec) -> None:
     """Refuse models that do not predict the next token, and models with experts."""
     if not arch.causal or any(space.experts for space in arch.spaces):
         raise StructPruneError(
-            f"Gradients are gathered for dense models that predict the next token, not for {arch.model_type!r}; "
+            f"Gradients are gathered for original models that predict the next token, not for {arch.model_type!r}; "
             "choose criterion='obs' or 'wanda'."
         )
 

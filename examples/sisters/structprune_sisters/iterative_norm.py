@@ -149,8 +149,8 @@ def iterative_norm(weight: Tensor, moments: Moments, columns_per_unit: int) -> T
     """Return the place of each unit in the order of removal; see `removal_orders`.
 
     This is `IterativeChannelContributionHook` of NVIDIA's Model Optimizer 0.47
-    (`modelopt/torch/nas/plugins/megatron_hooks/base_hooks.py`) without the optional scaling of the dense output, and
-    with one sample at a time. Its units are channels. The formula for KV groups is our own.
+    (`modelopt/torch/nas/plugins/megatron_hooks/base_hooks.py`) without the optional scaling of the original output,
+    and with one sample at a time. Its units are channels. The formula for KV groups is our own.
     """
     assert moments.prior is not None
     return per_unit(moments.prior.to(weight), columns_per_unit) / columns_per_unit

@@ -160,7 +160,7 @@ def _correlation(covariance: Tensor, variance: Tensor, other_variance: Tensor) -
 def slope_refit(
     weight: Tensor, bias: Tensor | None, moments: Moments, keep: Tensor, damping: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Scale each output by the slope of the regression of its dense values on its pruned values.
+    """Scale each output by the slope of the regression of its original values on its pruned values.
 
     This is the regression of SlimLLM (Guo et al., ICML 2025, arXiv 2505.22689). The bias takes the intercept. Without
     a bias, the regression line passes through zero. See `optimum_structprune.method.refit.least_squares` for the
@@ -170,18 +170,18 @@ def slope_refit(
     mean = moments.mean.to(weight)
     kept_weight = weight[:, keep]
 
-    # E[dense · pruned] and E[pruned²] of each output.
+    # E[original · pruned] and E[pruned²] of each output.
     products = ((weight @ gram)[:, keep] * kept_weight).sum(1)
     squares = ((kept_weight @ submatrix(gram, keep, keep)) * kept_weight).sum(1)
     if bias is None:
         return _slopes(products, squares)[:, None] * kept_weight, None
 
-    dense_mean = weight @ mean
+    original_mean = weight @ mean
     pruned_mean = kept_weight @ mean[keep]
-    covariances = products - dense_mean * pruned_mean
+    covariances = products - original_mean * pruned_mean
     variances = squares - pruned_mean.square()
     slopes = _slopes(covariances, variances)
-    return slopes[:, None] * kept_weight, bias + dense_mean - slopes * pruned_mean
+    return slopes[:, None] * kept_weight, bias + original_mean - slopes * pruned_mean
 
 
 def _slopes(covariances: Tensor, variances: Tensor) -> Tensor:

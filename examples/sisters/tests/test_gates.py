@@ -184,12 +184,12 @@ def test_all_rounds_use_the_same_gates():
     assert pruner_of_one_round.result.plan == pruner_of_two_rounds.result.plan
 
 
-DENSE = [
+ORIGINAL = [
     case for case, (model_type, fields) in CASES.items() if model_type not in RIGID and "experts" not in str(fields)
 ]
 
 
-@pytest.mark.parametrize("case", DENSE + ["gemma4_text", "llava", "qwen3_vl"])
+@pytest.mark.parametrize("case", ORIGINAL + ["gemma4_text", "llava", "qwen3_vl"])
 def test_gates_are_learned_on_every_dense_family(case, monkeypatch):
     monkeypatch.setattr(gates, "SETTINGS", Settings(steps=3, tokens_per_step=24))
     model = build(case)
@@ -226,7 +226,9 @@ def test_a_divergence_of_nan_is_reported():
     model = build("llama-tied")
     with torch.no_grad():
         model.model.norm.weight[3] = float("nan")
-    with pytest.raises(StructPruneError, match="divergence from the dense model is nan in step 1 of the gates; load"):
+    with pytest.raises(
+        StructPruneError, match="divergence from the original model is nan in step 1 of the gates; load"
+    ):
         learn_gates(model, data_of(ddp_config()))
 
 

@@ -77,12 +77,12 @@ def test_the_model_is_unchanged_afterwards(fails, monkeypatch):
     assert count_hooks(model) == 0
 
 
-DENSE = [
+ORIGINAL = [
     case for case, (model_type, fields) in CASES.items() if model_type not in RIGID and "experts" not in str(fields)
 ]
 
 
-@pytest.mark.parametrize("case", DENSE)
+@pytest.mark.parametrize("case", ORIGINAL)
 def test_every_dense_family_has_gradients(case):
     model = build(case)
     arch = describe(model)
@@ -116,5 +116,5 @@ def test_taylor_removes_channels_without_influence_on_the_loss():
 @pytest.mark.parametrize("case", ["bert", "mixtral"])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_models_without_gradients_are_refused_before_anything_runs(case, inplace):
-    with pytest.raises(StructPruneError, match="dense models that predict the next token, not for '.*'; choose"):
+    with pytest.raises(StructPruneError, match="original models that predict the next token, not for '.*'; choose"):
         StructPruner(config(criterion="taylor")).prune_model(build(case), tokenizer(), inplace=inplace)

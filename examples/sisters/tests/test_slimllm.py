@@ -32,12 +32,12 @@ def moments_of(x: torch.Tensor) -> Moments:
     return Moments.empty(x.shape[1], gram=True).update(x)
 
 
-def regression(pruned: torch.Tensor, dense: torch.Tensor, with_intercept: bool) -> list[float]:
-    """Return the slope of the regression of dense outputs on pruned outputs, and the intercept if there is one."""
+def regression(pruned: torch.Tensor, original: torch.Tensor, with_intercept: bool) -> list[float]:
+    """Return the slope of the regression of original outputs on pruned outputs, and the intercept if there is one."""
     columns = [pruned]
     if with_intercept:
         columns.append(torch.ones_like(pruned))
-    return torch.linalg.lstsq(torch.stack(columns, 1), dense[:, None]).solution.flatten().tolist()
+    return torch.linalg.lstsq(torch.stack(columns, 1), original[:, None]).solution.flatten().tolist()
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
