@@ -49,7 +49,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *D
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
 TASKS = [ROOT / "docs" / f"{name}.md" for name in ("tour", "which_command", "vocabulary", "extending")]
 # Pages with commands for real models. Each command gets more flags, which make it fast.
-TOURS = [ROOT / "README.md", *TASKS, *GUIDES]
+TOURS = [ROOT / "README.md", ROOT / "docs" / "teacher_file.md", *TASKS, *GUIDES]
 FAST_FLAGS = {
     "prune": "--num-samples 6 --seq-length 64 --round-to 8",
     "evaluate": "--num-samples 2 --seq-length 64 --repeats 2 --prompt 8 --new-tokens 2",
@@ -90,7 +90,6 @@ def snippets_with_output(page: Path) -> list[tuple[str, str, str]]:
 RUN = ("python", "py", "bash")
 # The blocks in these and other languages that are not run here: the page, the beginning, and the reason.
 NOT_RUN = [
-    ("teacher_file.md", "structprune recover small", "takes hours; `test_cli_recover.py` runs the same commands"),
     ("tour.md", "The capital of France", "the printed answers of a real model"),
     ("evaluation.md", '{"prompt": ', "a file of questions, which a test below reads"),
     ("extending.md", "[project.entry-points", "`test_extending.py` builds the package"),

@@ -27,7 +27,7 @@ from ..system.codec import from_plain
 from ..system.disk import Output, used_paths, write_errors
 from ..system.errors import StructPruneError, one_line
 from ..system.fingerprint import fingerprint, json_hash
-from ..system.processes import is_first_rank, wait_for_all
+from ..system.processes import rank_zero_first
 from ..system.written import Record
 from .resume import differences
 from .teacher_file import TEACHER_FILE_NAME, TeacherManifest, bytes_per_token, is_teacher_file
@@ -203,13 +203,12 @@ class TeacherCache:
             tensors.update(_tensors_of(samples, f"measured.{kind}"))
         self.record.entries = data.entries  # all documents have been read now
 
-        if is_first_rank():
-            with write_errors(self.folder):
+        with rank_zero_first("the teacher cache") as first, write_errors(self.folder):
+            if first:
                 Output(self.folder).check_place(sum(tensor.nbytes for tensor in tensors.values()))
                 self.folder.mkdir(parents=True, exist_ok=True)
                 save_file(tensors, self.folder / SAMPLES_NAME)
                 self.record.save(self.folder / RECORD_NAME)
-        wait_for_all()
 
 
 def sample_settings(

@@ -1,13 +1,19 @@
 """A recovery from a teacher cache trains as with the teacher, and later recoveries need no teacher."""
 
+import os
+import signal
+import subprocess
+import sys
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from helpers import RECOVERY_TEXT, same_weights
+from helpers import RECOVERY_TEXT, on_one_rank, on_two_ranks, path_with_tests, same_weights
 from models import build, documents, full_disk, tokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from optimum_structprune import DomainConfig, Recovery, RecoveryConfig, StructPruneError, recover, write_teacher
 from optimum_structprune.recovery.teacher_cache import RECORD_NAME, SAMPLES_NAME
@@ -149,3 +155,91 @@ def test_the_call_of_recover_writes_the_cache(pruned, teacher, tmp_path):
     config = replace(CONFIG, tokens=512, answer_share=0.0, training=CONFIG.training | {"max_steps": 1})
     recover(pruned, tokenizer(), config, teacher, teacher_cache=tmp_path / "cache")
     assert TeacherManifest.load(tmp_path / "cache").teacher_sha256
+
+
+TOGETHER = """
+import os, sys
+import torch
+from dataclasses import replace
+from models import build, config, tokenizer
+from optimum_structprune import prune_model
+from recovery.test_teacher_cache import CONFIG, recovered
+from safetensors.torch import save_file
+
+torch.set_num_threads(1)
+processes = int(os.environ.get("WORLD_SIZE", 1))
+training = {
+    "learning_rate": 0.1, "optim": "sgd", "save_strategy": "no", "use_cpu": True,
+    "per_device_train_batch_size": 4 // processes, "gradient_accumulation_steps": 1,
+}
+pruned = prune_model(build("llama-tied"), config(), tokenizer())
+settings = replace(CONFIG, tokens=1024, training=training)
+model, recovery = recovered(pruned, sys.argv[1], build("llama-tied", seed=1), settings)
+if int(os.environ.get("RANK", 0)) == 0:
+    save_file({name: weight.clone() for name, weight in model.state_dict().items()}, sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_write_a_cache_and_train_from_it_as_one_process(tmp_path):
+    for name, run in (("one", on_one_rank), ("two", on_two_ranks)):
+        (tmp_path / name).mkdir()
+        run(TOGETHER, tmp_path / name, tmp_path / name / "cache", tmp_path / name / "weights")
+
+    assert TeacherManifest.load(tmp_path / "two" / "cache") == TeacherManifest.load(tmp_path / "one" / "cache")
+    weights = load_file(tmp_path / "two" / "weights")
+    for name, weight in load_file(tmp_path / "one" / "weights").items():
+        torch.testing.assert_close(weights[name], weight, atol=1e-4, rtol=0)
+
+
+KILLED = """
+import os, signal, sys
+from models import tokenizer
+from optimum_structprune import Recovery
+from recovery.test_teacher_cache import saving
+from transformers import AutoModelForCausalLM, Trainer
+
+training_step = Trainer.training_step
+
+def killed(trainer, *args, **kwargs):
+    if trainer.state.global_step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return training_step(trainer, *args, **kwargs)
+
+Trainer.training_step = killed
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+Recovery(saving(sys.argv[3])).recover_model(model, tokenizer(), teacher_cache=sys.argv[2])
+"""
+
+
+def saving(folder):
+    """Return a config that saves a checkpoint every second step."""
+    training = CONFIG.training | {"output_dir": str(folder), "save_steps": 2, "max_steps": 8}
+    return replace(CONFIG, training=training)
+
+
+@pytest.mark.slow
+def test_a_training_that_is_killed_resumes_from_the_cache_to_the_same_weights(small, teacher, tmp_path):
+    # A model from a folder has no calibration text in memory, so the cache of the other tests is refused.
+    small.save_pretrained(tmp_path / "model")
+    cache = tmp_path / "cache"
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    Recovery(CONFIG).cache_teacher(saved, tokenizer(), teacher, cache)
+    arguments = [tmp_path / "model", cache, tmp_path / "killed"]
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": path_with_tests()},
+    )
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert (tmp_path / "killed" / "checkpoint-4").is_dir()
+
+    def trained(folder, resume):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        return Recovery(saving(folder)).recover_model(model, tokenizer(), resume=resume, teacher_cache=cache)
+
+    resumed = trained(tmp_path / "killed", True)
+    assert same_weights(resumed, trained(tmp_path / "whole", False))
+    assert not same_weights(resumed, small)
