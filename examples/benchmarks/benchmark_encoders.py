@@ -28,7 +28,8 @@ Pair = tuple[str, str]
 
 def texts_of(path: Path) -> list[str]:
     """Return the texts of a file of JSON lines."""
-    return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line)["text"] for line in lines]
 
 
 def training_pairs(data: Path) -> Iterator[Pair]:
