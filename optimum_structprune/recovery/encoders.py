@@ -26,7 +26,8 @@ from ..record.report import RecoveryReport
 from ..system.errors import StructPruneError
 from ..system.stages import stage
 from .adapter import trainable
-from .heads import BothTokenizers, attach_to_head
+from .both_tokenizers import BothTokenizers
+from .heads import attach_to_head
 from .text import MAX_VALIDATION_TOKENS, TextStream, measured_tokens, text_config, validation_text
 from .training import EvaluateLastStep, ShowProgress, StopAtNaN, remove_printers, train
 
@@ -69,7 +70,10 @@ def check_encoder(model: PreTrainedModel, config: RecoveryConfig) -> None:
             "`attach_teacher(trainer, teacher)` in the Trainer of its task."
         )
     if config.train == "lora":
-        raise StructPruneError(f"`train`='lora' is for causal language models, and {name} is not one. Remove it.")
+        raise StructPruneError(
+            f"`train`='lora' is for causal language models, and {name} is not one. An adapter saves memory, which "
+            "small models do not need, so all weights are trained. Remove `train`."
+        )
     if config.prompts is not None:
         raise StructPruneError(f"`prompts` is for causal language models, and {name} is not one. Use `pairs`.")
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, kl_div, logsigmoid
 from transformers import AutoConfig, PreTrainedTokenizerBase, Trainer
@@ -22,13 +21,10 @@ from ..measure.batches import IGNORED
 from ..measure.predictions import accepted_inputs, bare_model
 from ..measure.vectors import Pooling
 from ..system.errors import StructPruneError, some_of
+from .both_tokenizers import BothTokenizers, collated, respelled, split_inputs
 from .logged_loss import LoggedLoss
-from .placement import check_device, is_sharded, place_teacher, reshard
-from .teacher import check_differs, loading_errors
-
-
-# The prefix of the teacher's inputs in a batch if the teacher has other tokens.
-TEACHER = "teacher:"
+from .placement import Placed, check_device
+from .teacher import check_differs, check_sizes, loading_errors
 
 
 def kl_of_classes(student: Tensor, teacher: Tensor) -> Tensor:
@@ -71,8 +67,8 @@ class Head(NamedTuple):
     divergence: Callable[[Tensor, Tensor], Tensor]
 
 
-# The compared outputs, by their name in the output of a model. The mean divergences of all outputs that both models
-# return are added. An output of shape `(batch, tokens, size)` has an item for each token that counts.
+# What is compared: an entry for each output of a model, by its name. The mean divergences of all outputs that both
+# models return are added. An output of shape `(batch, tokens, size)` has an item for each token that counts.
 HEADS: Mapping[str, Head] = {
     "sentence_embedding": Head("channels of sentence vectors", cosine_distance),
     "token_embeddings": Head("channels of token vectors", relative_squared_error),
@@ -84,18 +80,21 @@ HEADS: Mapping[str, Head] = {
 }
 # The divergences of labels that are not exclusive classes, by the `problem_type` of a config.
 PROBLEMS = {"regression": squared_error, "multi_label_classification": kl_of_labels}
+# The divergences that a temperature softens.
+OF_DISTRIBUTIONS = (kl_of_classes, kl_of_labels)
 
 
 def divergence_of(name: str, size: int, config: Any) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the divergence for an output, from its name, its size and the config of the student."""
-    if HEADS[name].unit != "labels":
-        return HEADS[name].divergence
+    head = HEADS[name]
+    if head.unit != "labels":
+        return head.divergence
     if size == 1:
         return squared_error
-    return PROBLEMS.get(getattr(config, "problem_type", None) or "", HEADS[name].divergence)
+    return PROBLEMS.get(getattr(config, "problem_type", None) or "", head.divergence)
 
 
-class Reader:
+class Reader(Placed):
     """A model with any head.
 
     Args:
@@ -104,28 +103,17 @@ class Reader:
     """
 
     def __init__(self, model: Any, device: str | torch.device | int | None = None):
-        self.model = model
-        self.device = device
+        super().__init__(model, device)
         self.has_modules = has_modules(model)
         self.pooling = None if self.has_modules else Pooling.of(model)
-        self._placed: Any = None
-        self._sharded = False
-
-    def place(self, accelerator: Accelerator) -> None:
-        """Place a teacher for an Accelerator before the first use; see `place_teacher`."""
-        if self._placed is None:
-            self._sharded = is_sharded(accelerator)
-            self._placed = place_teacher(self.model, accelerator, self.device)
 
     @torch.no_grad()
     def predict(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the outputs of a placed teacher; see `outputs`."""
-        if not self._sharded:
+        if not self.sharded:
             inputs = on_device(inputs, next(self.model.parameters()).device)
-        outputs = self.outputs(self._placed, inputs)
-        if self._sharded:
-            reshard(self.model)
-        return outputs
+        with self.called() as model:
+            return self.outputs(model, inputs)
 
     def outputs(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the outputs in `HEADS` for a batch, by name.
@@ -248,7 +236,12 @@ def attach_to_head(
     shapes = _compared_shapes(student, reader, reads_same)
 
     if not reads_same and not isinstance(trainer.data_collator, BothTokenizers):
-        trainer.data_collator = _collator_for_both(trainer, student, teacher, tokenizer, teacher_tokenizer)
+        collator: Any = trainer.data_collator
+        if not student.has_modules:
+            trainer.data_collator = BothTokenizers(collator, partial(respelled, tokenizer, teacher_tokenizer))
+        elif not hasattr(student.model, "predict"):  # the batches of a reranker are texts
+            teacher_collator = replace(collator, preprocess_fn=teacher.preprocess)
+            trainer.data_collator = BothTokenizers(collator, partial(collated, teacher_collator))
     loss = HeadLoss(trainer, student, reader, list(shapes), temperature, task_weight)
     loss.attach()
 
@@ -264,13 +257,8 @@ def _has_same_tokens(student: Any, teacher: Any, tokenizer: Any, teacher_tokeniz
     if hasattr(tokenizer, "get_vocab") and hasattr(teacher_tokenizer, "get_vocab"):
         return bool(tokenizer.get_vocab() == teacher_tokenizer.get_vocab())
 
-    sizes = [getattr(model.config.get_text_config(), "vocab_size", 0) for model in (student, teacher)]
-    if sizes[0] == sizes[1]:
-        return True
-    raise StructPruneError(
-        f"The teacher has a vocabulary of {sizes[1]} tokens and the model one of {sizes[0]}, and the tokenizer of one "
-        "of them is not known. Save the teacher's tokenizer into its folder, or pass `teacher_tokenizer`."
-    )
+    check_sizes(teacher, student)
+    return True
 
 
 def _compared_shapes(student: Reader, teacher: Reader, reads_same: bool) -> dict[str, torch.Size]:
@@ -316,68 +304,6 @@ def _compared_shapes(student: Reader, teacher: Reader, reads_same: bool) -> dict
     return of_texts
 
 
-def _collator_for_both(trainer: Trainer, student: Reader, teacher: Any, tokenizer: Any, teacher_tokenizer: Any) -> Any:
-    """Return a collator whose batches have the texts in the tokens of the teacher too."""
-    collator: Any = trainer.data_collator
-    if not student.has_modules:
-        return BothTokenizers(collator, partial(_respelled, tokenizer, teacher_tokenizer))
-    if hasattr(student.model, "predict"):
-        return collator  # its batches are texts
-    teacher_collator = replace(collator, preprocess_fn=teacher.preprocess)
-    return BothTokenizers(collator, partial(_collated, teacher_collator))
-
-
-class BothTokenizers:
-    """A collator whose batches have the inputs of the student, and the inputs of the teacher with a prefix.
-
-    Args:
-        collator: The collator of the student.
-        encode: A function from the rows and the student's batch to the teacher's batch.
-    """
-
-    def __init__(self, collator: Callable[[Any], Any], encode: Callable[[Any, Any], Mapping[str, Any]]):
-        self.collator = collator
-        self.encode = encode
-
-    def __getattr__(self, name: str) -> Any:
-        """Return an attribute of the student's collator, which Trainers read."""
-        if name in ("collator", "encode"):  # of a copy that is not complete
-            raise AttributeError(name)
-        return getattr(self.collator, name)
-
-    def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
-        """Return a batch for both models."""
-        batch = dict(self.collator(rows))
-        for name, value in self.encode(rows, batch).items():
-            batch[TEACHER + name] = value
-        return batch
-
-
-def _collated(collator: Callable[[Any], Mapping[str, Any]], rows: Any, batch: Any) -> Mapping[str, Any]:
-    """Return the batch of the teacher's collator, which reads texts."""
-    return collator(rows)
-
-
-def _respelled(tokenizer: Any, teacher_tokenizer: Any, rows: Any, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the texts of a batch of token ids, or its pairs of texts, in the tokens of the teacher."""
-    texts: list[list[str]] = []
-    for ids in batch["input_ids"].tolist():
-        parts: list[list[int]] = [[]]
-        for token in ids:
-            if token == tokenizer.sep_token_id:
-                parts.append([])
-            else:
-                parts[-1].append(token)
-        decoded = [tokenizer.decode(part, skip_special_tokens=True) for part in parts]
-        texts.append([text for text in decoded if text.strip()] or [""])
-
-    columns = [[row[0] for row in texts]]
-    if any(len(row) > 1 for row in texts):
-        columns.append([row[1] if len(row) > 1 else "" for row in texts])
-    encoded: Mapping[str, Any] = teacher_tokenizer(*columns, padding=True, truncation=True, return_tensors="pt")
-    return encoded
-
-
 class HeadLoss(LoggedLoss):
     """The divergence from a teacher as the loss of a Trainer, for models that do not predict the next token.
 
@@ -419,7 +345,7 @@ class HeadLoss(LoggedLoss):
         losses: list[Tensor] = []
         compared: dict[str, Tensor] = {}
 
-        for student_inputs, teacher_inputs in self._readings(dict(inputs)):
+        for student_inputs, teacher_inputs in self._readings(inputs):
             with torch.no_grad(), accelerator.autocast():
                 expected = self.teacher.predict(teacher_inputs)
             with ExitStack() as stack:
@@ -441,10 +367,7 @@ class HeadLoss(LoggedLoss):
 
         loss = divergence
         if self.task_weight:
-            own = dict(inputs)
-            for name in inputs:
-                if name.startswith(TEACHER):
-                    own.pop(name)
+            own, _ = split_inputs(inputs)
             task: Any = self._own_loss(model, own, num_items_in_batch=num_items_in_batch)
             loss = (1 - self.task_weight) * divergence + self.task_weight * task
         if return_outputs:
@@ -460,16 +383,13 @@ class HeadLoss(LoggedLoss):
             output = output[mask]
             expected = expected[mask]
         divergence = divergence_of(name, output.shape[-1], self.student.model.config)
-        if divergence not in (kl_of_classes, kl_of_labels):
+        if divergence not in OF_DISTRIBUTIONS:
             return divergence(output, expected)
         return self.temperature**2 * divergence(output / self.temperature, expected / self.temperature)
 
-    def _readings(self, inputs: dict[str, Any]) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    def _readings(self, inputs: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
         """Yield the inputs of the student and of the teacher: one pair, or one for each column of texts."""
-        teacher_inputs: dict[str, Any] = {}
-        for name in list(inputs):
-            if name.startswith(TEACHER):
-                teacher_inputs[name.removeprefix(TEACHER)] = inputs.pop(name)
+        inputs, teacher_inputs = split_inputs(inputs)
         if not self.student.has_modules:
             yield inputs, teacher_inputs or inputs
             return

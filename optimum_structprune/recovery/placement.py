@@ -158,3 +158,34 @@ def _zero_3(model: PreTrainedModel, accelerator: Accelerator) -> Any:
     engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()
     return engine
+
+
+class Placed:
+    """A teacher that is placed before its first use.
+
+    Args:
+        model: The teacher.
+        device: Its device; see `place_teacher`.
+
+    Attributes:
+        sharded: Whether every process holds a part of the weights.
+    """
+
+    def __init__(self, model: Any, device: str | torch.device | int | None = None):
+        self.model = model
+        self.device = device
+        self.sharded = False
+        self._placed: Any = None
+
+    def place(self, accelerator: Accelerator) -> None:
+        """Place the teacher for an Accelerator before the first use; see `place_teacher`."""
+        if self._placed is None:
+            self.sharded = is_sharded(accelerator)
+            self._placed = place_teacher(self.model, accelerator, self.device)
+
+    @contextmanager
+    def called(self) -> Iterator[Any]:
+        """Give the teacher to call, and free the weights that the call has gathered."""
+        yield self.model if self._placed is None else self._placed
+        if self.sharded:
+            reshard(self.model)

@@ -20,7 +20,7 @@ from ..measure.predictions import Predictor, accepted_inputs
 from ..system.errors import StructPruneError, reason_of
 from ..system.placement import is_spread
 from ..vocabulary.token_alignment import TokenAlignment
-from .placement import check_device, check_movable, gathered, is_sharded, place_teacher, reshard
+from .placement import Placed, check_device, check_movable, gathered
 
 
 def check_weights(temperature: float, task_weight: float) -> None:
@@ -153,16 +153,10 @@ def tokens_of_teacher(
     Raises:
         StructPruneError: If the teacher has other tokens, or its tokens are unknown.
     """
-    teacher_size = teacher.config.get_text_config().vocab_size
-    size = model.config.get_text_config().vocab_size
     reader = teacher_tokenizer or tokenizer_of(teacher, trust_remote_code)
     if reader is None or tokenizer is None:
-        if teacher_size == size:
-            return tokenizer, None
-        raise StructPruneError(
-            f"The teacher has a vocabulary of {teacher_size} tokens and the model one of {size}, and the tokenizer of "
-            "one of them is not known. Save the teacher's tokenizer into its folder, or pass `teacher_tokenizer`."
-        )
+        check_sizes(teacher, model)
+        return tokenizer, None
 
     alignment = TokenAlignment.between(teacher, reader, model, tokenizer)
     if alignment.is_identity():
@@ -170,7 +164,18 @@ def tokens_of_teacher(
     return reader, alignment
 
 
-class Teacher(Predictor):
+def check_sizes(teacher: Any, model: Any) -> None:
+    """Raise `StructPruneError` if models whose tokenizers are unknown have vocabularies of different sizes."""
+    teacher_size = getattr(teacher.config.get_text_config(), "vocab_size", 0)
+    size = getattr(model.config.get_text_config(), "vocab_size", 0)
+    if teacher_size != size:
+        raise StructPruneError(
+            f"The teacher has a vocabulary of {teacher_size} tokens and the model one of {size}, and the tokenizer of "
+            "one of them is not known. Save the teacher's tokenizer into its folder, or pass `teacher_tokenizer`."
+        )
+
+
+class Teacher(Placed, Predictor):
     """A frozen causal language model that predicts next tokens.
 
     Attributes:
@@ -186,32 +191,22 @@ class Teacher(Predictor):
         alignment: TokenAlignment | None = None,
         device: str | torch.device | int | None = None,
     ):
-        super().__init__(model)
+        Placed.__init__(self, model, device)
+        Predictor.__init__(self, model)
         self.tokenizer = tokenizer
         self.alignment = alignment
-        self.device = device
-        self._placed: Any = None
-        self._sharded = False
 
     def place(self, accelerator: Accelerator) -> None:
         """Place the teacher for an Accelerator before the first use; see `place_teacher`."""
-        if self._placed is None:
-            self._sharded = is_sharded(accelerator)
-            # The weights of a sharded head are only gathered while the model runs.
-            self.whole = self.whole or self._sharded
-            self._placed = place_teacher(self.model, accelerator, self.device)
+        super().place(accelerator)
+        # The weights of a sharded head are only gathered while the model runs.
+        self.whole = self.whole or self.sharded
 
     def run(self, inputs: Mapping[str, Any]) -> Tensor:
         """Run the teacher on a batch in its own tokens, and return its logits; see `Predictor.run`."""
-        caller: Any = self.model
-        if self._placed is not None:
-            caller = self._placed
-
         arguments = accepted_inputs(self.model, inputs)
-        if not self._sharded:
+        if not self.sharded:
             arguments = on_device(arguments, input_device(self.model))
-
-        logits: Tensor = caller(**arguments).logits
-        if self._sharded:
-            reshard(self.model)
+        with self.called() as model:
+            logits: Tensor = model(**arguments).logits
         return logits
