@@ -1,7 +1,7 @@
 """Make pairs for the recovery of an encoder, and measure its retrieval and speed, also in int8.
 
-python examples/benchmarks/benchmark_encoders.py pairs DATA pairs.jsonl
-python examples/benchmarks/benchmark_encoders.py measure DATA ORIGINAL MODEL …
+    python examples/benchmarks/benchmark_encoders.py pairs DATA pairs.jsonl
+    python examples/benchmarks/benchmark_encoders.py measure DATA ORIGINAL MODEL …
 """
 
 from __future__ import annotations
@@ -118,13 +118,13 @@ def measure_speed(models: dict[str, Any], texts: list[str]) -> None:
         print(f"speed      {name:30} {middle:.2f}x, quartiles {low:.2f} to {high:.2f}", flush=True)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run a command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["pairs", "measure"])
     parser.add_argument("data", type=Path)
     parser.add_argument("paths", nargs="+", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     if args.command == "pairs":
         lines = [json.dumps({"query": query, "passage": passage}) for query, passage in training_pairs(args.data)]
