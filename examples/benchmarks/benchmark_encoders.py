@@ -2,6 +2,8 @@
 
     python examples/benchmarks/benchmark_encoders.py pairs DATA pairs.jsonl
     python examples/benchmarks/benchmark_encoders.py measure DATA ORIGINAL MODEL …
+
+The pairs come from the calibration text of DATA. The retrieval is measured on text that the recovery has not read.
 """
 
 from __future__ import annotations
