@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 
-# A function from the probabilities of a teacher, shape `(tokens, teacher vocab)`, to a distribution over the tokens of
-# the model, shape `(positions, vocab)`, and the weight of each position, shape `(positions,)`.
-Align = Callable[[Tensor], tuple[Tensor, Tensor]]
+# A function from the probabilities of a teacher, shape `(tokens, teacher vocab)`, and the errors of their entropies,
+# shape `(tokens,)`. It returns a distribution over the tokens of the model, shape `(positions, vocab)`, and the error
+# of the entropy and the weight of each position, both of shape `(positions,)`; see `TokenAlignment.next_part`.
+Align = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 # The rest of a distribution that is smaller is rounding.
 MIN_REST = 1e-6
 
@@ -43,7 +44,13 @@ def divergence(logits: Tensor, teacher: Tensor, temperature: float = 1.0, align:
     return (target * (log_target - _log_probabilities(logits, temperature))).sum(-1)
 
 
-def aligned_divergence(logits: Tensor, probabilities: Tensor, align: Align, temperature: float = 1.0) -> Tensor:
+def aligned_divergence(
+    logits: Tensor,
+    probabilities: Tensor,
+    align: Align,
+    temperature: float = 1.0,
+    negative_entropy: Tensor | None = None,
+) -> Tensor:
     """Return the divergence of `divergence` for a model with other tokens.
 
     Args:
@@ -51,12 +58,22 @@ def aligned_divergence(logits: Tensor, probabilities: Tensor, align: Align, temp
         probabilities: The probabilities of the teacher at the temperature, shape `(tokens, teacher vocab)`.
         align: The alignment of the tokens.
         temperature: The temperature of both distributions.
+        negative_entropy: The negative entropy of the teacher in nats, shape `(tokens,)`, if `probabilities` are
+            estimated from samples. The entropy of samples is too small.
+
+    Returns:
+        The divergence of each position, shape `(positions,)`, fp32.
     """
     with torch.no_grad():
-        target, weight = align(probabilities)
+        error = probabilities.new_zeros(len(probabilities))
+        if negative_entropy is not None:
+            error = torch.xlogy(probabilities, probabilities).sum(-1) - negative_entropy
+        target, aligned_error, weight = align(probabilities, error)
         # A token without any probability has the product 0, not NaN.
         log_target = target.clamp_min(torch.finfo(target.dtype).tiny).log()
-    return weight * (target * (log_target - _log_probabilities(logits, temperature))).sum(-1)
+
+    by_position = (target * (log_target - _log_probabilities(logits, temperature))).sum(-1)
+    return weight * (by_position - aligned_error)
 
 
 def estimated_divergence(

@@ -109,9 +109,10 @@ class StoredPredictions:
     def divergence(
         self, logits: Tensor, start: int, end: int, temperature: float = 1.0, align: Align | None = None
     ) -> Tensor:
-        """Return an unbiased estimate of the KL divergence; see `Predictions.divergence`.
+        """Return an estimate of the KL divergence; see `Predictions.divergence`.
 
-        The predictions are stored at the temperature.
+        The predictions are stored at the temperature. The estimate has no bias, except with `has_rest`, and at the
+        parts of tokens that the model lacks.
         """
         part = self.at(slice(start, end), logits.device)
         if align is None:
@@ -120,7 +121,10 @@ class StoredPredictions:
             )
 
         whole = part.probabilities.new_zeros(len(part.ids), self.vocab_size)
-        return aligned_divergence(logits, whole.scatter_add_(1, part.ids, part.probabilities), align, temperature)
+        whole.scatter_add_(1, part.ids, part.probabilities)
+        # With `has_rest`, the stored entropy counts a token that the aligned distributions lack.
+        negative_entropy = None if self.has_rest else part.negative_entropy
+        return aligned_divergence(logits, whole, align, temperature, negative_entropy)
 
 
 class Predictor:

@@ -135,18 +135,31 @@ def unpack_ids(tensors: Mapping[str, Tensor], bits: int) -> Tensor:
     return ids | high.flatten(1)[:, : ids.shape[1]] << LOW_BITS
 
 
-def predictions_of(tensors: Mapping[str, Tensor], manifest: TeacherManifest) -> StoredPredictions:
-    """Return the predictions in the tensors of a shard, or of a part of it."""
+def predictions_of(tensors: Mapping[str, Tensor], targets: Tensor, manifest: TeacherManifest) -> StoredPredictions:
+    """Return the predictions in the tensors of a shard, or of a part of it.
+
+    Args:
+        tensors: The stored tensors.
+        targets: The token of the text at each position, shape `(positions,)`, int64.
+        manifest: The settings of the file.
+    """
     ids = unpack_ids(tensors, high_bits(manifest.vocab_size))
     probabilities = tensors["log_probabilities"].float().exp()
-    num_sampled = ids.shape[1] - probabilities.shape[1]
-    if num_sampled:
-        # The log-probabilities are rounded, so the samples share what the stored probabilities leave.
-        rest = (1 - probabilities.sum(1, keepdim=True)).clamp(min=0) / num_sampled
-        probabilities = torch.cat([probabilities, rest.expand(-1, num_sampled)], 1)
-    negative_entropy = tensors["negative_entropy"]
     losses = tensors["losses"].float()
-    return StoredPredictions(ids, probabilities, negative_entropy, losses, manifest.vocab_size, not num_sampled)
+    has_rest = not manifest.samples
+    if not has_rest:
+        # The loss is the exact log-probability of the text's own token, so it replaces a sample of this token.
+        is_target = ids == targets[:, None]
+        own = (-losses).exp()[:, None]
+        top = probabilities.masked_fill(is_target[:, : probabilities.shape[1]], 0)
+
+        is_other = ~is_target[:, probabilities.shape[1] :]
+        rest = (1 - top.sum(1, keepdim=True) - own).clamp(min=0)
+        sampled = is_other * rest / is_other.sum(1, keepdim=True).clamp(min=1)
+
+        ids = torch.cat([ids, targets[:, None]], 1)
+        probabilities = torch.cat([top, sampled, own], 1)
+    return StoredPredictions(ids, probabilities, tensors["negative_entropy"], losses, manifest.vocab_size, has_rest)
 
 
 @dataclass
@@ -676,7 +689,7 @@ class TeacherFile:
         for name in self._shards[number].keys():
             if name not in ("input_ids", "lengths"):
                 parts[name] = self._shards[number].get_slice(name)[first : first + len(ids) - 1]
-        return predictions_of(parts, self.manifest)
+        return predictions_of(parts, torch.tensor(ids[1:], dtype=torch.int64), self.manifest)
 
     def _refuse(self, ids: list[int], candidates: Sequence[int]) -> NoReturn:
         """Raise for a document that is not in the file, with the first difference from the nearest row."""

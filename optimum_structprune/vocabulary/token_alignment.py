@@ -204,18 +204,24 @@ class TokenAlignment:
         return all_rows, chunks
 
     @torch.no_grad()
-    def next_part(self, probabilities: Tensor, chunk: AlignedChunk) -> tuple[Tensor, Tensor]:
+    def next_part(
+        self, probabilities: Tensor, entropy_error: Tensor, chunk: AlignedChunk
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the distribution of the next part, and the probability that the original model has one.
 
         Args:
             probabilities: The original next-token probabilities of the chunk's tokens, shape `(tokens,
                 original_size)`.
+            entropy_error: The error of their negative entropies in nats, shape `(tokens,)`. It is 0 for exact
+                probabilities. The negative entropy of samples is too large.
             chunk: The positions.
 
         Returns:
-            The distribution over the smaller vocabulary, shape `(positions, size)`; and its weight, `(positions,)`.
-            The weight is less than 1 inside an original token if a shorter original token may have ended there,
-            because the original model has no next-token distribution after the shorter token.
+            The distribution over the smaller vocabulary, shape `(positions, size)`; the error of its negative entropy,
+            `(positions,)`; and its weight, `(positions,)`. The weight is less than 1 inside an original token if a
+            shorter original token may have ended there, because the original model has no next-token distribution
+            after the shorter token. The alignment adds up few probabilities, so the error at the start of an original
+            token is the same before and after it. The error inside an original token is unknown and counts as 0.
         """
         device = probabilities.device
         first_parts, token_of_branch, part_of_branch = self._tables_on(device)
@@ -245,7 +251,8 @@ class TokenAlignment:
         is_first = chunk.first.bool()
         ended = torch.where(is_first, 1 - continuing, 0.0)[:, None]
         target = ended * begins[chunk.rows] + (1 - ended) * inside
-        return target, torch.where(is_first, 1.0, continuing)
+        error = ended[:, 0] * entropy_error[chunk.rows]
+        return target, error, torch.where(is_first, 1.0, continuing)
 
     def _tables_on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Return the first part of each original token, and the token and the following part of each branch."""

@@ -46,9 +46,9 @@ def test_an_alignment_replaces_the_distribution_of_the_teacher_and_weights_posit
     # The teacher has each token twice.
     doubled = torch.cat([teacher, teacher], -1)
 
-    def align(probabilities):
+    def align(probabilities, error):
         first, second = probabilities.chunk(2, -1)
-        return first + second, weight
+        return first + second, error[:, None], weight
 
     torch.testing.assert_close(divergence(logits, doubled, align=align), expected)
 
@@ -58,5 +58,8 @@ def test_a_token_that_the_teacher_never_predicts_adds_nothing():
     certain = torch.zeros_like(logits)
     certain[..., 0] = 1
 
-    actual = divergence(logits, certain, align=lambda probabilities: (certain, torch.ones(3, 5)))
+    def align(probabilities, error):
+        return certain, error[:, None], torch.ones(3, 5)
+
+    actual = divergence(logits, certain, align=align)
     torch.testing.assert_close(actual, -logits.log_softmax(-1)[..., 0])

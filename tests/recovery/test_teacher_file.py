@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +31,7 @@ from optimum_structprune.recovery.teacher_file import (
     shard_name,
     unpack_ids,
 )
+from optimum_structprune.vocabulary.token_alignment import TokenAlignment
 
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "teacher_from_vllm.py"
@@ -113,6 +115,32 @@ def test_the_mean_divergence_of_a_file_is_the_teachers(teacher, tmp_path):
     values = torch.stack(means)
     assert abs(values.mean() - expected.mean()) < 4 * values.std() / 8**0.5
     assert values.std() < 0.05 * expected.mean()
+
+
+def test_the_divergence_to_fewer_tokens_is_near_the_teachers(teacher, tmp_path):
+    """The entropy of samples is too small, so a divergence from their entropy would be twice as large."""
+    vocab_size = teacher.config.vocab_size
+    size = vocab_size - 2
+    removed = [(token, token + 1) for token in range(2)]
+    alignment = TokenAlignment([(token,) for token in range(size)] + removed, size)
+    rows = rows_of_lengths(*[20] * 40, vocab_size=vocab_size)
+    write_teacher(teacher, rows, tmp_path, top=8, samples=8)
+    file = TeacherFile(tmp_path)
+
+    expected = 0.0
+    actual = 0.0
+    for row in rows:
+        with torch.no_grad():
+            logits = teacher(torch.tensor([row])).logits[0, :-1]
+        aligned = alignment.align(row, [False] + [True] * 19)[1:]
+        _, token_rows, nodes = torch.tensor(aligned).unbind(1)
+        _, (chunk,) = alignment.chunks(token_rows, nodes, len(aligned), logits.device)
+        align = partial(alignment.next_part, chunk=chunk)
+
+        student_logits = torch.randn(len(aligned), size, generator=torch.Generator().manual_seed(row[0])) / 4
+        expected += divergence(student_logits, logits, align=align).sum().item()
+        actual += file.predictions(row).divergence(student_logits, 0, len(logits), align=align).sum().item()
+    assert actual == pytest.approx(expected, rel=0.05)
 
 
 def test_documents_are_found_by_their_beginning(teacher, tmp_path):
