@@ -20,6 +20,10 @@ from ..system.errors import StructPruneError, warn
 from ..system.fingerprint import fingerprint
 
 
+# The end of the names of hashes.
+HASH_SUFFIX = "_sha256"
+
+
 class TrainingInputs(TrainerCallback, ExportableState):
     """The config, model and teacher of a training by name. A Trainer saves them in each checkpoint.
 
@@ -84,9 +88,16 @@ class TrainingInputs(TrainerCallback, ExportableState):
 
 
 def differences(stored: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
-    """Return a phrase for each of the values that differs from the stored value."""
+    """Return a phrase for each of the values that differs from the stored value.
+
+    A hash means nothing to a user, so `calibration_text_sha256` becomes "another calibration text".
+    """
     phrases = []
     for name, value in values.items():
-        if stored.get(name) != value:
+        if stored.get(name) == value:
+            continue
+        if name.endswith(HASH_SUFFIX):
+            phrases.append(f"another {name.removesuffix(HASH_SUFFIX).replace('_', ' ')}")
+        else:
             phrases.append(f"{name} {stored.get(name)} there and {value} here")
     return phrases
