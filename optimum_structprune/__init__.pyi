@@ -6,6 +6,9 @@ from .config.pruning import RunOptions as RunOptions
 from .config.pruning import StructPruneConfig as StructPruneConfig
 from .config.recovery import RecoveryConfig as RecoveryConfig
 from .criteria import register_criterion as register_criterion
+from .distillation.attach import attach_teacher as attach_teacher
+from .distillation.teacher_file_writer import write_teacher as write_teacher
+from .distillation.teacher_file_writer import write_teacher_rows as write_teacher_rows
 from .domains.manifest import Manifest as Manifest
 from .evaluation.evaluate import Evaluation as Evaluation
 from .evaluation.evaluate import evaluate as evaluate
@@ -20,11 +23,8 @@ from .pruner import prune as prune
 from .pruner import prune_model as prune_model
 from .pruning.dryrun import DryRun as DryRun
 from .pruning.dryrun import dry_run as dry_run
-from .recovery.attach import attach_teacher as attach_teacher
 from .recovery.recover import Recovery as Recovery
 from .recovery.recover import recover as recover
-from .recovery.teacher_file import write_teacher as write_teacher
-from .recovery.teacher_file import write_teacher_rows as write_teacher_rows
 from .saving.export import export_uniform as export_uniform
 from .saving.gguf_file import export_gguf as export_gguf
 from .saving.page import write_report as write_report

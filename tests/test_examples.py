@@ -13,9 +13,9 @@ from shutil import rmtree
 
 import pytest
 import torch
+from distillation.test_attach import PRETEND_GPUS
 from helpers import main_of, ran, same_weights, save_with_tokenizer, write_texts
 from models import PLAIN, build, config, real_text_model, token_ids, tokenizer
-from recovery.test_attach import PRETEND_GPUS
 from recovery.test_deepspeed import DEEPSPEED, deepspeed_environment
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer

@@ -17,8 +17,8 @@ TREES = {path: ast.parse(path.read_text()) for path in FILES}
 # The folders from the lowest layer to the highest. A folder imports only lower folders. A file at the root that
 # imports a folder is just below `commands`; other files at the root are the lowest.
 ORDER = (
-    "system config arch domains method widths criteria record vocabulary measure saving recovery steps pruning search "
-    "evaluation commands"
+    "system config arch domains method widths criteria record vocabulary measure saving distillation recovery steps "
+    "pruning search evaluation commands"
 ).split()
 
 

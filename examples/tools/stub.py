@@ -30,6 +30,9 @@ Roles = dict[str, dict[str, list[str]]]
 IN_A_LIST = re.compile(r"(.+?)\.(\d+)\.(.+)")
 WIDTH_KEY = re.compile(r"intermediate|ffn|ff_|inner|d_ff|shared")
 UNKNOWN_KEY = "WHICH_CONFIG_KEY"
+# The style of stacked experts, and the dimensions of their weights: experts, rows, columns.
+EXPERT_STYLE = "grouped_gemm"
+EXPERT_DIMS = 3
 
 
 def stub(model: PreTrainedModel) -> str:
@@ -53,8 +56,7 @@ def stub(model: PreTrainedModel) -> str:
             "from its file in arch/families."
         )
 
-    plan = getattr(config, "base_model_tp_plan", None) or {}
-    roles = _roles(plan, tensors)
+    roles = _roles(_parallel_plan(config), tensors)
     spaces = dict(_spaces(roles, tensors, config))
     if not spaces:
         spaces = _spaces_of_family(family)
@@ -140,21 +142,33 @@ def _layer_tensors(shapes: TensorShapes) -> tuple[str, dict[str, tuple[int, ...]
     return largest_path, tensors[largest_path]
 
 
+def _parallel_plan(config: PretrainedConfig) -> dict[str, str]:
+    """Return the style of each projection in the plans of transformers.
+
+    From transformers 5.25, only the plan of expert parallelism has the weights of the experts.
+    """
+    plan: dict[str, str] = dict(getattr(config, "base_model_ep_plan", None) or {})
+    plan.update(getattr(config, "base_model_tp_plan", None) or {})
+    return plan
+
+
 def _roles(plan: Mapping[str, str], tensors: TensorShapes) -> Roles:
     """Return the producers and the consumers of each module that has both.
 
     Producers are the projections that the plan splits by rows, consumers the projections that it splits by columns.
+    The plan of expert parallelism does not split a projection, so the name of the projection decides.
     """
     roles: Roles = {}
     for pattern, style in plan.items():
-        if "colwise" in style:
+        name = pattern.partition(".*.")[2]
+        is_expert = style == EXPERT_STYLE and len(tensors.get(name, ())) == EXPERT_DIMS
+        if "colwise" in style or (is_expert and "down" not in name):
             side = "producers"
-        elif "rowwise" in style:
+        elif "rowwise" in style or is_expert:
             side = "consumers"
         else:
             continue
 
-        name = pattern.partition(".*.")[2]
         if name in tensors or f"{name}.weight" in tensors:
             module = name.rpartition(".")[0]
             role = roles.setdefault(module, {"producers": [], "consumers": []})

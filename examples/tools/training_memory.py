@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from optimum_structprune.recovery.teacher_file import bytes_per_token
+from optimum_structprune.distillation.teacher_file_format import bytes_per_token
 
 
 # The hidden size, the FFN size, the layers, the attention heads, the tokens, and whether the head is tied.

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..arch.meta import predicts_next
 from ..config.pruning import CONFIG_NAME, StructPruneConfig
 from ..config.recovery import RecoveryConfig
+from ..distillation.teacher import tokens_of_teacher
 from ..evaluation.answers import ShortCheck
 from ..record.view import View
 from ..recovery.encoders import check_has_teacher
 from ..recovery.recover import NothingGainedWarning, Recovery, check_recovery
-from ..recovery.teacher import tokens_of_teacher
 from ..saving.page import write_page_or_warn
 from ..saving.push import push_to_hub
 from ..system.disk import Output, check_apart, remove_checkpoints, resolved, used_paths

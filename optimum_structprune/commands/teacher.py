@@ -6,8 +6,8 @@ from argparse import Namespace
 
 from ..arch.meta import check_positions
 from ..config.domains import as_domain
+from ..distillation.teacher_file_writer import text_rows, write_teacher
 from ..domains.sources import resolve
-from ..recovery.teacher_file import text_rows, write_teacher
 from ..system.disk import OFFLOAD, Output
 from ..system.processes import across_processes
 from ..system.stages import readable_size

@@ -12,8 +12,8 @@ from transformers import TrainingArguments
 
 from ..config.fields import build
 from ..config.recovery import LEARNING_RATES, TRAINING, RecoveryConfig
+from ..distillation.chunked_loss import device_kind
 from ..system.errors import StructPruneError
-from .chunked_loss import device_kind
 
 
 # A training has about this number of steps, as far as the batch size allows. With the same number of tokens, many

@@ -17,6 +17,8 @@ from ..arch.meta import positions_of, predicts_next, reads_text
 from ..arch.modules import embedding_of
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
+from ..distillation.both_tokenizers import BothTokenizers
+from ..distillation.heads import attach_to_head
 from ..domains.manifest import Entry, Manifest
 from ..domains.templates import read_pairs
 from ..measure.text import Text
@@ -26,8 +28,6 @@ from ..record.report import RecoveryReport
 from ..system.errors import StructPruneError
 from ..system.stages import stage
 from .adapter import trainable
-from .both_tokenizers import BothTokenizers
-from .heads import attach_to_head
 from .text import MAX_VALIDATION_TOKENS, TextStream, measured_tokens, text_config, validation_text
 from .training import EvaluateLastStep, ShowProgress, StopAtNaN, remove_printers, train
 

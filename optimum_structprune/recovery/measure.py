@@ -10,6 +10,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..arch.meta import positions_of
+from ..distillation.chunked_loss import device_kind
+from ..distillation.placement import is_sharded
+from ..distillation.teacher import Teacher
+from ..distillation.teacher_file import StoredTeacher
 from ..measure import losses
 from ..measure.batches import Sample, SampleCollator
 from ..measure.losses import Losses
@@ -18,10 +22,6 @@ from ..measure.text import Text
 from ..record.figures import ORIGINAL, PRUNED, RECOVERED, UNSEEN_TEXT, Figure, TextResult, perplexity_result, unseen_of
 from ..record.report import CurvePoint, RecoveryReport
 from ..system.margins import KINDS_DIFFER
-from .chunked_loss import device_kind
-from .placement import is_sharded
-from .teacher import Teacher
-from .teacher_file import StoredTeacher
 
 
 # The values of a model by kind of text, in the tokens of the teacher.

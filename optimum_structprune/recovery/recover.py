@@ -25,6 +25,10 @@ from ..config.domains import DomainConfig
 from ..config.fields import read_json
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
+from ..distillation.heads import load_any_teacher
+from ..distillation.teacher import Teacher, load_teacher
+from ..distillation.teacher_file import StoredTeacher, stored_teacher
+from ..distillation.teacher_file_writer import write_teacher
 from ..domains.manifest import (
     MANIFEST_NAME,
     Entry,
@@ -49,13 +53,10 @@ from .adapter import lora_config, trainable
 from .arguments import TrainingSize, training_arguments
 from .checks import check_recovery, trains_on_cpu
 from .encoders import ENCODER_TRAINING, Passages, check_has_teacher, train_encoder
-from .heads import load_any_teacher
 from .learning_rate import NUM_TRIAL_SAMPLES, lower_learning_rate_
 from .measure import enter_curve, enter_measurements, measure_all, validation_loss
 from .resume import TrainingInputs
-from .teacher import Teacher, load_teacher
 from .teacher_cache import CachedData, TeacherCache, sample_settings, teacher_hash
-from .teacher_file import StoredTeacher, stored_teacher, write_teacher
 from .text import sample_length, text_config
 from .training import NothingGainedWarning, ShowProgress, StopAtNaN, recovery_trainer, train
 from .training_data import ANSWERS, VALIDATION, RecoveryData

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from ..config.fields import read_json
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
+from ..distillation.teacher_file_format import TEACHER_FILE_NAME, TeacherManifest, bytes_per_token, is_teacher_file
 from ..domains.manifest import Entry, Manifest
 from ..domains.unseen import UnseenText
 from ..measure.batches import IGNORED, Sample
@@ -30,7 +31,6 @@ from ..system.fingerprint import fingerprint, json_hash
 from ..system.processes import rank_zero_first
 from ..system.written import Record
 from .resume import differences
-from .teacher_file import TEACHER_FILE_NAME, TeacherManifest, bytes_per_token, is_teacher_file
 from .text import text_config
 from .training_data import RecoveryData
 

@@ -18,12 +18,12 @@ from ..arch.meta import positions_of, predicts_next
 from ..config.domains import BUILTIN, GENERAL, DomainConfig, written_by_model
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
+from ..distillation.chunked_loss import device_kind
 from ..domains.load import WRITTEN, builtin_source_except, load_domains, texts_of
 from ..domains.manifest import TRAINED, Entry, Manifest
 from ..domains.packing import HELDOUT, Domain, SampleFormat, check_vocabulary, tokenised
 from ..domains.sources import documents, endless, resolve
 from ..system.errors import StructPruneError, warn
-from .chunked_loss import device_kind
 
 
 # A model is measured on one token of each kind of text per this number of training tokens, between these bounds.

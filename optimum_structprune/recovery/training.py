@@ -13,16 +13,16 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import IntervalStrategy
 
+from ..distillation.attach import attach_loaded_teacher
+from ..distillation.teacher import Teacher
+from ..distillation.teacher_file import StoredTeacher
 from ..measure.batches import SampleCollator
 from ..system.disk import is_write_error
 from ..system.errors import StructPruneError, one_line, reason_of
 from ..system.stages import progress, say, stage
 from .adapter import LIBRARY_ERRORS
-from .attach import attach_loaded_teacher
 from .learning_rate import lower_rate_of_token_rows_
-from .teacher import Teacher
 from .teacher_cache import CachedData
-from .teacher_file import StoredTeacher
 from .training_data import RecoveryData
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..arch.generation import end_tokens
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
+from ..distillation.teacher import Teacher
 from ..domains.manifest import Entry, Manifest
 from ..domains.unseen import UnseenText, unseen_text
 from ..measure.batches import Sample
@@ -19,7 +20,6 @@ from ..system.fingerprint import fingerprint
 from .answers import ANSWER_TOKENS, TEMPERATURE, Answers, answer_file, prompts_per_batch, write_answers, writer_of
 from .prompts import MAX_PROMPT_TOKENS, prompts_of
 from .samples import SamplePacker, text_sample
-from .teacher import Teacher
 from .text import (
     MAX_VALIDATION_TOKENS,
     VALIDATION,

@@ -553,7 +553,8 @@ def _patches(gpus: Gpus):
     yield mock.patch.object(torch.Tensor, "pin_memory", lambda self, *args: self)
     yield mock.patch.object(torch.Tensor, "is_pinned", lambda self, *args: False)
     # On CUDA transformers loads weights in threads, and their order would differ in each run.
-    yield mock.patch.dict("os.environ", HF_DEACTIVATE_ASYNC_LOAD="1")
+    # The kernels of the Hub run on a real GPU only.
+    yield mock.patch.dict("os.environ", HF_DEACTIVATE_ASYNC_LOAD="1", USE_HUB_KERNELS="NO")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from models import build, config, real_text_model, token_ids, tokenizer
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from optimum_structprune import Recovery, StructPruneError, StructPruner, attach_teacher, prune_model
-from optimum_structprune.recovery.teacher import load_teacher
+from optimum_structprune.distillation.teacher import load_teacher
 from optimum_structprune.system.placement import devices_of
 
 

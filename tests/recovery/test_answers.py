@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from optimum_structprune import DomainConfig, Recovery, StructPruneError, prune_model, recover
 from optimum_structprune.arch.generation import sampled_continuations
+from optimum_structprune.distillation.teacher import Teacher
 from optimum_structprune.evaluation.answers import read_questions
 from optimum_structprune.measure.batches import SampleCollator
 from optimum_structprune.recovery import answers as module
@@ -21,7 +22,6 @@ from optimum_structprune.recovery.answers import AnswerFile, Answers, prompts_pe
 from optimum_structprune.recovery.measure import measure_all
 from optimum_structprune.recovery.prompts import OPENING_TOKENS, builtin_prompts, prompts_of, read_prompts
 from optimum_structprune.recovery.samples import SamplePacker, text_sample
-from optimum_structprune.recovery.teacher import Teacher
 from optimum_structprune.vocabulary.token_alignment import TokenAlignment
 
 

@@ -24,9 +24,9 @@ from optimum_structprune import (
     recover,
 )
 from optimum_structprune.config.domains import DomainConfig
+from optimum_structprune.distillation.teacher import load_teacher
 from optimum_structprune.recovery.arguments import TrainingSize, computes_in_bf16, training_arguments
 from optimum_structprune.recovery.recover import check_recovery
-from optimum_structprune.recovery.teacher import load_teacher
 from optimum_structprune.system.errors import StructPruneError
 
 

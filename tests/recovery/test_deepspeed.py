@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from distillation.test_attach import labelled_rows
 from helpers import on_one_rank, on_two_ranks
 from models import build
-from recovery.test_attach import labelled_rows
 from safetensors.torch import load_file
 
 from optimum_structprune import write_teacher
@@ -30,7 +30,7 @@ engine, case, lora, order, teacher, folder = sys.argv[1:]
 
 from models import build
 from peft import get_peft_model
-from recovery.test_attach import LORA, labelled_rows, trainer_for
+from distillation.test_attach import LORA, labelled_rows, trainer_for
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Trainer
 from optimum_structprune import StructPruneError, attach_teacher

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from optimum_structprune import DomainConfig, Recovery, RecoveryConfig, StructPruneError, recover, write_teacher
+from optimum_structprune.distillation.teacher_file_format import TEACHER_FILE_NAME, TeacherManifest, shard_name
 from optimum_structprune.recovery.teacher_cache import RECORD_NAME, SAMPLES_NAME
-from optimum_structprune.recovery.teacher_file import TEACHER_FILE_NAME, TeacherManifest, shard_name
 
 
 CONFIG = RecoveryConfig(

@@ -28,6 +28,8 @@ from optimum_structprune.steps.layers import remove_layers_
 DEEPER = [*STRUCTURES, "bloom", "smollm3", "qwen3_moe", "jamba", "lfm2_moe", "llama4_text", "exaone_moe"]
 DEEPER += [case for case in OTHER_STRUCTURES if case != "vit"]
 KEEP = (1, 3, 4)
+# transformers 5.25 asks the first layer for the length of the cache, and experts have no cache.
+KEEP_FIRST = {"nemotron_h": (0, 2, 4)}
 
 
 def deep(case):
@@ -64,11 +66,12 @@ def skipped_layers(model, keep):
 @pytest.mark.parametrize("case", [case for case in DEEPER if LAYER in describe(deep(case)).offered])
 def test_pruned_equals_skipped_and_reloads_and_generates(case, tmp_path):
     model = deep(case)
+    keep = KEEP_FIRST.get(case, KEEP)
     original_outputs = outputs(model)
     small = deepcopy(model)
-    drop_layers_(small, describe(small), KEEP)
+    drop_layers_(small, describe(small), keep)
 
-    with skipped_layers(model, KEEP):
+    with skipped_layers(model, keep):
         torch.testing.assert_close(outputs(small), outputs(model), atol=1e-5, rtol=0)
     assert not torch.allclose(outputs(small), original_outputs, atol=1e-3), "pruning changed nothing"
     assert len(layer_list(small, describe(small))) == 3

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 from optimum_structprune import RunOptions, StructPruner, dry_run, perplexity, prune_model, recover
 from optimum_structprune.commands.cli import main
 from optimum_structprune.config.domains import DomainConfig
+from optimum_structprune.distillation.teacher import load_teacher
 from optimum_structprune.domains.languages import CHOOSING, tokens_by_language
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.manifest import COUNTED
@@ -25,7 +26,6 @@ from optimum_structprune.domains.sources import builtin_documents
 from optimum_structprune.measure.languages import cost_by_language
 from optimum_structprune.measure.losses import measure, totals
 from optimum_structprune.measure.text import Text
-from optimum_structprune.recovery.teacher import load_teacher
 from optimum_structprune.system.errors import StructPruneError
 from optimum_structprune.system.resume import Resume
 

@@ -4,15 +4,15 @@ from itertools import chain, islice
 
 import pytest
 import torch
+from distillation.test_attach import printed_divergences
 from helpers import aligned_divergence, on_one_rank, on_two_ranks, save_with_tokenizer
 from models import config, real_text_model
-from recovery.test_attach import printed_divergences
 from transformers import Trainer, TrainingArguments
 
 from optimum_structprune import StructPruner, attach_teacher
+from optimum_structprune.distillation.aligned_batches import AlignedCollator
 from optimum_structprune.domains.sources import builtin_documents
 from optimum_structprune.measure.batches import aligned_sample, pad_samples
-from optimum_structprune.recovery.aligned_batches import AlignedCollator
 from optimum_structprune.vocabulary.token_alignment import TokenAlignment
 
 
@@ -188,7 +188,7 @@ import torch
 torch.set_num_threads(1)
 original, student, folder = sys.argv[1:]
 
-from recovery.test_aligned_batches import make_features, trainer_for
+from distillation.test_aligned_batches import make_features, trainer_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimum_structprune import attach_teacher
 

@@ -27,7 +27,7 @@ from transformers import (
 
 from optimum_structprune import StructPruneError, attach_pruner, attach_teacher, write_teacher
 from optimum_structprune.arch.meta import is_offloaded
-from optimum_structprune.recovery.teacher import load_teacher
+from optimum_structprune.distillation.teacher import load_teacher
 
 
 LORA = LoraConfig(r=2, target_modules="all-linear")
@@ -95,8 +95,8 @@ def gradients(model):
 @pytest.mark.parametrize("case", ["llama-tied", "llama-untied", "gemma2", "granite", "cohere"])
 @pytest.mark.parametrize("lora", [False, True])
 def test_loss_and_gradients_equal_the_formula(case, lora, tmp_path, monkeypatch):
-    monkeypatch.setattr("optimum_structprune.recovery.chunked_loss.MIN_CHUNK_TOKENS", 7)
-    monkeypatch.setattr("optimum_structprune.recovery.chunked_loss.CHUNK_BYTES", {"cpu": 1})
+    monkeypatch.setattr("optimum_structprune.distillation.chunked_loss.MIN_CHUNK_TOKENS", 7)
+    monkeypatch.setattr("optimum_structprune.distillation.chunked_loss.CHUNK_BYTES", {"cpu": 1})
     student = build(case)
     teacher = build(case, seed=1)
     if lora:
@@ -529,7 +529,7 @@ if launch == "fsdp2":
 
 from models import build
 from peft import get_peft_model
-from recovery.test_attach import LORA, labelled_rows, trainer_for
+from distillation.test_attach import LORA, labelled_rows, trainer_for
 from safetensors.torch import save_file
 from optimum_structprune import attach_teacher
 
@@ -609,7 +609,7 @@ kind, folder = sys.argv[1:]
 
 from datasets import Dataset
 from models import build, documents, tokenizer
-from recovery.test_attach import labelled_rows, trainer_for
+from distillation.test_attach import labelled_rows, trainer_for
 from optimum_structprune import attach_teacher
 
 if kind == "rows":
@@ -658,7 +658,7 @@ torch.set_num_threads(1)
 folder, teacher = sys.argv[1:]
 
 from accelerate import ParallelismConfig
-from recovery.test_attach import labelled_rows, trainer_for
+from distillation.test_attach import labelled_rows, trainer_for
 from transformers import AutoModelForCausalLM
 from optimum_structprune import attach_teacher
 
@@ -701,7 +701,7 @@ torch.distributed.init_process_group("gloo")
 
 from models import build
 from optimum_structprune import StructPruneError
-from optimum_structprune.recovery.teacher import load_teacher
+from optimum_structprune.distillation.teacher import load_teacher
 
 def load(seed):
     model = build("llama-tied", seed=seed)

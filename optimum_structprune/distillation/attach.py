@@ -23,7 +23,8 @@ from .chunked_loss import TokenLosses, chunk_tokens, chunked_losses
 from .heads import attach_to_head, load_any_teacher
 from .logged_loss import LoggedLoss
 from .teacher import Teacher, check_weights, load_teacher
-from .teacher_file import StoredTeacher, is_teacher_file, stored_teacher
+from .teacher_file import StoredTeacher, stored_teacher
+from .teacher_file_format import is_teacher_file
 
 
 # Inputs that a model's `forward` uses to compute a loss of its own. `skip_logits` is for Liger's kernels.

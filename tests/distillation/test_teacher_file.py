@@ -18,19 +18,17 @@ from models import build
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from optimum_structprune import StructPruneError, attach_teacher, write_teacher, write_teacher_rows
-from optimum_structprune.measure.kl import divergence
-from optimum_structprune.recovery.teacher_file import (
+from optimum_structprune.distillation.teacher_file import StoredTeacher, TeacherFile, documents_of
+from optimum_structprune.distillation.teacher_file_format import (
     TEACHER_FILE_NAME,
-    StoredTeacher,
-    TeacherFile,
     compressed,
-    documents_of,
     high_bits,
     pack_ids,
-    rows_of,
     shard_name,
     unpack_ids,
 )
+from optimum_structprune.distillation.teacher_file_writer import rows_of
+from optimum_structprune.measure.kl import divergence
 from optimum_structprune.vocabulary.token_alignment import TokenAlignment
 
 
@@ -227,7 +225,7 @@ def test_another_text_is_refused_before_a_step(teacher, tmp_path):
 
 
 def test_a_killed_run_resumes_with_the_same_predictions(teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr("optimum_structprune.recovery.teacher_file.SHARD_TOKENS", 20)
+    monkeypatch.setattr("optimum_structprune.distillation.teacher_file_writer.SHARD_TOKENS", 20)
     rows = rows_of_lengths(15, 15, 15, 15)
     write_teacher(teacher, rows, tmp_path / "whole")
 
@@ -247,7 +245,7 @@ def test_a_killed_run_resumes_with_the_same_predictions(teacher, tmp_path, monke
 
 @pytest.mark.slow
 def test_a_writer_that_is_killed_leaves_a_file_that_resumes(teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr("optimum_structprune.recovery.teacher_file.SHARD_TOKENS", 20)
+    monkeypatch.setattr("optimum_structprune.distillation.teacher_file_writer.SHARD_TOKENS", 20)
     rows = rows_of_lengths(*[15] * 8)
     teacher.save_pretrained(tmp_path / "teacher")
     script = f"""
@@ -255,17 +253,17 @@ import os, signal
 from pathlib import Path
 from transformers import AutoModelForCausalLM
 from optimum_structprune import write_teacher
-from optimum_structprune.recovery import teacher_file
+from optimum_structprune.distillation import teacher_file_writer
 
 replace = Path.replace
 def killed(path, target):
     result = replace(path, target)
-    if Path(target).name == teacher_file.shard_name(2):
+    if Path(target).name == teacher_file_writer.shard_name(2):
         os.kill(os.getpid(), signal.SIGKILL)
     return result
 
 Path.replace = killed
-teacher_file.SHARD_TOKENS = 20
+teacher_file_writer.SHARD_TOKENS = 20
 teacher = AutoModelForCausalLM.from_pretrained({str(tmp_path / "teacher")!r})
 write_teacher(teacher, {rows}, {str(tmp_path / "killed")!r})
 """
