@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo smoke test test-long test-all style quality docs llama-cpp torchao deepspeed vllm onnx llm-compressor dist lowest venv clean
+.PHONY: help demo smoke test test-long test-all style quality docs llama-cpp torchao deepspeed vllm onnx llm-compressor dist lowest test-oldest venv clean
 
 help: ## say what each target does
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 11
@@ -11,7 +11,7 @@ demo: .venv/.languages ## prune a real embedding model, recover it, and compare 
 
 # Each worker of xdist gets one thread: the cores are shared already. `tests/conftest.py` says what stays together, and
 # puts what takes long first.
-PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 SMOKE := tests/config tests/method/test_shrink.py tests/saving/test_save.py
 
@@ -75,9 +75,18 @@ llm-compressor: ## llm-compressor in an environment of its own, which the recipe
 dist: .venv/.release ## build wheel and sdist into dist/, and prune a model with the wheel alone
 	BIN=$(BIN) .ci/dist
 
-lowest: dist ## the same with the oldest versions that pyproject.toml allows
-	sed -n 's/^    "\([a-z]*\)>=\([0-9.]*\)",/\1==\2/p' pyproject.toml > build/oldest.txt
+lowest: dist build/oldest.txt ## the same with the oldest versions that pyproject.toml allows
 	.ci/use_wheel build/lowest -r build/oldest.txt
+
+test-oldest: BIN := build/oldest/bin
+test-oldest: build/oldest.txt ## the tests of `make test` with the oldest transformers that pyproject.toml allows
+	$(PYTHON) -m venv build/oldest
+	$(BIN)/python -m pip install --quiet -e ".[test]" "$$(grep transformers build/oldest.txt)"
+	$(PYTEST) -m "not (slow or nightly)"
+
+build/oldest.txt: pyproject.toml
+	mkdir -p build
+	sed -n 's/^    "\([a-z]*\)>=\([0-9.]*\)",/\1==\2/p' pyproject.toml > $@
 
 venv: .venv/.dev ## set up .venv with everything that the other targets need
 

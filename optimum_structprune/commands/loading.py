@@ -114,6 +114,7 @@ class Loading:
                 trust_remote_code=self.trust_remote_code,
                 output_loading_info=True,
                 attn_implementation=self.attn_implementation,
+                use_kernels=False,  # kernels are code that transformers would download from the Hub
                 ignore_mismatched_sizes=True,  # `_check_weights` raises an error that names both shapes
             )
         except torch.OutOfMemoryError as error:

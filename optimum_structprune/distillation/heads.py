@@ -195,7 +195,11 @@ def _loaded(name: str, student: Any, dtype: torch.dtype | None, trust_remote_cod
         if config.model_type == student.config.model_type:
             kind = type(student)
         teacher, info = kind.from_pretrained(
-            name, dtype=dtype or student.dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+            name,
+            dtype=dtype or student.dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            use_kernels=False,
         )
 
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))

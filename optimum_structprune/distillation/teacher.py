@@ -87,7 +87,7 @@ def load_teacher(
 def _loaded(name: str | Path, dtype: torch.dtype, trust_remote_code: bool, device_map: str | None) -> PreTrainedModel:
     with loading_errors(name):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, trust_remote_code=trust_remote_code, device_map=device_map
+            name, dtype=dtype, trust_remote_code=trust_remote_code, device_map=device_map, use_kernels=False
         )
     return model
 

@@ -244,7 +244,7 @@ def _present_code(auto_map: dict[str, Any], folder: Path) -> dict[str, Any]:
 def check_reload(model: PreTrainedModel, folder: str | Path) -> None:
     """Raise `StructPruneError` if a saved model has other logits, or other hidden states, than the model."""
     # A config on disk does not name the kernels of the model, and other kernels round differently.
-    kernels: dict[str, Any] = {}
+    kernels: dict[str, Any] = {"use_kernels": getattr(model, "use_kernels", False)}
     for name in ("attn_implementation", "experts_implementation"):
         kernels[name] = _kernels(model.config, name)
 

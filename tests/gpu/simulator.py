@@ -14,6 +14,7 @@ Not simulated: time, the rounding of CUDA kernels, fused attention, streams, lim
 from __future__ import annotations
 
 import copy
+import os
 import sys
 import weakref
 from collections import Counter
@@ -553,8 +554,9 @@ def _patches(gpus: Gpus):
     yield mock.patch.object(torch.Tensor, "pin_memory", lambda self, *args: self)
     yield mock.patch.object(torch.Tensor, "is_pinned", lambda self, *args: False)
     # On CUDA transformers loads weights in threads, and their order would differ in each run.
-    # The kernels of the Hub run on a real GPU only.
-    yield mock.patch.dict("os.environ", HF_DEACTIVATE_ASYNC_LOAD="1", USE_HUB_KERNELS="NO")
+    # A test that asks for the kernels of the Hub gets an error, because they cannot be downloaded.
+    kernels = os.environ.get("USE_HUB_KERNELS", "NO")
+    yield mock.patch.dict("os.environ", HF_DEACTIVATE_ASYNC_LOAD="1", USE_HUB_KERNELS=kernels)
 
 
 @contextmanager

@@ -11,6 +11,12 @@ from optimum_structprune.commands.cli import main
 from optimum_structprune.commands.loading import usable_device
 
 
+@pytest.fixture(autouse=True)
+def kernels_of_the_hub(monkeypatch):
+    """Let transformers use kernels of the Hub, which cannot be downloaded. The commands load models without them."""
+    monkeypatch.setenv("USE_HUB_KERNELS", "YES")
+
+
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
     return save_desk(tmp_path_factory.mktemp("desk"), "llama-untied")
