@@ -309,7 +309,7 @@ def _depth(
         if count:
             min_size = max(min_size, len(layers) - count + 1)
 
-    required = ()
+    required: tuple[int, ...] = ()
     if template.keep_first:
         required = (0,)
 
