@@ -66,6 +66,7 @@ class Template:
     within: str | None = None
     uniform: str = ""
     kinds: tuple[str, ...] = ()
+    keep_first: bool = False
 
 
 @dataclass(frozen=True)

@@ -309,6 +309,10 @@ def _depth(
         if count:
             min_size = max(min_size, len(layers) - count + 1)
 
+    required: tuple[int, ...] = ()
+    if template.keep_first:
+        required = (0,)
+
     yield Space(
         name=LAYER,
         layer=MODEL,
@@ -321,6 +325,7 @@ def _depth(
         min_size=min_size,
         unit=LAYER,
         uniform=ONE_PER_MODEL,
+        required=required,
     )
 
 

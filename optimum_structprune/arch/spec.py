@@ -95,6 +95,7 @@ class Space:
         experts: The full name of the module of experts. Pruning observes the routed input there.
         unit: The kind of unit: `CHANNEL`, `GROUP`, `EXPERT`, `LAYER` or `TOKEN`.
         uniform: The reason why all layers must have the same width, or empty if widths may differ.
+        required: The units that are always kept.
     """
 
     name: str
@@ -110,6 +111,7 @@ class Space:
     experts: str | None = None
     unit: str = CHANNEL
     uniform: str = ""
+    required: tuple[int, ...] = ()
 
     @property
     def kind(self) -> str:

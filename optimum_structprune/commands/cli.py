@@ -148,4 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser("structprune", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     add_commands(parser)
-    return execute(parser.parse_args(argv))
+    try:
+        return execute(parser.parse_args(argv))
+    except KeyboardInterrupt:  # during the imports for the parser, which take seconds
+        return 130

@@ -90,6 +90,11 @@ def attach_teacher(
         tokenizer = trainer.processing_class
     is_pruned_later = any(getattr(callback, "prunes_model", False) for callback in trainer.callback_handler.callbacks)
     if not isinstance(student, PreTrainedModel) or not predicts_next(student):
+        if is_teacher_file(teacher):
+            raise StructPruneError(
+                f"{teacher} is a teacher file, which stores predictions of next tokens, and the Trainer trains a "
+                f"{type(student).__name__}. Pass a model, or its id or folder."
+            )
         original = load_any_teacher(teacher, student, dtype, trust_remote_code, is_pruned_later)
         options = (tokenizer, teacher_tokenizer, teacher_device, trust_remote_code)
         return attach_to_head(trainer, original, temperature, task_weight, *options)

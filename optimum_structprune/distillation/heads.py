@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, kl_div, logsigmoid
 from transformers import AutoConfig, PreTrainedTokenizerBase, Trainer
 
-from ..arch.inference import evaluating, on_device, random_inputs, run_model
+from ..arch.inference import evaluating, input_device, on_device, random_inputs, run_model
 from ..arch.meta import model_class, predicts_next
 from ..domains.manifest import tokenizer_of
 from ..measure.batches import IGNORED
@@ -80,6 +80,8 @@ HEADS: Mapping[str, Head] = {
 }
 # The divergences of labels that are not exclusive classes, by the `problem_type` of a config.
 PROBLEMS = {"regression": squared_error, "multi_label_classification": kl_of_labels}
+# The inputs of a decoder. Some models make the input of their decoder from the input of the encoder.
+DECODER_INPUTS = {"labels", "decoder_input_ids", "decoder_inputs_embeds"}
 # The divergences that a temperature softens.
 OF_DISTRIBUTIONS = (kl_of_classes, kl_of_labels)
 
@@ -111,7 +113,7 @@ class Reader(Placed):
     def predict(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the outputs of a placed teacher; see `outputs`."""
         if not self.sharded:
-            inputs = on_device(inputs, next(self.model.parameters()).device)
+            inputs = on_device(inputs, input_device(self.model))
         with self.called() as model:
             return self.outputs(model, inputs)
 
@@ -129,7 +131,15 @@ class Reader(Placed):
         if not self.model.config.is_encoder_decoder:
             arguments.pop("labels", None)
             arguments.pop("use_cache", None)
-        return self._compared(model(**arguments), inputs)
+        try:
+            return self._compared(model(**arguments), inputs)
+        except ValueError as error:
+            if not self.model.config.is_encoder_decoder or DECODER_INPUTS & arguments.keys():
+                raise
+            raise StructPruneError(
+                f"The decoder of a {type(self.model).__name__} has no input in the columns {', '.join(inputs)}. Add "
+                "`labels` or `decoder_input_ids` to the batches."
+            ) from error
 
     def _compared(self, outputs: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         compared = {name: outputs[name] for name in HEADS if isinstance(outputs.get(name), Tensor)}
@@ -153,7 +163,8 @@ class Reader(Placed):
                 sample: Any = "text"
                 if hasattr(self.model, "predict"):
                     sample = ("text", "text")
-                outputs = self.outputs(self.model, on_device(self.model.preprocess([sample]), self.model.device))
+                inputs = on_device(self.model.preprocess([sample]), input_device(self.model))
+                outputs = self.outputs(self.model, inputs)
             else:
                 outputs = self._compared(run_model(self.model, random_inputs(self.model)), {})
         return {name: output.shape for name, output in outputs.items()}
@@ -277,10 +288,13 @@ def _compared_shapes(student: Reader, teacher: Reader, reads_same: bool) -> dict
     kind = type(student.model).__name__
     if not teacher.has_modules and predicts_next(teacher.model):
         common = []  # its logits are of the next tokens
+    if not student.has_modules and student.model.config.is_encoder_decoder != teacher.model.config.is_encoder_decoder:
+        # An encoder returns an output for each token that it reads, and a decoder for each token that it writes.
+        common = [name for name in common if len(shapes[name]) == 2 and HEADS[name].unit == "labels"]
     if not common:
         raise StructPruneError(
-            f"`attach_teacher` cannot compare a {kind} with a {type(teacher.model).__name__}. Pass a teacher that "
-            f"returns one of {', '.join(shapes or HEADS)}."
+            f"`attach_teacher` cannot compare a {kind} with a {type(teacher.model).__name__}. Pass a teacher with "
+            f"the same head, which returns one of {', '.join(shapes or HEADS)}."
         )
 
     equal: dict[str, torch.Size] = {}

@@ -47,7 +47,9 @@ class DropLayers(Step):
                 scores_by_domain.append(scores)
 
             scores = broadcast_(data.combined(torch.stack(scores_by_domain)))
-            keep = best_units(scores, arch.of(LAYER)[0].width_in(widths))
+            space = arch.of(LAYER)[0]
+            scores[list(space.required)] = torch.inf
+            keep = best_units(scores, space.width_in(widths))
 
             state.changed = True
             remove_layers_(model, arch, data, keep)

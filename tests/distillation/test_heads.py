@@ -4,10 +4,11 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers import save_with_tokenizer, with_tokens
-from models import PLAIN, documents, random_model, tokenizer
+from models import GROUPED, PLAIN, documents, random_model, tokenizer
 from torch.nn.functional import cosine_similarity, kl_div, logsigmoid
 from transformers import (
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
@@ -20,7 +21,7 @@ from transformers import (
     default_data_collator,
 )
 
-from optimum_structprune import StructPruneError, attach_teacher
+from optimum_structprune import StructPruneError, attach_teacher, write_teacher
 
 
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
@@ -255,6 +256,47 @@ def test_a_teacher_with_another_head_is_refused(tmp_path):
 
     random_model(*HEADS["classes"][:3], seed=1).save_pretrained(tmp_path / "classes")
     attach_teacher(trainer, tmp_path / "classes")
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_an_offloaded_teacher_gives_the_same_loss(name, tmp_path):
+    auto, model_type, fields, _ = HEADS[name]
+    student = random_model(auto, model_type, fields).eval()
+    batch = batch_for(name)
+    losses = []
+    for device in (None, "offload"):
+        trainer = trainer_for(student, tmp_path, rows_of(batch))
+        attach_teacher(trainer, random_model(auto, model_type, fields, seed=1), teacher_device=device)
+        losses.append(trainer.compute_loss(student, dict(batch)))
+    torch.testing.assert_close(losses[0], losses[1])
+
+
+def test_a_decoder_is_compared_only_with_a_decoder_that_reads_the_same_batches(tmp_path):
+    """An encoder predicts the tokens that it reads, and the decoder of an encoder-decoder the tokens it writes."""
+    for name, other in (("translations", "masked tokens"), ("masked tokens", "translations")):
+        student = random_model(*HEADS[name][:3])
+        trainer = trainer_for(student, tmp_path, rows_of(batch_for(name)))
+        with pytest.raises(StructPruneError, match="cannot compare a .* Pass a teacher with the same head"):
+            attach_teacher(trainer, random_model(*HEADS[other][:3], seed=1))
+
+    student = random_model(*HEADS["translations"][:3])
+    batch = batch_for("translations")
+    del batch["labels"]
+    trainer = trainer_for(student, tmp_path, rows_of(batch))
+    attach_teacher(trainer, random_model(*HEADS["translations"][:3], seed=1))
+    with pytest.raises(StructPruneError, match="no input in the columns .*, attention_mask. Add `labels` or `decoder"):
+        trainer.train()
+
+    batch["decoder_input_ids"] = batch["input_ids"]
+    assert trainer.compute_loss(student, batch) > 0
+
+
+@pytest.mark.parametrize("name", ["classes", "translations"])
+def test_a_file_of_next_tokens_teaches_no_other_head(name, tmp_path):
+    write_teacher(random_model(AutoModelForCausalLM, "llama", GROUPED | {"vocab_size": 60}), [[5, 6, 7]], tmp_path)
+    trainer = trainer_for(random_model(*HEADS[name][:3]), tmp_path / "run", rows_of(batch_for(name)))
+    with pytest.raises(StructPruneError, match="is a teacher file, .* trains a .* Pass a model"):
+        attach_teacher(trainer, tmp_path)
 
 
 def test_a_pickled_teacher_is_refused(tmp_path):

@@ -6,11 +6,11 @@ from copy import deepcopy
 import pytest
 import torch
 from helpers import count_hooks, logits, outputs, same_weights, with_long
-from models import OTHER_STRUCTURES, STRUCTURES, build, config, described, random_model, token_ids, tokenizer
+from models import CASES, OTHER_STRUCTURES, STRUCTURES, build, config, described, random_model, token_ids, tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from optimum_structprune import StructPruneError, StructPruner, prune_model
+from optimum_structprune import StructPruneError, StructPruner, prune_model, register_criterion
 from optimum_structprune.arch.hooks import hidden_states_of
 from optimum_structprune.arch.load import describe
 from optimum_structprune.arch.modules import layer_list
@@ -28,7 +28,7 @@ from optimum_structprune.steps.layers import remove_layers_
 DEEPER = [*STRUCTURES, "bloom", "smollm3", "qwen3_moe", "jamba", "lfm2_moe", "llama4_text", "exaone_moe"]
 DEEPER += [case for case in OTHER_STRUCTURES if case != "vit"]
 KEEP = (1, 3, 4)
-# transformers 5.25 asks the first layer for the length of the cache, and experts have no cache.
+# The layers of a case that keeps its first layer in every run.
 KEEP_FIRST = {"nemotron_h": (0, 2, 4)}
 
 
@@ -44,6 +44,12 @@ def deep(case):
     by_layer = {"no_rope_layers": [1, 0, 1, 1, 0], "mlp_only_layers": [0, 3], "first_k_dense_replace": 2}
     text.update({name: value for name, value in by_layer.items() if name in text})
     return random_model(auto, model_type, fields)
+
+
+@register_criterion("last_layers", judges=LAYER)
+def last_layers(model, arch, batches):
+    """Return scores that keep the last layers."""
+    return torch.arange(float(arch.num_layers))
 
 
 @contextmanager
@@ -86,6 +92,18 @@ def test_pruned_equals_skipped_and_reloads_and_generates(case, tmp_path):
         uncached = small.generate(token_ids(1, 6), use_cache=False, **options)
         assert torch.equal(cached, uncached)
         assert cached.shape == (1, 14)
+
+
+@pytest.mark.parametrize("case", [case for case in DEEPER if case in CASES and LAYER in describe(deep(case)).offered])
+def test_a_model_that_loses_its_first_layers_generates_with_its_cache(case):
+    model = deep(case)
+    depth = max(describe(model).of(LAYER)[0].min_size, 2)
+    small = prune_model(model, config(widths={LAYER: depth}, criterion="last_layers"), tokenizer())
+    assert len(layer_list(small, describe(small))) == depth
+
+    options = {"min_new_tokens": 4, "max_new_tokens": 4, "do_sample": False}
+    cached = small.generate(token_ids(1, 6), use_cache=True, **options)
+    assert torch.equal(cached, small.generate(token_ids(1, 6), use_cache=False, **options))
 
 
 def test_kept_layers_of_different_widths_keep_their_widths(tmp_path):
