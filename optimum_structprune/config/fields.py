@@ -21,6 +21,9 @@ Self = TypeVar("Self", bound="Config")
 
 MAX_COUNT = 10**12  # of samples, tokens or units; products of larger numbers do not fit into 64 bits
 MAX_SEED = 2**32 - 1
+# The units of sizes. File managers and the Hub count in powers of 1,000.
+UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+BINARY_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 # An argument in a docstring: `name: text`, with its continuation lines.
 ARGUMENT = re.compile(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
 
@@ -107,6 +110,19 @@ class Config:
             value = getattr(self, name)
             if value is not None and not value:
                 self.refuse(name, f"must not be empty, got {value!r}")
+
+
+def bytes_of(text: str) -> int | None:
+    """Return the bytes of a size with a unit, such as `160MB` or `1.5 GiB`, or None if it is no such size."""
+    match = re.fullmatch(r"([0-9]+\.?[0-9]*) ?([A-Za-z]+)", text)
+    if match is None:
+        return None
+
+    number, name = match.groups()
+    for unit, num_bytes in (UNITS | BINARY_UNITS).items():
+        if unit.lower() == name.lower():
+            return int(float(number) * num_bytes)
+    return None
 
 
 def field_help(cls: type) -> dict[str, str]:

@@ -14,7 +14,7 @@ from ..system.errors import StructPruneError, warn
 from ..system.registry import Registry, did_you_mean
 from ..system.written import replace_json, versioned
 from .domains import GENERAL, DomainConfig, check_domains, is_general
-from .fields import MAX_COUNT, Config, read_json
+from .fields import MAX_COUNT, Config, bytes_of, read_json
 from .recovery import RecoveryConfig
 
 
@@ -33,9 +33,13 @@ LANGUAGES = {
 }  # fmt: skip
 CACHE = "cache_bytes_per_token"
 ACTIVE = "active_parameters"
+FILE = "file"
 LOSS = "loss"
 MAX_BUDGET = 1e18
-BUDGETS = ("parameters", ACTIVE, "bytes", CACHE, LOSS)
+# The figures that a budget limits, by name. `widths.budget` has the functions that compute them.
+BUDGETS = ("parameters", ACTIVE, "bytes", CACHE, FILE, LOSS)
+# The figures in bytes, whose limits may have a unit.
+IN_BYTES = ("bytes", CACHE, FILE)
 AUTO: Literal["auto"] = "auto"
 
 
@@ -168,6 +172,9 @@ class StructPruneConfig(Config):
         if isinstance(self.languages, (list, tuple)) and False in self.languages:
             self.refuse("languages", "has no language 'no', which YAML reads as false. Quote codes in YAML files")
 
+        if isinstance(self.budget, Mapping):
+            self.budget = {name: self._limit(name, limit) for name, limit in self.budget.items()}
+
         super().validate()
         self.check_count("rounds", "round_to", "tensor_parallel", "num_samples", "seq_length")
         self.check_share("sparsity")
@@ -219,6 +226,18 @@ class StructPruneConfig(Config):
         if self.widths is not None:
             self.widths = self._legal_widths(self.widths)
 
+    def _limit(self, name: str, limit: Any) -> Any:
+        """Return the limit of a figure as a number. A limit in bytes may have a unit."""
+        if not isinstance(limit, str):
+            return limit
+        if name not in IN_BYTES:
+            self.refuse("budget", f"must be a number without a unit for {name!r}, got {limit!r}")
+
+        num_bytes = bytes_of(limit)
+        if num_bytes is None:
+            self.refuse("budget", f"must be a size such as 160MB or 1.5GB for {name!r}, got {limit!r}")
+        return num_bytes
+
     def _check_budget(self, budget: Mapping[str, float]) -> None:
         if not budget:
             self.refuse("budget", f"must name at least one of {', '.join(BUDGETS)}, got {budget}")
@@ -233,6 +252,8 @@ class StructPruneConfig(Config):
                     "budget",
                     f"must be greater than 0 and less than {MAX_BUDGET:.0e} for {name!r}, got {short_repr(limit)}",
                 )
+            if name == FILE and 1 <= limit < 1000:
+                self.refuse("budget", f"is a size such as 160MB for {name!r}, or a share below 1, got {limit}")
             if name in ("parameters", ACTIVE, "bytes") and 1 <= limit <= 100:
                 self.refuse("budget", f"is a share below 1, such as 0.9, or a number of {name}, got {limit}")
             if name == LOSS and limit >= 1:

@@ -315,7 +315,9 @@ def _notes(request: PruningRequest, model_config: PretrainedConfig) -> Iterator[
         arch = request.model_info.arch
         budget = budget_of(config, arch, request.model_info.plain_model, list(request.widths))
         figures = budget.figures(request.widths)
-        limits = [f"{name} {figures[name]:,} of {limit:,}" for name, limit in budget.limits.items()]
+        limits = []
+        for name, limit in budget.limits.items():
+            limits.append(f"{name} {budget.text(name, figures[name])} of {budget.text(name, limit)}")
         yield f"meets the budget: {', '.join(limits)}"
 
     if _depends_on_text(config):

@@ -21,12 +21,13 @@ from ..arch.meta import check_plain, is_quantized
 from ..domains.manifest import check_tokens
 from ..system.disk import GGUFOutput
 from ..system.errors import StructPruneError
-from .gguf_metadata import add_metadata, add_sizes, add_vocabulary, tokenizer_parts
+from .gguf_metadata import add_metadata, add_sizes, add_vocabulary, header_bytes, tokenizer_parts
 from .gguf_types import BLOCKS, K_QUANTS, QUANTISER, WHOLE, check_gguf_type
 
 
 # The data type of a file whose type is not named, by the dtype of the model.
 TYPE_OF_DTYPE = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+ROPE_NAME = f"{gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS]}.weight"
 
 
 @dataclass(frozen=True)
@@ -141,16 +142,15 @@ def export_gguf(
     with output.staged() as staging:
         if kind in K_QUANTS:
             unquantized = staging.with_name("unquantized.gguf")
-            num_values, num_uneven = _write(model, unquantized, tokenizer, "F16")
+            layout = _write(model, unquantized, tokenizer, "F16")
             _quantize(unquantized, staging, kind.upper())
         else:
-            num_values, num_uneven = _write(model, staging, tokenizer, kind.upper())
+            layout = _write(model, staging, tokenizer, kind.upper())
 
         num_bytes = staging.stat().st_size
 
-    in_16_bits = 0 if kind in WHOLE else num_uneven
-    architecture = str(llama_cpp.gguf_architecture(model.config))
-    return GGUFFile(architecture, kind.upper(), num_values, in_16_bits, num_bytes)
+    in_16_bits = 0 if kind in WHOLE else layout.num_uneven
+    return GGUFFile(layout.writer.arch, kind.upper(), layout.num_values, in_16_bits, num_bytes)
 
 
 def check_gguf(
@@ -213,38 +213,79 @@ def _tensor_types(shapes: Mapping[str, tuple[int, ...]], kind: str) -> dict[str,
     return types
 
 
-def _write(model: PreTrainedModel, path: Path, tokenizer: PreTrainedTokenizerBase, kind: str) -> tuple[int, int]:
-    """Write a file, one tensor at a time.
+@dataclass(frozen=True)
+class _Layout:
+    """The tensors of a file.
 
-    Returns:
-        The number of values in all tensors, and the number of values in matrices whose rows are not whole blocks.
+    Attributes:
+        tensors: The tensors that are computed from parameters of the model.
+        rope_factors: The divisors of the rotary frequencies, or None.
+        types: The data type of each tensor by its name.
+        writer: The file, with all fields but the tokenizer.
+        num_values: The number of values in all tensors.
+        num_uneven: The number of values in matrices whose rows are not whole blocks.
     """
-    architecture = str(llama_cpp.gguf_architecture(model.config))
+
+    tensors: list[_StoredTensor]
+    rope_factors: Tensor | None
+    types: Mapping[str, gguf.GGMLQuantizationType]
+    writer: gguf.GGUFWriter
+    num_values: int
+    num_uneven: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, path: Path, kind: str) -> _Layout:
+        """Return the layout of a file. The model may have no weights."""
+        architecture = str(llama_cpp.gguf_architecture(model.config))
+        weights = dict(model.named_parameters())
+        tensors = list(_stored_tensors(model, architecture))
+        shapes = {}
+
+        for tensor in tensors:
+            shapes[tensor.name] = tuple(tensor.values(weights, architecture, device="meta").shape)
+
+        rope_factors = _rope_factors(model.config)
+        if rope_factors is not None:
+            shapes[ROPE_NAME] = tuple(rope_factors.shape)
+
+        types = _tensor_types(shapes, kind)
+        num_values = sum(prod(shape) for shape in shapes.values())
+        writer = gguf.GGUFWriter(path, architecture)
+        add_metadata(writer, model, path.stem, num_values)
+        add_sizes(writer, model.config)
+        prefix = "ALL" if kind == "F32" else "MOSTLY"
+        writer.add_file_type(gguf.LlamaFileType[f"{prefix}_{kind}"])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+        for name, shape in shapes.items():
+            num_bytes = prod(gguf.quant_shape_to_byte_shape(shape, types[name]))
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), num_bytes, raw_dtype=types[name])
+        return cls(tensors, rope_factors, types, writer, num_values, _num_uneven(shapes))
+
+    def bytes(self, vocabulary: int) -> int:
+        """Return the size of the file. `vocabulary` is the bytes of the tokenizer in its header."""
+        sizes = [header_bytes(self.writer) + vocabulary]
+        sizes += [tensor.nbytes for tensor in self.writer.tensors[0].values()]
+        # Each tensor begins at a multiple of the alignment.
+        return sum(self.writer.ggml_pad(size, self.writer.data_alignment) for size in sizes)
+
+
+def gguf_bytes(model: PreTrainedModel, vocabulary: int, kind: str) -> int:
+    """Return the size of the file that `export_gguf` writes, to the byte.
+
+    Args:
+        model: The model, with or without weights.
+        vocabulary: The bytes of its tokenizer in a file; see `vocabulary_bytes`.
+        kind: llama.cpp's name of the data type of the matrices, except K-quants.
+    """
+    return _Layout.of(model, Path("model.gguf"), kind.upper()).bytes(vocabulary)
+
+
+def _write(model: PreTrainedModel, path: Path, tokenizer: PreTrainedTokenizerBase, kind: str) -> _Layout:
+    """Write a file, one tensor at a time, and return its layout."""
+    layout = _Layout.of(model, path, kind)
+    writer = layout.writer
     weights = dict(model.named_parameters())
-    tensors = list(_stored_tensors(model, architecture))
-    shapes = {}
-
-    for tensor in tensors:
-        shapes[tensor.name] = tuple(tensor.values(weights, architecture, device="meta").shape)
-
-    rope_factors = _rope_factors(model.config)
-    if rope_factors is not None:
-        rope_name = f"{gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS]}.weight"
-        shapes[rope_name] = tuple(rope_factors.shape)
-
-    types = _tensor_types(shapes, kind)
-    writer = gguf.GGUFWriter(path, architecture)
-
-    for name, shape in shapes.items():
-        num_bytes = prod(gguf.quant_shape_to_byte_shape(shape, types[name]))
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), num_bytes, raw_dtype=types[name])
-
-    num_values = writer.get_total_parameter_count()[0]
-    prefix = "ALL" if kind == "F32" else "MOSTLY"
-    add_metadata(writer, model, path.stem, num_values)
-    add_sizes(writer, model.config)
-    writer.add_file_type(gguf.LlamaFileType[f"{prefix}_{kind}"])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_vocabulary(writer, tokenizer, model.config.vocab_size)
 
     try:
@@ -252,16 +293,16 @@ def _write(model: PreTrainedModel, path: Path, tokenizer: PreTrainedTokenizerBas
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
 
-        for tensor in tensors:
-            values = tensor.values(weights, architecture)
-            writer.write_tensor_data(_packed(tensor.name, values, types[tensor.name]))
+        for tensor in layout.tensors:
+            values = tensor.values(weights, writer.arch)
+            writer.write_tensor_data(_packed(tensor.name, values, layout.types[tensor.name]))
 
-        if rope_factors is not None:
-            writer.write_tensor_data(_packed(rope_name, rope_factors, types[rope_name]))
+        if layout.rope_factors is not None:
+            writer.write_tensor_data(_packed(ROPE_NAME, layout.rope_factors, layout.types[ROPE_NAME]))
     finally:
         writer.close()
 
-    return num_values, _num_uneven(shapes)
+    return layout
 
 
 def _num_uneven(shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import gguf
+from gguf.gguf_writer import WriterState
 from tokenizers import AddedToken
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -30,10 +32,16 @@ SPLITTERS = {
 }
 # The score of a token that no merge produces.
 LOWEST_SCORE = -1e6
+# The bytes of the general fields, such as the name and the license. Shorter fields are padded. Of longer fields only
+# the name is written, and its beginning alone.
+GENERAL_BYTES = 4096
+MAX_NAME = 200
 
 
 def add_metadata(writer: gguf.GGUFWriter, model: PreTrainedModel, name: str, num_values: int) -> None:
-    """Add the name, the origin and the size label of a model.
+    """Add the name, the origin and the size label of a model, in a constant number of bytes.
+
+    So the size of a file is known before the model has a card.
 
     Args:
         writer: The file.
@@ -41,17 +49,42 @@ def add_metadata(writer: gguf.GGUFWriter, model: PreTrainedModel, name: str, num
         name: The name of a model whose card has none.
         num_values: The number of values in all tensors.
     """
-    writer.add_string("structprune.version", __version__)
     folder = None
-
     if model.name_or_path and Path(model.name_or_path).is_dir():
         folder = Path(model.name_or_path)
 
     metadata = gguf.Metadata.load(model_path=folder, total_params=num_values)
     metadata.name = metadata.name or name
     metadata.size_label = metadata.size_label or gguf.size_label(num_values, 0, 0, 0)
+    general = _general_fields(writer.arch, metadata)
+    if header_bytes(general) > GENERAL_BYTES:
+        general = _general_fields(writer.arch, gguf.Metadata(name=name[:MAX_NAME], size_label=metadata.size_label))
+
+    general.add_string("structprune.padding", " " * (GENERAL_BYTES - header_bytes(general)))
+    writer.kv_data[0].update(general.kv_data[0])
+
+
+def _general_fields(architecture: str, metadata: gguf.Metadata) -> gguf.GGUFWriter:
+    """Return a file that has only general fields."""
+    writer = gguf.GGUFWriter(None, architecture)
+    writer.add_string("structprune.version", __version__)
     writer.add_type(gguf.GGUFType.MODEL)
     metadata.set_gguf_meta_model(writer)
+    return writer
+
+
+def header_bytes(writer: gguf.GGUFWriter) -> int:
+    """Return the size of the header of a file: of its fields and of the descriptions of its tensors."""
+    header = BytesIO()
+    copy = gguf.GGUFWriter(None, writer.arch)
+    copy.kv_data = writer.kv_data
+    copy.tensors = writer.tensors
+    copy.fout = [header]  # type: ignore[list-item]
+    copy.state = WriterState.EMPTY
+    copy.write_header_to_file()
+    copy.write_kv_data_to_file()
+    copy.write_ti_data_to_file()
+    return header.tell()
 
 
 def add_sizes(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
@@ -157,6 +190,14 @@ def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, 
         writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
 
     _add_special_tokens(writer, tokenizer)
+
+
+def vocabulary_bytes(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> int:
+    """Return the bytes of a tokenizer in the header of a file; see `add_vocabulary`."""
+    writer = gguf.GGUFWriter(None, "")
+    empty = header_bytes(writer)
+    add_vocabulary(writer, tokenizer, num_rows)
+    return header_bytes(writer) - empty
 
 
 def tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, Any], str | None]:

@@ -1,17 +1,19 @@
-"""Limits on the parameters, the active parameters, the bytes or the cache of a model."""
+"""Limits on figures of a model, such as its parameters, its cache or its file, which are functions of its shape."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.load import describe
 from ..arch.meta import is_offloaded, shrunk_skeleton
 from ..arch.spec import EXPERT, LAYER, MODEL, VOCAB, ArchSpec, Space, Widths
 from ..config.pruning import ACTIVE, CACHE, StructPruneConfig
 from ..system.errors import StructPruneError, capitalized
+from ..system.registry import Registry
 from ..system.stages import saved_bytes
 
 
@@ -28,6 +30,48 @@ class UnreachableBudgetError(StructPruneError):
         self.advice = advice
 
 
+class Figure(NamedTuple):
+    """A figure of a model, as a function of its shape.
+
+    Attributes:
+        of: A function from widths to the figure of a model with these widths: computed, measured or predicted. A
+            smaller figure is better.
+        text: A function that returns a figure as text, with its unit.
+    """
+
+    of: Callable[[Widths], float]
+    text: Callable[[float], str] = "{:,}".format
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The shapes that a pruning may give to a model.
+
+    Attributes:
+        config: The config of the pruning.
+        arch: The description of the model.
+        model: The model, with or without weights.
+        names: The spaces that may shrink.
+        tokenizers: A function from a number of tokens to the tokenizer that keeps this number of tokens, or None
+            before text has ranked the tokens.
+    """
+
+    config: StructPruneConfig
+    arch: ArchSpec
+    model: PreTrainedModel
+    names: Collection[str]
+    tokenizers: Callable[[int], PreTrainedTokenizerBase] | None = None
+
+    def skeleton(self, widths: Widths) -> PreTrainedModel:
+        """Return the model with these widths, without weights."""
+        return shrunk_skeleton(self.model, self.arch, widths)
+
+
+# The functions that return the figure of shapes, by the names that `config.pruning.BUDGETS` lists. Figures that need
+# more than the modules below this one are registered by their own modules, which `pruning.request` imports.
+FIGURES: Registry[Callable[[Shapes], Figure]] = Registry("figure", "optimum_structprune.figures")
+
+
 @dataclass(frozen=True)
 class Budget:
     """Limits on one or several figures of a model.
@@ -37,11 +81,12 @@ class Budget:
 
     Args:
         limits: The largest allowed figures by name, such as `parameters`.
-        figures: A function from widths to the figures of a model with these widths, by name.
+        functions: The figures by name, as functions of the shape.
     """
 
     limits: Mapping[str, float]
-    figures: Callable[[Widths], Mapping[str, float]]
+    functions: Mapping[str, Figure]
+    _known: dict[str, dict[str, float]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def limit(self) -> float:
@@ -53,6 +98,14 @@ class Budget:
         """Return the cost of the original model."""
         return self.cost({})
 
+    def figures(self, widths: Widths) -> Mapping[str, float]:
+        """Return the figures of a model with these widths, by name."""
+        # A search needs the same figures many times, and computing them builds a model without weights.
+        key = repr(sorted(widths.items()))
+        if key not in self._known:
+            self._known[key] = {name: figure.of(widths) for name, figure in self.functions.items()}
+        return self._known[key]
+
     def cost(self, widths: Widths) -> float:
         """Return the cost of a model with these widths."""
         figures = self.figures(widths)
@@ -60,63 +113,81 @@ class Budget:
             return next(iter(figures.values()))
         return max(figure / self.limits[name] for name, figure in figures.items()) * self.limit
 
+    def text(self, name: str, figure: float) -> str:
+        """Return a figure as text, with its unit."""
+        return self.functions[name].text(figure)
 
-def budget_of(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, names: Collection[str]) -> Budget:
-    """Return the budget of a config for the spaces `names`. A limit below 1 is a share of the original figure."""
-    functions = {name: _figure_of(name, config, arch, model, names) for name in config.budget or {}}
-    known: dict[str, dict[str, float]] = {}
+    def label(self, name: str) -> str:
+        """Return a limit as text, such as `parameters=1,000`."""
+        return f"{name}={self.text(name, self.limits[name])}"
 
-    def figures(widths: Widths) -> dict[str, float]:
-        # A search needs the same figures many times, and computing them builds a model without weights.
-        key = repr(sorted(widths.items()))
-        if key not in known:
-            known[key] = {name: function(widths) for name, function in functions.items()}
-        return known[key]
+
+def budget_of(
+    config: StructPruneConfig,
+    arch: ArchSpec,
+    model: PreTrainedModel,
+    names: Collection[str],
+    tokenizers: Callable[[int], PreTrainedTokenizerBase] | None = None,
+) -> Budget:
+    """Return the budget of a config; see `Shapes`. A limit below 1 is a share of the original figure."""
+    shapes = Shapes(config, arch, model, names, tokenizers)
+    functions = {name: FIGURES.get(name)(shapes) for name in config.budget or {}}
+    budget = Budget({}, functions)
 
     limits = {}
     for name, limit in (config.budget or {}).items():
-        limits[name] = int(limit * figures({})[name]) if limit < 1 else limit
-    return Budget(limits, figures)
+        limits[name] = int(limit * budget.figures({})[name]) if limit < 1 else limit
+    return replace(budget, limits=limits)
 
 
-def _figure_of(
-    name: str, config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, names: Collection[str]
-) -> Callable[[Widths], float]:
-    """Return the function from widths to the figure of this name."""
-    if name == CACHE:
-        return _cache_of(name, arch, model)
+@FIGURES.register("parameters")
+def _parameters(shapes: Shapes) -> Figure:
+    """Return the number of parameters."""
+    return _size_figure(shapes, lambda model: model.num_parameters(), 1)
 
-    itemsize = model.dtype.itemsize
-    active_shares = _active_shares(arch)
-    if name == ACTIVE and not active_shares:
+
+@FIGURES.register("bytes")
+def _bytes(shapes: Shapes) -> Figure:
+    """Return the bytes of the parameters and of the saved buffers in the dtype of the model."""
+    itemsize = shapes.model.dtype.itemsize
+    return _size_figure(shapes, lambda model: saved_bytes(model, itemsize), itemsize)
+
+
+@FIGURES.register(ACTIVE)
+def _active_parameters(shapes: Shapes) -> Figure:
+    """Return the number of parameters that a token runs through."""
+    active_shares = _active_shares(shapes.arch)
+    if not active_shares:
         raise StructPruneError(
-            f"The description of this {arch.model_type} model has no experts of which a token chooses some. Replace "
-            f"{ACTIVE!r} by 'parameters' in `budget`."
+            f"The description of this {shapes.arch.model_type} model has no experts of which a token chooses some. "
+            f"Replace {ACTIVE!r} by 'parameters' in `budget`."
         )
 
     def size(model: PreTrainedModel) -> float:
-        if name == "bytes":
-            return saved_bytes(model, itemsize)
-        if name == ACTIVE:
-            return active_parameters(model, describe(model, config.arch_file))
-        return model.num_parameters()
+        return active_parameters(model, describe(model, shapes.config.arch_file))
 
+    return _size_figure(shapes, size, 1, active_shares)
+
+
+def _size_figure(
+    shapes: Shapes,
+    size: Callable[[PreTrainedModel], float],
+    size_per_parameter: int,
+    active_shares: Mapping[str, float] | None = None,
+) -> Figure:
+    """Return a size that is proportional to the number of parameters inside the layers."""
+    arch = shapes.arch
     # The `unit_params` of such a space do not include parameters outside of the layers.
     kinds_of_model = {space.kind for space in arch.model_spaces if space.layer == MODEL}
-    if not kinds_of_model.isdisjoint(names):
-        return lambda widths: size(shrunk_skeleton(model, arch, widths))
+    if not kinds_of_model.isdisjoint(shapes.names):
+        return Figure(lambda widths: size(shapes.skeleton(widths)))
 
     # The tied parameters of an offloaded model are separate tensors, and would count twice.
+    model = shapes.model
     if is_offloaded(model):
-        model = shrunk_skeleton(model, arch, {})
+        model = shapes.skeleton({})
     original_size = size(model)
-    if name == ACTIVE:
-        return lambda widths: original_size - removed_parameters(arch, widths, active_shares)
-
-    size_per_parameter = 1
-    if name == "bytes":
-        size_per_parameter = itemsize
-    return lambda widths: original_size - size_per_parameter * removed_parameters(arch, widths)
+    return Figure(lambda widths: original_size - size_per_parameter * removed_parameters(arch, widths, active_shares))
 
 
 def active_parameters(model: PreTrainedModel, arch: ArchSpec) -> int:
@@ -142,20 +213,21 @@ def _active_shares(arch: ArchSpec) -> dict[str, float]:
     return {str(space.experts): space.min_size / space.size for space in _expert_spaces(arch)}
 
 
-def _cache_of(name: str, arch: ArchSpec, model: PreTrainedModel) -> Callable[[Widths], float]:
-    """Return the function from widths to the bytes of the cache per token."""
+@FIGURES.register(CACHE)
+def _cache(shapes: Shapes) -> Figure:
+    """Return the bytes of the cache per token."""
     from ..arch.generation import cached_values
 
     def cost(widths: Widths) -> float:
-        values = cached_values(shrunk_skeleton(model, arch, widths), arch)
+        values = cached_values(shapes.skeleton(widths), shapes.arch)
         if values:
-            return model.dtype.itemsize * values
+            return shapes.model.dtype.itemsize * values
         raise StructPruneError(
-            f"The {name} of this {arch.model_type} model are not known: it does not generate, or does not run without "
-            "weights. Set the budget in parameters or bytes."
+            f"The {CACHE} of this {shapes.arch.model_type} model are not known: it does not generate, or does not run "
+            "without weights. Set the budget in parameters or bytes."
         )
 
-    return cost
+    return Figure(cost)
 
 
 def removed_parameters(arch: ArchSpec, widths: Widths, active_shares: Mapping[str, float] | None = None) -> int:
@@ -186,37 +258,31 @@ def check_reach(config: StructPruneConfig, budget: Budget, smallest: Widths, nam
     """
     original = budget.figures({})
     if budget.limit >= budget.original:
-        labels = " and ".join(f"{name}={limit:,}" for name, limit in budget.limits.items())
+        labels = " and ".join(budget.label(name) for name in budget.limits)
         verb = "are" if len(original) > 1 else "is"
-        sizes = " and ".join(f"{figure:,}" for figure in original.values())
+        sizes = " and ".join(budget.text(name, figure) for name, figure in original.items())
         raise StructPruneError(
             f"budget {labels} {verb} met by the original model, with {sizes}. Set a smaller budget."
         )
 
     for name, figure in budget.figures(smallest).items():
-        limit = budget.limits[name]
-        if figure > limit:
-            _refuse_limit(config, name, limit, original[name], figure, names, arch)
+        if figure > budget.limits[name]:
+            _refuse_limit(config, budget, name, figure, names, arch)
 
 
 def _refuse_limit(
-    config: StructPruneConfig,
-    name: str,
-    limit: float,
-    original: float,
-    smallest: float,
-    names: list[str],
-    arch: ArchSpec,
+    config: StructPruneConfig, budget: Budget, name: str, smallest: float, names: list[str], arch: ArchSpec
 ) -> None:
     """Raise, because the smallest widths do not meet one limit."""
-    label = f"budget {name}={limit:,}"
+    label = f"budget {budget.label(name)}"
+    original = budget.text(name, budget.figures({})[name])
     untargeted = _untargeted_spaces(config, name, names, arch)
     if not names:
         advice = "budget something else"
         if untargeted:
             advice = f"target {' or '.join(repr(kind) for kind in untargeted)}"
         raise UnreachableBudgetError(
-            f"{label} is not met by the original model, which has {original:,}, and targets="
+            f"{label} is not met by the original model, which has {original}, and targets="
             f"{list(config.targets_or_default)} do not change that. {capitalized(advice)}.",
             advice,
         )
@@ -227,7 +293,7 @@ def _refuse_limit(
         suggestion = f", or {advice}"
     raise UnreachableBudgetError(
         f"{label} cannot be met: with the smallest widths of {', '.join(names)} the model still has "
-        f"{smallest:,} of {original:,}. Allow that{suggestion}.",
+        f"{budget.text(name, smallest)} of {original}. Allow that{suggestion}.",
         advice,
     )
 

@@ -256,3 +256,24 @@ def test_an_iterator_is_consumed_on_demand_and_can_be_read_several_times(items, 
     for reader, result in zip(readers, results, strict=True):
         assert result + list(reader) == items
     assert list(source) == items
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("160MB", 160_000_000), ("1.5GB", 1_500_000_000), ("1.5 gb", 1_500_000_000), ("2MiB", 2 * 2**20),
+    ("900kB", 900_000),
+])  # fmt: skip
+def test_a_limit_in_bytes_may_have_a_unit(text, expected):
+    for name in ("file", "bytes", "cache_bytes_per_token"):
+        assert StructPruneConfig(budget={name: text}).budget == {name: expected}
+
+
+@pytest.mark.parametrize(("budget", "message"), [
+    ({"file": "160 parsecs"}, "such as 160MB or 1.5GB for 'file', got '160 parsecs'"),
+    ({"file": "MB"}, "such as 160MB"),
+    ({"file": 160}, "such as 160MB for 'file', or a share below 1, got 160"),
+    ({"parameters": "100MB"}, "without a unit for 'parameters', got '100MB'"),
+    ({"file": "0MB"}, "greater than 0"),
+])  # fmt: skip
+def test_a_limit_with_a_wrong_unit_is_refused(budget, message):
+    with pytest.raises(StructPruneError, match=message):
+        StructPruneConfig(budget=budget)
