@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
 
 from huggingface_hub.dataclasses import type_validator
+from transformers import CONFIG_MAPPING
 
 from ..config.fields import parse_yaml
 from ..system.errors import StructPruneError
@@ -231,8 +232,11 @@ def family_of(model_type: str, arch_file: str | Path | None = None) -> Family:
         families.update(user_families(arch_file))
 
     if model_type not in families:
+        suggestion = ""
+        if model_type not in CONFIG_MAPPING:  # a type of transformers is not misspelt
+            suggestion = did_you_mean(model_type, families)
         raise UndescribedError(
-            f"The model type {model_type!r} is not described in arch/families.{did_you_mean(model_type, families)} "
+            f"The model type {model_type!r} is not described in arch/families.{suggestion} "
             "examples/tools/stub.py of the repository prints a description to check and to pass as --arch."
         )
     return families[model_type]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..system.offloading import check_reachable
 from .hooks import in_fast_dtype
@@ -117,7 +118,7 @@ def random_inputs(model: PreTrainedModel, length: int = 16) -> Tensor:
         for a head that chooses among sequences.
     """
     config = model.config
-    if reads_images(model) and hasattr(config, "image_size"):
+    if reads_images(model):
         return random_image(config).to(model.dtype)
 
     text = config.get_text_config()
@@ -160,6 +161,58 @@ def evaluating(*models: PreTrainedModel | PeftModel) -> Iterator[None]:
         for model, modes in zip(models, modes_by_model, strict=True):
             for name, module in model.named_modules():
                 module.training = modes.get(name, modes[""])
+
+
+@contextmanager
+def without_dropout(model: nn.Module, *inner_models: nn.Module) -> Iterator[None]:
+    """Compute a training step as in eval mode inside `with`: without dropout, skipped layers and batch statistics.
+
+    Adapters of PEFT keep their own dropout, and activation checkpointing goes on. A backward pass may compute layers
+    again, so the modules inside stay in eval mode until the next `model.train()`.
+
+    Args:
+        model: A model in train mode, with its wrappers.
+        inner_models: Modules inside that are in train mode again after `with`, because Trainers read their mode.
+    """
+    # `eval()` may also replace kernels by kernels without a backward pass.
+    for module in model.modules():
+        module.training = False
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            if hasattr(module, "adapter_layer_names"):
+                for name, part in module.named_children():
+                    part.train(name != "base_layer")
+            if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+                stack.enter_context(_checkpointed_in_eval_mode(module))
+        try:
+            yield
+        finally:
+            for module in (model, *inner_models):
+                module.training = True
+
+
+@contextmanager
+def _checkpointed_in_eval_mode(layer: Any) -> Iterator[None]:
+    """Checkpoint the activations of a layer, which needs train mode, and compute the layer in eval mode."""
+    checkpoint = layer._gradient_checkpointing_func
+
+    def checkpoint_in_eval_mode(function: Callable[..., Any], *args: Any) -> Any:
+        def compute(*inputs: Any) -> Any:
+            layer.training = False
+            try:
+                return function(*inputs)
+            finally:
+                layer.training = True
+
+        return checkpoint(compute, *args)
+
+    layer.training = True
+    layer._gradient_checkpointing_func = checkpoint_in_eval_mode
+    try:
+        yield
+    finally:
+        layer._gradient_checkpointing_func = checkpoint
 
 
 def outputs_of(output: Any) -> Tensor:

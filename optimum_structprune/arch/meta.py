@@ -14,6 +14,7 @@ import transformers
 from accelerate import init_empty_weights
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
@@ -28,6 +29,10 @@ from .per_layer import heterogeneous
 from .shrink import shrunk_config
 from .spec import ArchSpec, Space, Widths
 from .token_space import first_position
+
+
+# The height and width of an image for a model whose config has no size.
+IMAGE_SIZE = 224
 
 
 def model_class(config: PretrainedConfig, arch_file: str | Path | None = None) -> Any:
@@ -156,7 +161,15 @@ def _check_stock(model: PreTrainedModel) -> None:
     stock_model = skeleton(model, model.config)
     stock_modules = dict(stock_model.named_modules())
     for name, module in model.named_modules():
-        expected_type = type(stock_modules.get(name))
+        stock_module = stock_modules.get(name)
+        # The class of a parametrized module is made for this module alone, so the classes of two models differ.
+        if stock_module is not None and is_parametrized(stock_module):
+            raise StructPruneError(
+                f"{name} of a {type(model).__name__} computes its weight from other tensors, as by weight "
+                "normalization. Pruning removes only plain weights, so this type of model cannot be pruned."
+            )
+
+        expected_type = type(stock_module)
         if type(module) is not expected_type:
             problem = f"is a {type(module).__name__} in place of a {expected_type.__name__}"
         elif not _has_stock_forward(model, name):
@@ -391,8 +404,11 @@ def reads_images(model: Any) -> bool:
 
 
 def random_image(config: Any, images: int = 1) -> torch.Tensor:
-    """Return random images of the size in a config, shape `(images, channels, size, size)`."""
-    size = config.image_size
+    """Return random images of the size in a config, shape `(images, channels, size, size)`.
+
+    A convolutional network has no size in its config. Its images have the size of ImageNet's.
+    """
+    size = getattr(config, "image_size", IMAGE_SIZE)
     if not isinstance(size, int):
         size = size[0]
     return _random(images, getattr(config, "num_channels", 3), size, size)

@@ -54,6 +54,9 @@ def attach_teacher(
     the student. If the student's vocabulary was trimmed, the batches are spelled in the teacher's tokens too, and the
     divergence is computed per token of the teacher.
 
+    The student trains without dropout, in eval mode like the teacher: with dropout, a student that equals its teacher
+    would be moved away from it. An adapter keeps its dropout, such as `lora_dropout`.
+
     Args:
         trainer: A Trainer before `train` that minimises the cross-entropy, such as TRL's `SFTTrainer`, or a Trainer of
             sentence-transformers. The batches of a causal language model need `input_ids` and `labels`.
@@ -235,25 +238,10 @@ class TeacherLoss(LoggedLoss):
         if trainer.args.torch_compile:
             self._plain_head = False
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+    def batch_loss(
+        self, mode: str, model: Any, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Any
     ) -> Any:
-        """Compute the loss of a batch; see `transformers.Trainer.compute_loss`.
-
-        Args:
-            model: The student, as the Trainer wraps it.
-            inputs: The batch. Tokens count if their `labels`, shape `(batch, seq_length)`, are not -100.
-            return_outputs: Whether to return the model's outputs too. They only have logits if the Trainer computes
-                metrics or predictions.
-            num_items_in_batch: The number of counted tokens in the accumulated batch of all processes.
-
-        Raises:
-            StructPruneError: If the batch has no `input_ids` or `labels`.
-        """
+        """Compute the loss of a batch; see `LoggedLoss.compute_loss`. Tokens count if their `labels` are not -100."""
         check_batch(inputs)
         trainer = self.trainer
         accelerator = trainer.accelerator
@@ -278,11 +266,9 @@ class TeacherLoss(LoggedLoss):
         batch = _Batch(positions, targets[positions], predictions, aligned)
         losses = self._losses(model, student_inputs, batch)
         # Logs have the divergence per token of the teacher, as reports do.
-        mode = "train"
         kl = losses.kl.detach().to(targets.device)
         is_counted = torch.ones_like(teacher_positions)
-        if not model.training:
-            mode = "eval"
+        if mode == "eval":
             kl = kl * self._is_first(inputs, positions)
             is_counted = self._is_first(teacher_inputs, teacher_positions)
         sums = torch.stack([kl.sum(), is_counted.sum()])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -346,18 +345,12 @@ class HeadLoss(LoggedLoss):
         super().__init__(trainer, "divergence", teacher, temperature, task_weight)
         self.student = student
         self.names = names
-        # Whether dropout is on while the student trains.
-        self.drops_out = True
         self._own_loss = trainer.compute_loss
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+    def batch_loss(
+        self, mode: str, model: Any, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Any
     ) -> Any:
-        """Compute the loss of a batch; see `transformers.Trainer.compute_loss`."""
+        """Compute the loss of a batch; see `LoggedLoss.compute_loss`."""
         accelerator = self.trainer.accelerator
         self.teacher.place(accelerator)
         losses: list[Tensor] = []
@@ -366,10 +359,7 @@ class HeadLoss(LoggedLoss):
         for student_inputs, teacher_inputs in self._readings(inputs):
             with torch.no_grad(), accelerator.autocast():
                 expected = self.teacher.predict(teacher_inputs)
-            with ExitStack() as stack:
-                if not self.drops_out:
-                    stack.enter_context(evaluating(self.student.model))
-                compared = self.student.outputs(model, student_inputs)
+            compared = self.student.outputs(model, student_inputs)
 
             parts = []
             for name in self.names:
@@ -379,7 +369,6 @@ class HeadLoss(LoggedLoss):
             losses.append(torch.stack(parts).sum())
 
         divergence = torch.stack(losses).mean()
-        mode = "train" if model.training else "eval"
         size = torch.ones_like(divergence)
         self._sums[mode] = self._sums.get(mode, 0) + torch.stack([divergence.detach(), size])
 

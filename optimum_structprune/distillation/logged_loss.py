@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Trainer
+
+from ..arch.inference import without_dropout
 
 
 class LoggedLoss:
@@ -22,8 +25,8 @@ class LoggedLoss:
         task_weight: The weight of the loss without the teacher.
     """
 
-    # The loss of a batch; see `transformers.Trainer.compute_loss`.
-    compute_loss: Callable[..., Any]
+    # The loss of a batch in the mode "train" or "eval", with the arguments of `transformers.Trainer.compute_loss`.
+    batch_loss: Callable[..., Any]
 
     def __init__(self, trainer: Trainer, value: str, teacher: Any, temperature: float, task_weight: float):
         self.trainer = trainer
@@ -43,6 +46,37 @@ class LoggedLoss:
         trainer.compute_loss = self.compute_loss
         trainer.log = partial(self.log, trainer.log)
         trainer.evaluation_loop = partial(self.evaluation_loop, trainer.evaluation_loop)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Compute the loss of a batch; see `transformers.Trainer.compute_loss`.
+
+        The student computes as in eval mode, like the teacher. With dropout, a student that equals its teacher would
+        have a divergence, and the training would move it away. Only the dropout of an adapter acts, because the user
+        sets it for this training, and a new adapter does not change the outputs.
+
+        Args:
+            model: The student, as the Trainer wraps it.
+            inputs: The batch.
+            return_outputs: Whether to return the model's outputs too. They only have logits if the Trainer computes
+                metrics or predictions.
+            num_items_in_batch: The number of counted tokens in the accumulated batch of all processes.
+
+        Raises:
+            StructPruneError: If a causal language model gets a batch without `input_ids` or `labels`.
+        """
+        mode = "eval"
+        with ExitStack() as stack:
+            if model.training:
+                mode = "train"
+                student: Any = self.trainer.model
+                stack.enter_context(without_dropout(model, student))
+            return self.batch_loss(mode, model, inputs, return_outputs, num_items_in_batch)
 
     def evaluation_loop(self, evaluation_loop: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Evaluate without earlier losses of the model in eval mode, such as the losses of trial steps."""

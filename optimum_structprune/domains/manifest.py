@@ -363,7 +363,9 @@ def check_tokens(model: Any, tokenizer: Any) -> None:
     if recorded_tokenizer is tokenizer or not isinstance(tokenizer, PreTrainedTokenizerBase):
         return
 
-    num_rows = model.config.get_text_config().vocab_size
+    num_rows = getattr(model.config.get_text_config(), "vocab_size", None)
+    if num_rows is None:
+        return  # the model reads no tokens
     ids = set(tokenizer.get_vocab().values())
     is_from_folder = tokenizer.name_or_path == model.name_or_path
     if recorded_tokenizer is None and is_from_folder and max(ids) < num_rows:

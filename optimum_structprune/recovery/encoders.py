@@ -257,8 +257,7 @@ def train_encoder(
         )
         trainer.label_names = []  # the text has no labels
         remove_printers(trainer)
-        loss = attach_to_head(trainer, teacher, tokenizer=tokenizer, teacher_tokenizer=teacher_tokenizer)
-        loss.drops_out = False
+        attach_to_head(trainer, teacher, tokenizer=tokenizer, teacher_tokenizer=teacher_tokenizer)
         pruned_loss = trainer.evaluate()["eval_loss"]
         trainer.add_callback(shown)
         with closing(shown):

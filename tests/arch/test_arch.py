@@ -156,3 +156,9 @@ def test_a_wrong_file_is_refused(tmp_path):
 def test_an_unknown_model_type_is_refused_with_a_similar_one():
     with pytest.raises(StructPruneError, match=r"'qwen22' is not described.* Did you mean 'qwen2'\?"):
         family_of("qwen22")
+
+
+def test_a_type_of_transformers_is_not_taken_for_a_misspelt_one():
+    for model_type in ("clip_text_model", "speech_to_text", "perceiver"):
+        with pytest.raises(StructPruneError, match=f"'{model_type}' is not described in arch/families. examples"):
+            family_of(model_type)

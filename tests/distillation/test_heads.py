@@ -1,10 +1,14 @@
 """A Trainer with a teacher brings the outputs of any head nearer to the teacher's outputs."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from datasets import Dataset
 from helpers import save_with_tokenizer, with_tokens
-from models import GROUPED, PLAIN, documents, random_model, tokenizer
+from models import GPT, GROUPED, PLAIN, documents, random_model, token_ids, tokenizer
+from peft import LoraConfig, get_peft_model
+from torch import nn
 from torch.nn.functional import cosine_similarity, kl_div, logsigmoid
 from transformers import (
     AutoModel,
@@ -308,6 +312,109 @@ def test_a_pickled_teacher_is_refused(tmp_path):
         attach_teacher(trainer, tmp_path / "pickled")
 
 
+# Models with all kinds of noise: dropout in modules and functions, skipped layers, and statistics of batches.
+BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40}
+BART |= {
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_layerdrop": 0.3,
+    "decoder_layerdrop": 0.3,
+}
+OPT = PLAIN | {"ffn_dim": 40, "word_embed_proj_dim": 32, "dropout": 0.3, "layerdrop": 0.3}
+NOISY = {name: (*case[:3], name) for name, case in HEADS.items()}
+NOISY |= {
+    "bart": (AutoModelForSeq2SeqLM, "bart", BART, "translations"),
+    "opt": (AutoModelForCausalLM, "opt", OPT, "next tokens"),
+    "gpt2": (AutoModelForCausalLM, "gpt2", GPT | {"resid_pdrop": 0.3, "embd_pdrop": 0.3}, "next tokens"),
+    "batch statistics": (
+        AutoModelForImageClassification,
+        "resnet",
+        {"embedding_size": 8, "hidden_sizes": [16, 16], "depths": [1, 1], "num_labels": 4},
+        "images",
+    ),
+}
+
+
+class PrunesLater(TrainerCallback):
+    """Mark a Trainer as one that prunes its model, whose teacher may have the same weights."""
+
+    prunes_model = True
+
+
+def noisy_student(name, seed=0):
+    """Return a model with dropout, and rows for its head."""
+    auto, model_type, fields, head = NOISY[name]
+    student = random_model(auto, model_type, fields, seed)
+    for module in student.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.3
+    if head == "next tokens":
+        return student, rows_of({"input_ids": token_ids(4, 16), "labels": token_ids(4, 16)})
+    return student, rows_of(batch_for(head))
+
+
+def train_one_step(trainer, teacher):
+    """Train one step that would move every weight by its gradient, and return the loss."""
+    trainer.add_callback(PrunesLater())
+    attach_teacher(trainer, teacher)
+    trainer.train()
+    return trainer.state.log_history[0]["loss"]
+
+
+ONE_STEP = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0}
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_a_student_that_equals_its_teacher_stays(name, tmp_path):
+    student, rows = noisy_student(name)
+    teacher = deepcopy(student)
+    trainer = trainer_for(student, tmp_path, rows, **ONE_STEP)
+    assert train_one_step(trainer, teacher) == pytest.approx(0, abs=1e-5)
+    assert student.training, "Trainers read the mode of the model"
+    for weight, value in student.state_dict().items():
+        torch.testing.assert_close(value, teacher.state_dict()[weight], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["vectors", "opt"])
+def test_only_the_dropout_of_an_adapter_acts(name, tmp_path):
+    teacher, rows = noisy_student(name)
+    losses = {}
+    for dropout in (0.0, 0.5):
+        torch.manual_seed(0)
+        student = get_peft_model(deepcopy(teacher), LoraConfig(r=2, target_modules="all-linear", lora_dropout=dropout))
+        trainer = trainer_for(student, tmp_path, rows, **ONE_STEP)
+        assert train_one_step(trainer, teacher) == pytest.approx(0, abs=1e-5)
+
+        with torch.no_grad():
+            for weight_name, weight in student.named_parameters():
+                if "lora_B" in weight_name:
+                    weight.normal_()
+        batch = default_data_collator(rows)
+        losses[dropout] = {trainer.compute_loss(student.train(), dict(batch)).item() for _ in range(3)}
+    assert len(losses[0.0]) == 1
+    assert len(losses[0.5]) == 3
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ["vectors", "bart", "opt"])
+def test_activation_checkpointing_goes_on_without_dropout(name, tmp_path):
+    updates = []
+    calls = []
+    for checkpoints in (False, True):
+        student, rows = noisy_student(name)
+        counted = [module for module in student.modules() if isinstance(module, nn.Linear)][1]
+        seen = []
+        counted.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        trainer = trainer_for(student, tmp_path, rows, gradient_checkpointing=checkpoints, **ONE_STEP)
+        assert train_one_step(trainer, noisy_student(name, seed=1)[0]) > 1e-3
+        updates.append(student.state_dict())
+        calls.append(len(seen))
+
+    assert calls[1] > calls[0], "the layers are computed again in the backward pass"
+    for weight, value in updates[0].items():
+        torch.testing.assert_close(value, updates[1][weight], rtol=1e-4, atol=1e-6)
+
+
 KEPT = list(range(60))
 SENTENCE_SETTINGS = {
     "use_cpu": True,
@@ -425,3 +532,25 @@ def test_a_classifier_with_fewer_tokens_reads_the_same_text_as_its_teacher(tmp_p
     teacher_ids = torch.tensor(reader(texts)["input_ids"])
     assert not torch.equal(ids, teacher_ids)
     torch.testing.assert_close(loss, kl(student(ids).logits, teacher(teacher_ids).logits))
+
+
+@pytest.mark.parametrize("name", ["SentenceTransformer", "CrossEncoder"])
+def test_a_model_of_sentence_transformers_that_equals_its_teacher_stays(name, tmp_path):
+    library, folder, _ = encoder_folders(tmp_path)
+    columns = {"anchor": documents(8), "positive": documents(8, seed=1)}
+    if name == "CrossEncoder":
+        folder = tmp_path / "reranker"
+        reranker = random_model(AutoModelForSequenceClassification, "bert", PLAIN | {"num_labels": 1})
+        save_with_tokenizer(reranker, folder, tokenizer())
+        columns["label"] = [0.0, 1.0] * 4
+    student = getattr(library, name)(str(folder), device="cpu")
+    teacher = deepcopy(student)
+
+    arguments = getattr(library, f"{name}TrainingArguments")(
+        str(tmp_path / "run"), **(SENTENCE_SETTINGS | ONE_STEP | {"logging_steps": 1})
+    )
+    data = Dataset.from_dict(columns)
+    trainer = getattr(library, f"{name}Trainer")(model=student, args=arguments, train_dataset=data)
+    assert train_one_step(trainer, teacher) == pytest.approx(0, abs=1e-5)
+    for weight, value in student.state_dict().items():
+        torch.testing.assert_close(value, teacher.state_dict()[weight], atol=1e-5, rtol=0)

@@ -8,8 +8,8 @@ import pandas
 import pytest
 import torch
 from helpers import recovery_config, same_weights, unread
-from models import build, config, token_ids, tokenizer
-from transformers import BertForMaskedLM, GenerationConfig, LlamaForCausalLM, Wav2Vec2FeatureExtractor
+from models import PATCHES, PLAIN, build, config, random_model, token_ids, tokenizer
+from transformers import AutoModel, BertForMaskedLM, GenerationConfig, LlamaForCausalLM, Wav2Vec2FeatureExtractor
 
 from optimum_structprune import RecoveryConfig, RunOptions, StructPruneCallback, StructPruneConfig, prune, prune_model
 from optimum_structprune.arch.load import ModelInfo
@@ -229,6 +229,30 @@ def test_an_option_is_named_if_it_has_no_effect(name, value, fields, matters):
     targets = list(changed.widths or changed.targets_or_default)
     is_named = any(entry.startswith(f"{name}=") for entry in without_effect(changed, targets))
     assert is_named != matters
+
+
+# --- models that read no text
+SPEECH = {"conv_dim": [8, 8], "conv_kernel": [3, 3], "conv_stride": [2, 2], "num_feat_extract_layers": 2}
+SPEECH |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+CONVOLUTIONS = {"embedding_size": 8, "hidden_sizes": [16, 16], "depths": [1, 1]}
+SPEC = {"max_length": 32, "num_mel_bins": 16, "patch_size": 8}
+OF_OTHER_INPUTS = [
+    ("vit", PLAIN | PATCHES, "ViTModel reads pixel_values, and domains are text"),
+    ("clip_vision_model", PLAIN | PATCHES, "'clip_vision_model' is not described"),
+    ("resnet", CONVOLUTIONS, "'resnet' is not described"),
+    ("audio-spectrogram-transformer", PLAIN | SPEC, "'audio-spectrogram-transformer' is not described"),
+    ("wav2vec2", PLAIN | SPEECH, "conv of a Wav2Vec2Model computes its weight from other tensors, as by weight norm"),
+    ("hubert", PLAIN | SPEECH, "conv of a HubertModel computes its weight from other tensors"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "fields", "message"), OF_OTHER_INPUTS)
+def test_a_model_that_reads_no_text_is_refused_with_any_tokenizer(model_type, fields, message):
+    fields = {name: value for name, value in fields.items() if "vocab" not in name}
+    model = random_model(AutoModel, model_type, fields)
+    for reader in (None, tokenizer()):
+        with pytest.raises(StructPruneError, match=message):
+            prune_model(model, config(), reader)
 
 
 # --- arguments of a wrong type
