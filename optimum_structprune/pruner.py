@@ -23,7 +23,7 @@ from .pruning.comparison import Comparison
 from .pruning.cost import check_memory
 from .pruning.request import PruningRequest, check_arguments, check_config_kind, resolve_request
 from .record.report import PruneRecords, Report
-from .record.view import View
+from .record.view import request_lines
 from .saving.save import save_pruned
 from .search.loss_budget import CutSearch
 from .search.sensitivity import final_widths
@@ -36,7 +36,7 @@ from .steps.layers import DropLayers
 from .steps.units import ShrinkLayers
 from .steps.vocabulary import TrimVocabulary
 from .system.errors import StructPruneError, warn
-from .system.fingerprint import checksums
+from .system.fingerprint import checksums, shapes_of
 from .widths.schedule import round_widths
 
 
@@ -104,8 +104,7 @@ class PruneResult:
 
     def _check_shapes(self, model: PreTrainedModel) -> None:
         """Raise if a model does not have the shapes of the pruned model."""
-        shapes = {name: checksum[1] for name, checksum in self.records.checksums.items()}
-        if {name: tensor.shape for name, tensor in model.state_dict().items()} != shapes:
+        if shapes_of(model) != self.records.shapes:
             raise StructPruneError(
                 f"This {type(model).__name__} does not have the shapes of the pruned model. Pass the model of this "
                 "result, or a trained copy of it."
@@ -204,20 +203,23 @@ class StructPruner:
         with refusing_half_pruned(state):
             state.plan = Plan.of(state.model, state.arch)
             report.start(state.model, state.arch)
-            comparison = Comparison(state, request.tokens is not None, self.measures_any_language)
+            comparison = None
+            if self.options.measure:
+                comparison = Comparison(state, request.tokens is not None, self.measures_any_language)
             teacher = self._teacher(state)
 
             if request.tokens is not None:
                 choose = partial(choose_widths, any_kind=self.config.targets is None)
-                TrimVocabulary(request.tokens, choose, comparison.set_tokenizer).apply(state)
+                TrimVocabulary(request.tokens, choose).apply(state)
             widths = final_widths(request, state)
             for step in self.steps(state.arch, state.model, widths):
                 self.apply_step_(state, step)
-            comparison.finish()
+            if comparison is not None:
+                comparison.finish()
 
             if teacher is not None:
                 recover_(state, teacher)
-            if report.languages:
+            if comparison is not None:
                 comparison.finish_languages()
             self.result = self._finish(state)
         return self.result
@@ -270,6 +272,7 @@ class StructPruner:
     def _finish(self, state: RunState) -> PruneResult:
         """Complete the records of a run, and warn if the target was missed."""
         report = state.report
+        report.measured = self.options.measure
         report.finish(state.model, state.arch, state.original_arch, state.plan)
         report.target = state.config.sparsity
 
@@ -279,13 +282,18 @@ class StructPruner:
             remember_text(state.original_model, state.original_tokenizer)
         remember_text(state.model, state.tokenizer, manifest)
 
-        for line in View(report).request:
+        for line in request_lines(report):
             if line.startswith("warning: "):
                 warn(line.removeprefix("warning: "))
 
         # The record names tokens as a target only if the user's config does.
-        config = replace(state.config, targets=self.config.targets)
-        records = PruneRecords(config, state.plan, report, manifest, checksums(state.model))
+        config = state.config
+        if config.targets != self.config.targets:
+            config = replace(config, targets=self.config.targets)
+        measured_weights = None
+        if report.measured:
+            measured_weights = checksums(state.model)
+        records = PruneRecords(config, state.plan, report, manifest, shapes_of(state.model), measured_weights)
         return PruneResult(state.model, state.tokenizer, records)
 
     def steps(self, arch: ArchSpec, model: PreTrainedModel, widths: Widths) -> Sequence[Step]:

@@ -51,6 +51,8 @@ class RunOptions(Config):
         batch_size: The number of samples in a forward pass.
         checkpoint_dir: A folder for checkpoints of the run, with its measured losses and finished layers. A run that
             was killed resumes from it, and runs with other targets reuse the losses. It needs `rounds=1`.
+        measure: Whether to measure the original and the pruned model on held-out and unseen text. Without it, the
+            weights are the same, and the report has sizes only.
 
     Raises:
         StructPruneError: If a field is unknown, or a value has another type or is out of range.
@@ -58,6 +60,7 @@ class RunOptions(Config):
 
     batch_size: int = 4
     checkpoint_dir: str | None = None
+    measure: bool = True
 
     def validate(self) -> None:
         """Raise `StructPruneError` if a value has another type or is out of range."""

@@ -52,7 +52,7 @@ def calibration_domains(
     """
     manifest = earlier or Manifest.seen_by(model)
     load = partial(load_domains, tokenizer=tokenizer, model=model, earlier=manifest, writes=writes)
-    if not can_write(model, tokenizer):
+    if config.general_share == 0 or not can_write(model, tokenizer):
         return config, load(config)
 
     general_config = with_written_text(config)

@@ -178,6 +178,9 @@ class PruningRequest:
         info = self.model_info
         if info.quantized or info.offloaded or info.plain_model.device.type == "meta":
             return
+        # A causal language model of transformers runs on tokens alone.
+        if info.arch.causal and type(info.plain_model).__module__.startswith("transformers."):
+            return
         try:
             outputs_for(info.plain_model)
         except Exception as error:  # every model class raises its own errors

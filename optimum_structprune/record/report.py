@@ -13,6 +13,7 @@ from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from transformers import PreTrainedModel
 
 from ..arch.meta import is_offloaded, skeleton
@@ -209,6 +210,7 @@ class Report(Measurements, ResultRecord):
         loss_search: The search for a size by its loss; None where the size was given.
         recovery: The training after pruning; None where there was none.
         seconds: The duration by stage.
+        measured: Whether the run measured the models; see `RunOptions.measure`.
         changed: Whether the saved weights differ from the measured ones.
         resumed: Whether the run continued an interrupted one. `seconds` then covers the last run only.
     """
@@ -227,6 +229,7 @@ class Report(Measurements, ResultRecord):
     loss_search: LossSearch | None = None
     recovery: RecoveryReport | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    measured: bool = True
     changed: bool = False
     resumed: bool = False
 
@@ -483,12 +486,14 @@ class PruneRecords(NamedTuple):
         plan: The kept units of the original model.
         report: The measurements of the run.
         manifest: The text that was used, by this run and by earlier ones.
+        shapes: The shape of each weight by name.
         checksums: The dtype, the shape and two checksums of each measured weight by name, as
-            `system.fingerprint.checksums` returns them.
+            `system.fingerprint.checksums` returns them; None if nothing was measured.
     """
 
     config: StructPruneConfig
     plan: Plan
     report: Report
     manifest: Manifest
-    checksums: Mapping[str, Any]
+    shapes: Mapping[str, torch.Size]
+    checksums: Mapping[str, Any] | None

@@ -18,7 +18,7 @@ from ..record.answers import outcome, sample_questions
 from ..record.comparison import measurement_table, speed_note, task_note
 from ..record.figures import PRUNED
 from ..record.report import RECOVERY_CONFIG_NAME, MeasuredModel, Measurement
-from ..record.view import View
+from ..record.view import View, request_lines
 from ..system.errors import capitalized, one_line
 from .records import Records
 
@@ -56,7 +56,7 @@ def content(
     """
     evaluation = records.evaluation
     view = View(records.report, None if evaluation is None else evaluation.answers)
-    notes = view.warnings + view.request + view.notes
+    notes = view.warnings + request_lines(records.report) + view.notes
     notes += view.details
     notes += _overlap(records)
 
