@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import copy, deepcopy
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,17 +14,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .arch.load import ModelInfo, describe
 from .arch.settings import own_settings
 from .arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, WHOLE_MODEL, ArchSpec, Widths
-from .config.pruning import LOSS, RunOptions, StructPruneConfig
+from .config.pruning import RunOptions, StructPruneConfig
 from .domains.manifest import Manifest, remember_text
 from .domains.packing import Domain
 from .method.plan import Plan
 from .pruning.comparison import Comparison
 from .pruning.cost import check_memory
-from .pruning.request import PruningRequest, check_arguments, check_config_kind, resolve_request
+from .pruning.request import check_arguments, check_config_kind, resolve_request
 from .record.report import PruneRecords, Report
 from .record.view import request_lines
 from .saving.save import save_pruned
-from .search.loss_budget import CutSearch
 from .search.sensitivity import final_widths
 from .search.tournament import choose_widths
 from .steps.base import RunState, Step, refusing_half_pruned
@@ -142,9 +140,6 @@ class StructPruner:
         StructPruneError: If `config` is not a `StructPruneConfig`, or `options` are not `RunOptions`.
     """
 
-    # Whether a run that trims the vocabulary measures languages that the config does not name.
-    measures_any_language = True
-
     def __init__(self, config: StructPruneConfig, options: RunOptions | None = None):
         check_config_kind(config, options)
         self.config = config
@@ -158,11 +153,8 @@ class StructPruner:
         tokenizer: PreTrainedTokenizerBase | None = None,
         inplace: bool = False,
         inputs: Mapping[str, Tensor] | None = None,
-        earlier: Manifest | None = None,
     ) -> PruneResult:
         """Prune a model.
-
-        With `budget={"loss": …}`, trial prunings of copies first find the smallest model within this loss.
 
         Args:
             model: A causal language model, an encoder or an encoder-decoder, in any floating-point dtype. A quantized
@@ -171,25 +163,21 @@ class StructPruner:
             inplace: Whether `model` itself is changed, layer by layer, which saves the memory of a copy.
             inputs: Calibration inputs by domain instead of the text of the config: pixels, or samples of token ids,
                 shape `(samples, ...)`. A part of them is held out.
-            earlier: The text that earlier runs of the model have used. By default it is read from the model's folder.
 
         Returns:
             The pruned model with its tokenizer and its records.
 
         Raises:
-            StructPruneError: If the model, the config or a domain cannot be used, if the device has too little free
-                memory, or if no cut is within the loss. Nothing has changed then.
+            StructPruneError: If the model, the config or a domain cannot be used, or if the device has too little
+                free memory. Nothing has changed then.
             InPlaceError: If pruning in place failed after the model had begun to change.
         """
         check_arguments(model, tokenizer, inputs, inplace)
         info = ModelInfo.of(model, self.config.arch_file)
         request = resolve_request(self.config, info, tokenizer, inputs, options=self.options)
-        if LOSS in (self.config.budget or {}):
-            self.result = self._within_loss(request, model, tokenizer, inplace)
-            return self.result
         check_memory(request, inplace)
 
-        earlier = earlier or Manifest.seen_by(model)
+        earlier = Manifest.seen_by(model)
         report = Report(model_type=info.arch.model_type, criterion=request.config.scored_by)
         with report.timed("domains"):
             data = CalibrationData.read(request.config, model, tokenizer, inputs, self.options, earlier)
@@ -205,7 +193,7 @@ class StructPruner:
             report.start(state.model, state.arch)
             comparison = None
             if self.options.measure:
-                comparison = Comparison(state, request.tokens is not None, self.measures_any_language)
+                comparison = Comparison(state, request.tokens is not None)
             teacher = self._teacher(state)
 
             if request.tokens is not None:
@@ -223,33 +211,6 @@ class StructPruner:
                 comparison.finish_languages()
             self.result = self._finish(state)
         return self.result
-
-    def _within_loss(
-        self,
-        request: PruningRequest,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase | None,
-        inplace: bool,
-    ) -> PruneResult:
-        """Prune a model to the smallest size whose loss in trials is within the budget. Measure it on other text."""
-        start = perf_counter()
-
-        def prune_copy(model_copy: PreTrainedModel, config: StructPruneConfig) -> PruneRecords:
-            pruner = copy(self)
-            pruner.config = config
-            pruner.options = replace(self.options, checkpoint_dir=None)
-            pruner.measures_any_language = False
-            return pruner.prune(model_copy, tokenizer, inplace=True).records
-
-        search = CutSearch(request, model, tokenizer, self.config, prune_copy)
-        pruner = copy(self)
-        pruner.config = search.largest()
-        seconds = perf_counter() - start
-
-        result = pruner.prune(model, tokenizer, inplace, earlier=search.text_of_trials())
-        result.report.seconds["trials"] = seconds
-        result.report.loss_search = search.record(result.report)
-        return result
 
     def prune_model(
         self,

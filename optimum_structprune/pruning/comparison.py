@@ -42,17 +42,16 @@ class Comparison:
     Args:
         run: The state of the run. The figures are entered into its report.
         vocabulary_changes: Whether another tokenizer will read the text. Both models then read the same text.
-        any_language: If the vocabulary changes, whether to measure languages that the config does not name.
     """
 
-    def __init__(self, run: RunState, vocabulary_changes: bool = False, any_language: bool = True):
+    def __init__(self, run: RunState, vocabulary_changes: bool = False):
         self.run = run
         self.measure: DomainLosses | Embeddings | None = None
         self.unseen_source = ""
         self.language_costs: Mapping[str, Mapping[str, Any]] = {}
 
         languages = run.config.languages or ()
-        measures_languages = bool(languages) or (vocabulary_changes and any_language)
+        measures_languages = bool(languages) or vocabulary_changes
 
         with run.report.timed("perplexity"):
             if run.arch.causal:

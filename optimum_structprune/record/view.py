@@ -29,7 +29,7 @@ from .figures import (
     technical_ratio,
     worse_languages,
 )
-from .report import PRINTERS, LossSearch, RecoveryReport, Report
+from .report import PRINTERS, RecoveryReport, Report
 from .table import (
     UNKNOWN,
     aligned,
@@ -379,8 +379,6 @@ PRINTERS[RecoveryReport] = recovery_lines
 
 def request_lines(report: Report) -> list[str]:
     """Return the requested and the removed share, as a warning if they differ much."""
-    if report.loss_search is not None:
-        return [_loss_line(report.loss_search, report.removed)]
     if report.target is None or not report.original.parameters:
         return []
     return [target_line(report.target, report.sparsity, report.removed)]
@@ -399,28 +397,6 @@ def target_line(target: float, sparsity: float, removed: float) -> str:
     if abs(sparsity - target) <= MAX_TARGET_DEVIATION * target:
         return f"{capitalized(text)}."
     return f"warning: {text}; other targets, or a smaller round_to of channels, may come nearer"
-
-
-def _loss_line(search: LossSearch, removed: float) -> str:
-    """Return the requested loss and the result of the trial prunings.
-
-    Args:
-        search: The search.
-        removed: The removed share of all parameters.
-    """
-    losses = []
-    lower_ends = []
-    for text, (loss, margin) in search.measured.items():
-        interval = "" if margin is None else f" ± {margin:.1%}"
-        losses.append(f"{loss:.1%}{interval} on {text}")
-        lower_ends.append((loss or 0.0) - (margin or 0.0))
-
-    start = "warning: target" if max(lower_ends) > search.limit else "Target"
-    next_loss = "more than 100%" if search.next > 1 else f"about {search.next:.1%}"
-    return (
-        f"{start} loss {search.limit:.1%}: {removed:.1%} smaller costs {' and '.join(losses)} "
-        f"({len(search.trials)} trials); removing another 5% would cost {next_loss}"
-    )
 
 
 def _ratio_row(label: str, figure: Figure, models: list[str], documents: int | None = None) -> list[str]:

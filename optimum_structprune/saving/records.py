@@ -52,7 +52,7 @@ class Records:
 
     @classmethod
     def read(cls, folder: str | Path, original: str = "") -> Records:
-        """Read the records in a folder. Reports of earlier versions count as missing.
+        """Read the records in a folder.
 
         Args:
             folder: The folder of a result.

@@ -1,6 +1,5 @@
 """The page about a result is complete, self-contained and escaped, and omits everything that was not recorded."""
 
-import json
 import re
 import shutil
 from math import inf
@@ -138,11 +137,6 @@ def test_answers_of_a_later_evaluation_count_in_the_verdict(sparse_folder):
     text = page(sparse_folder)
     assert "answers were not checked" not in text
     assert "4 test questions: correct 4 → 3" in text
-
-
-def test_the_page_of_a_report_of_an_earlier_version_has_no_figures(tmp_path):
-    (tmp_path / "report.json").write_text(json.dumps({"format_version": 1, "perplexity": {"a": {"before": 1.0}}}))
-    assert "This is a model, pruned." in page(tmp_path)
 
 
 def test_an_error_in_the_page_is_a_warning_and_the_model_is_saved(tmp_path, monkeypatch):
