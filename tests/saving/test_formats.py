@@ -67,7 +67,7 @@ RECORDS = "report structprune_config calibration_manifest recovery_report recove
 
 @pytest.mark.parametrize("name", RECORDS.split())
 def test_a_page_names_the_record_of_a_later_version(name, tmp_path):
-    (tmp_path / "report.json").write_text("{}")
+    Report(model_type="llama", criterion="obs").save(tmp_path / "report.json")
     (tmp_path / f"{name}.json").write_text('{"format_version": 99}')
     with pytest.raises(StructPruneError, match=f"{name}.json: format_version 99 is unknown"):
         write_report(tmp_path)
