@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import copy, deepcopy
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,17 +14,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .arch.load import ModelInfo, describe
 from .arch.settings import own_settings
 from .arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, WHOLE_MODEL, ArchSpec, Widths
-from .config.pruning import LOSS, RunOptions, StructPruneConfig
+from .config.pruning import RunOptions, StructPruneConfig
 from .domains.manifest import Manifest, remember_text
 from .domains.packing import Domain
 from .method.plan import Plan
 from .pruning.comparison import Comparison
 from .pruning.cost import check_memory
-from .pruning.request import PruningRequest, check_arguments, check_config_kind, resolve_request
+from .pruning.request import check_arguments, check_config_kind, resolve_request
 from .record.report import PruneRecords, Report
-from .record.view import View
+from .record.view import request_lines
 from .saving.save import save_pruned
-from .search.loss_budget import CutSearch
 from .search.sensitivity import final_widths
 from .search.tournament import choose_widths
 from .steps.base import RunState, Step, refusing_half_pruned
@@ -36,7 +34,7 @@ from .steps.layers import DropLayers
 from .steps.units import ShrinkLayers
 from .steps.vocabulary import TrimVocabulary
 from .system.errors import StructPruneError, warn
-from .system.fingerprint import checksums
+from .system.fingerprint import checksums, shapes_of
 from .widths.schedule import round_widths
 
 
@@ -104,8 +102,7 @@ class PruneResult:
 
     def _check_shapes(self, model: PreTrainedModel) -> None:
         """Raise if a model does not have the shapes of the pruned model."""
-        shapes = {name: checksum[1] for name, checksum in self.records.checksums.items()}
-        if {name: tensor.shape for name, tensor in model.state_dict().items()} != shapes:
+        if shapes_of(model) != self.records.shapes:
             raise StructPruneError(
                 f"This {type(model).__name__} does not have the shapes of the pruned model. Pass the model of this "
                 "result, or a trained copy of it."
@@ -143,9 +140,6 @@ class StructPruner:
         StructPruneError: If `config` is not a `StructPruneConfig`, or `options` are not `RunOptions`.
     """
 
-    # Whether a run that trims the vocabulary measures languages that the config does not name.
-    measures_any_language = True
-
     def __init__(self, config: StructPruneConfig, options: RunOptions | None = None):
         check_config_kind(config, options)
         self.config = config
@@ -159,11 +153,8 @@ class StructPruner:
         tokenizer: PreTrainedTokenizerBase | None = None,
         inplace: bool = False,
         inputs: Mapping[str, Tensor] | None = None,
-        earlier: Manifest | None = None,
     ) -> PruneResult:
         """Prune a model.
-
-        With `budget={"loss": …}`, trial prunings of copies first find the smallest model within this loss.
 
         Args:
             model: A causal language model, an encoder or an encoder-decoder, in any floating-point dtype. A quantized
@@ -172,25 +163,21 @@ class StructPruner:
             inplace: Whether `model` itself is changed, layer by layer, which saves the memory of a copy.
             inputs: Calibration inputs by domain instead of the text of the config: pixels, or samples of token ids,
                 shape `(samples, ...)`. A part of them is held out.
-            earlier: The text that earlier runs of the model have used. By default it is read from the model's folder.
 
         Returns:
             The pruned model with its tokenizer and its records.
 
         Raises:
-            StructPruneError: If the model, the config or a domain cannot be used, if the device has too little free
-                memory, or if no cut is within the loss. Nothing has changed then.
+            StructPruneError: If the model, the config or a domain cannot be used, or if the device has too little
+                free memory. Nothing has changed then.
             InPlaceError: If pruning in place failed after the model had begun to change.
         """
         check_arguments(model, tokenizer, inputs, inplace)
         info = ModelInfo.of(model, self.config.arch_file)
         request = resolve_request(self.config, info, tokenizer, inputs, options=self.options)
-        if LOSS in (self.config.budget or {}):
-            self.result = self._within_loss(request, model, tokenizer, inplace)
-            return self.result
         check_memory(request, inplace)
 
-        earlier = earlier or Manifest.seen_by(model)
+        earlier = Manifest.seen_by(model)
         report = Report(model_type=info.arch.model_type, criterion=request.config.scored_by)
         with report.timed("domains"):
             data = CalibrationData.read(request.config, model, tokenizer, inputs, self.options, earlier)
@@ -204,50 +191,26 @@ class StructPruner:
         with refusing_half_pruned(state):
             state.plan = Plan.of(state.model, state.arch)
             report.start(state.model, state.arch)
-            comparison = Comparison(state, request.tokens is not None, self.measures_any_language)
+            comparison = None
+            if self.options.measure:
+                comparison = Comparison(state, request.tokens is not None)
             teacher = self._teacher(state)
 
             if request.tokens is not None:
                 choose = partial(choose_widths, any_kind=self.config.targets is None)
-                TrimVocabulary(request.tokens, choose, comparison.set_tokenizer).apply(state)
+                TrimVocabulary(request.tokens, choose).apply(state)
             widths = final_widths(request, state)
             for step in self.steps(state.arch, state.model, widths):
                 self.apply_step_(state, step)
-            comparison.finish()
+            if comparison is not None:
+                comparison.finish()
 
             if teacher is not None:
                 recover_(state, teacher)
-            if report.languages:
+            if comparison is not None:
                 comparison.finish_languages()
             self.result = self._finish(state)
         return self.result
-
-    def _within_loss(
-        self,
-        request: PruningRequest,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase | None,
-        inplace: bool,
-    ) -> PruneResult:
-        """Prune a model to the smallest size whose loss in trials is within the budget. Measure it on other text."""
-        start = perf_counter()
-
-        def prune_copy(model_copy: PreTrainedModel, config: StructPruneConfig) -> PruneRecords:
-            pruner = copy(self)
-            pruner.config = config
-            pruner.options = replace(self.options, checkpoint_dir=None)
-            pruner.measures_any_language = False
-            return pruner.prune(model_copy, tokenizer, inplace=True).records
-
-        search = CutSearch(request, model, tokenizer, self.config, prune_copy)
-        pruner = copy(self)
-        pruner.config = search.largest()
-        seconds = perf_counter() - start
-
-        result = pruner.prune(model, tokenizer, inplace, earlier=search.text_of_trials())
-        result.report.seconds["trials"] = seconds
-        result.report.loss_search = search.record(result.report)
-        return result
 
     def prune_model(
         self,
@@ -270,6 +233,7 @@ class StructPruner:
     def _finish(self, state: RunState) -> PruneResult:
         """Complete the records of a run, and warn if the target was missed."""
         report = state.report
+        report.measured = self.options.measure
         report.finish(state.model, state.arch, state.original_arch, state.plan)
         report.target = state.config.sparsity
 
@@ -279,13 +243,18 @@ class StructPruner:
             remember_text(state.original_model, state.original_tokenizer)
         remember_text(state.model, state.tokenizer, manifest)
 
-        for line in View(report).request:
+        for line in request_lines(report):
             if line.startswith("warning: "):
                 warn(line.removeprefix("warning: "))
 
         # The record names tokens as a target only if the user's config does.
-        config = replace(state.config, targets=self.config.targets)
-        records = PruneRecords(config, state.plan, report, manifest, checksums(state.model))
+        config = state.config
+        if config.targets != self.config.targets:
+            config = replace(config, targets=self.config.targets)
+        measured_weights = None
+        if report.measured:
+            measured_weights = checksums(state.model)
+        records = PruneRecords(config, state.plan, report, manifest, shapes_of(state.model), measured_weights)
         return PruneResult(state.model, state.tokenizer, records)
 
     def steps(self, arch: ArchSpec, model: PreTrainedModel, widths: Widths) -> Sequence[Step]:

@@ -169,10 +169,6 @@ SMALL = {
         "--num-samples 6 12 --layers 2 --domains 1 3 --general-share 0",
         ["| 6 | 384 | 2 | 1", "| 12 | 768 | 2 | 3", "seconds = layers x "],
     ),
-    "benchmark_stages": (
-        f"{TINY} --runs uniform sensitivity --num-samples 4 --seq-length 32",
-        ["| uniform | pruning | ", "| sensitivity | search | ", "| uniform | perplexity | ", "| uniform | all | "],
-    ),
     "benchmark_gpu": (
         f"{TINY} --device cpu --folder . --num-samples 8 --seq-length 32 --tokens 1024 --eval-samples 2 --prompt 8 "
         "--new-tokens 2 --repeats 1",

@@ -7,14 +7,16 @@ from math import hypot
 import pytest
 import torch
 from helpers import count_hooks, failing, modes, same_weights
-from models import build, config, documents, token_ids, tokenizer
+from models import build, config, documents, fewer_tokens, real_text_model, token_ids, tokenizer
 from torch import nn
 
-from optimum_structprune import DomainConfig, StructPruner, prune_model
+from optimum_structprune import DomainConfig, RunOptions, StructPruner, prune, prune_model
 from optimum_structprune.domains.load import load_domains
 from optimum_structprune.domains.manifest import CALIBRATED
 from optimum_structprune.measure.losses import means, measure
 from optimum_structprune.measure.text import Text
+from optimum_structprune.record.verdict import judge
+from optimum_structprune.saving.page import write_report
 from optimum_structprune.system.errors import InPlaceError, StructPruneError
 from optimum_structprune.system.margins import MIN_RELATIVE_MARGIN, PARTS_DIFFER, margin_of_error
 
@@ -197,3 +199,60 @@ def test_nan_weights_are_noticed_before_anything_changes(case, weight, message):
         prune_model(model, config(), tokenizer(), inplace=True)
     assert not isinstance(refusal.value, InPlaceError)
     assert same_weights(model, original)
+
+
+def passes_of(model, fields, measure):
+    """Return the result of a pruning, and the number of calls of the embeddings, also of those of copies."""
+    calls = []
+
+    def count(module, args):
+        calls.append(module)
+
+    handle = model.get_input_embeddings().register_forward_pre_hook(count)
+    options = RunOptions(measure=measure)
+    reader = tokenizer()
+    if "vocab" in str(fields):
+        reader = real_text_model()[1]
+    result = prune(model, config(**fields), reader, options=options)
+    handle.remove()
+    return result, len(calls)
+
+
+@pytest.mark.parametrize(("case", "fields"), [
+    ("llama-tied", {}),
+    ("llama-tied", {"allocation": "sensitivity"}),
+    ("bert", {}),
+    ("text", {"widths": {"vocab": 300}}),
+    ("text", {"widths": None, "targets": ("vocab", "mlp"), "budget": {"parameters": 0.8}}),
+])  # fmt: skip
+def test_a_run_without_measurements_has_the_same_weights_and_fewer_passes(case, fields):
+    model = real_text_model()[0] if case == "text" else build(case)
+    measured, passes = passes_of(model, fields, True)
+    unmeasured, fewer_passes = passes_of(model, fields, False)
+
+    assert same_weights(measured.model, unmeasured.model)
+    assert measured.plan == unmeasured.plan
+    assert fewer_passes < passes
+
+
+@pytest.mark.parametrize("trims", [False, True])
+def test_a_run_without_measurements_claims_nothing(trims, tmp_path):
+    model, reader = build("llama-tied"), tokenizer()
+    settings = config()
+    if trims:
+        model, reader = real_text_model()
+        settings = fewer_tokens()
+    result = prune(model, settings, reader, options=RunOptions(measure=False))
+    report = result.report
+    assert not report.domains and not report.languages
+    assert report.unseen is None
+    assert judge(report) is None
+    assert report.pruned.parameters < report.original.parameters
+
+    result.save(tmp_path / "out")
+    write_report(tmp_path / "out")
+    texts = [str(report)] + [(tmp_path / "out" / name).read_text() for name in ("README.md", "report.html")]
+    for text in texts:
+        assert "The run measured no losses" in text
+        for claim in ("Verdict", "Unseen text was not measured", "No loss was measured", "×", "have changed"):
+            assert claim not in text

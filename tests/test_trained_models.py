@@ -4,7 +4,6 @@ import hashlib
 import subprocess
 import sys
 import zipfile
-from importlib import import_module
 from math import log
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_structprune import DomainConfig, StructPruneConfig, perplexity, prune_model
 from optimum_structprune.evaluation.heldout import read_heldout
-from optimum_structprune.record.cost import TIME_RANGE
 from optimum_structprune.record.report import RecoveryReport
 from optimum_structprune.search import probe, sensitivity
 
@@ -106,22 +104,6 @@ def test_widths_by_measured_loss_beat_one_width(smollm2, monkeypatch):
         small = prune_model(model, StructPruneConfig(allocation=allocation, **fields), tokenizer)
         losses[allocation] = log(perplexity(small, samples) / original_perplexity)
     assert losses["sensitivity"] < 0.95 * losses["uniform"], losses
-
-
-def test_a_pruning_takes_the_estimated_cpu_time(smollm2):
-    """The figures of a run on the real model are in docs/scaling.md."""
-    domains = [DomainConfig(name, str(SHARED / "data" / "calibration" / f"{name}.jsonl")) for name in ("wiki", "code")]
-    if not Path(domains[0].source).exists():
-        pytest.skip(f"the text {domains[0].source} is not here")
-    model = AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
-
-    for fields in ({"widths": {"mlp": 1280}}, {"widths": {"vocab": 32768}, "languages": ("en",)}):
-        settings = StructPruneConfig(domains=domains, num_samples=20, seq_length=256, **fields)
-        by_stage = import_module("benchmark_stages").compared(settings, model, tokenizer)
-        measured, estimated = (sum(seconds) for seconds in zip(*by_stage.values(), strict=True))
-        low, high = TIME_RANGE
-        assert low * estimated < measured < high * estimated, by_stage
 
 
 def test_the_demo_prunes_and_recovers_a_real_model(tmp_path):

@@ -59,11 +59,10 @@ sys.path.append(str(Path(__file__).parents[1] / "sisters"))
 import structprune_sisters  # noqa: E402, F401, I001
 
 
-SELF = ("self:prose", "self:code", "self:math", "self:dialogue", "self:reasoning")
 # The fields of the config for each part of a cell's name. `domains` are names in DATA/calibration, or sources.
 MIXES: dict[str, dict[str, Any]] = {
     "mix": {},
-    "self-generated": {"domains": SELF},
+    "self-generated": {"domains": ("self:any",)},
     "built-in": {"domains": ("builtin:prose", "builtin:code", "builtin:math")},
     "mix + a fifth general": {"general_share": 0.2, "general_text": "builtin:general"},
     "mix + two fifths general": {"general_share": 0.4, "general_text": "builtin:general"},
@@ -102,12 +101,12 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 # The sources that are left out together with a domain. `prose` has the docstrings of the files in `code`.
 NEAR = {
-    "wiki": ("encyclopedia", "countries", "self:prose"),
-    "code": ("code", "programs", "prose", "self:code"),
-    "math": ("math", "self:math"),
-    "dialogue": ("dialogue", "self:dialogue"),
-    "web": ("web", "news", "self:prose"),
-    "stories": ("fiction", "self:prose"),
+    "wiki": ("encyclopedia", "countries"),
+    "code": ("code", "programs", "prose"),
+    "math": ("math",),
+    "dialogue": ("dialogue",),
+    "web": ("web", "news"),
+    "stories": ("fiction",),
 }
 
 
@@ -125,7 +124,6 @@ def all_cells(domains: Sequence[str]) -> dict[str, dict[str, Any]]:
     names = tuple(domains)
     texts: dict[str, dict[str, Any]] = {f"{name} only": {"domains": (name,)} for name in names}
     texts.update(MIXES)
-    texts["mix + self"] = {"domains": names + SELF}
     # Of n domains with weight 1 and one with weight n / 4, the last one has a fifth of the tokens.
     texts["mix + a fifth self:any"] = {"domains": names + (f"self:any@{1 / 4 * len(names)}",)}
     texts["mix + two fifths self:any"] = {"domains": names + (f"self:any@{2 / 3 * len(names)}",)}

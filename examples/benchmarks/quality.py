@@ -64,7 +64,7 @@ def calibration_domains(args: Namespace, names: Sequence[str]) -> list[DomainCon
 
     Args:
         args: The arguments of the benchmark.
-        names: Names of files in DATA/calibration, or sources with a colon. `self:math@2` has the weight 2.
+        names: Names of files in DATA/calibration, or sources with a colon. `self:any@2` has the weight 2.
     """
     folder = Path(args.data, "calibration")
     domains = []

@@ -6,12 +6,8 @@ work, because a kernel over a few tokens leaves most of it idle.
 
 from __future__ import annotations
 
-from time import process_time
-
 import psutil
 import torch
-
-from .hooks import is_emulated
 
 
 # A GPU takes at most this many times the rows that a CPU takes.
@@ -60,25 +56,3 @@ def rows_at_once(device: torch.device, bytes_per_row: int, on_cpu: int) -> int:
 
     fitting = int(memory * PIECE_OF_MEMORY) // max(bytes_per_row, 1)
     return min(max(fitting, on_cpu), GPU_FACTOR * on_cpu)
-
-
-def cpu_speed(dtype: torch.dtype, repeats: int = 20) -> float:
-    """Measure the multiply-adds per CPU second of a matrix product.
-
-    CPU time does not count the time of other programs, and the fastest of several products had the caches for itself.
-
-    Args:
-        dtype: The dtype of both factors. A dtype that the CPU emulates is measured in fp32, in which layers then run.
-        repeats: The number of products, of about 10 milliseconds each.
-    """
-    factor = torch.ones(512, 1024, dtype=dtype)
-    if is_emulated(factor):
-        factor = factor.float()
-    weight = torch.ones(1024, 1024, dtype=factor.dtype)
-
-    seconds = []
-    for _ in range(repeats):
-        start = process_time()
-        factor @ weight
-        seconds.append(process_time() - start)
-    return 512 * 1024 * 1024 / min(seconds)

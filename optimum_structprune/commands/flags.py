@@ -167,7 +167,7 @@ COMMANDS = (
         {
             "model": "Model id or folder; config.json is enough.",
             "output": {"help": "The output of `prune`, which `plan` does not write.", "nargs": "?", "default": "OUT"},
-            "--cost": switch("Also show the memory and the time that the pruning needs."),
+            "--cost": switch("Also show the memory that the pruning needs."),
             "--tokens": switch(
                 "Show the share of the text (--text) and of --languages that keeps its tokens in vocabularies of "
                 "eight sizes. It also needs the tokenizer."

@@ -92,7 +92,8 @@ def _prune_and_save(
     with output.sibling(OFFLOAD) as scratch:
         model, tokenizer = loading.model_and_tokenizer(args.model, scratch)
         # Offloaded models answer no questions, because a forward pass takes too long.
-        num_tokens = 0 if args.offload else config.num_samples * config.seq_length
+        asks = options.measure and not args.offload
+        num_tokens = config.num_samples * config.seq_length if asks else 0
         check = ShortCheck(tokenizer, num_tokens)
         check.ask("original", model)
 

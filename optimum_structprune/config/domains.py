@@ -16,11 +16,11 @@ from .fields import Config
 # The prefixes of sources that are not files or datasets.
 IN_MEMORY = "memory:"
 PRESET = "preset:"
-SELF = "self:"
 BUILTIN = "builtin:"
-# General text of all kinds: the name of the built-in text and of its domain, and the kind for a model that generates.
+# General text of all kinds: the name of the built-in text and of its domain, and the source of a model that generates.
 GENERAL = "general"
 ANY = "any"
+WRITTEN = f"self:{ANY}"
 # Text of many kinds that a run evaluates on, but does not calibrate on.
 OTHER = "other"
 CHAT = "chat"
@@ -66,10 +66,9 @@ class DomainConfig(Config):
         name: The name of the domain in the report.
         source: A file (`.txt`, `.jsonl`, `.json`, `.parquet`, `.csv`), a glob, a folder, `builtin:prose`,
             `builtin:code`, `builtin:math`, a preset (`preset:code`, or your own `preset:FILE.yaml#NAME`), text that
-            the model generates (`self:code`, `self:math`, `self:prose`, `self:dialogue`, `self:reasoning`,
-            `self:any`), a dataset id on the Hub, a folder written by `save_to_disk` of `datasets`, a `datasets`
-            object, or any iterable of strings, or of rows if there is a template. A `pathlib.Path` is converted to a
-            string. The items of a generator are kept, so that it can be read again.
+            the model generates (`self:any`), a dataset id on the Hub, a folder written by `save_to_disk` of `datasets`,
+            a `datasets` object, or any iterable of strings, or of rows if there is a template. A `pathlib.Path` is
+            converted to a string. The items of a generator are kept, so that it can be read again.
         weight: The domain's share of the calibration tokens, relative to the other domains.
         text_column: The column with the text, or with the messages if `template="chat"`.
         dataset_config: The name of the configuration of a Hub dataset.
@@ -139,7 +138,7 @@ class DomainConfig(Config):
 
 def written_by_model(domain: DomainConfig) -> bool:
     """Return whether the model generates the text of a domain."""
-    return isinstance(domain.source, str) and domain.source.startswith(SELF)
+    return isinstance(domain.source, str) and domain.source == WRITTEN
 
 
 def as_domain(item: Any) -> DomainConfig:
@@ -163,6 +162,6 @@ def check_domains(config: Any) -> None:
 
 def is_general(domain: DomainConfig) -> bool:
     """Return whether a domain is general text, by its name or its source."""
-    sources = (f"{BUILTIN}{GENERAL}", f"{SELF}{ANY}", f"{PRESET}{GENERAL}")
+    sources = (f"{BUILTIN}{GENERAL}", WRITTEN, f"{PRESET}{GENERAL}")
     has_general_source = isinstance(domain.source, str) and domain.source.startswith(sources)
     return domain.name == GENERAL or has_general_source

@@ -14,7 +14,7 @@ import yaml
 
 from ..system.codec import FieldError, check_names, check_types, field_types, from_plain, to_plain
 from ..system.errors import StructPruneError, one_line
-from ..system.written import unversioned
+from ..system.written import FORMAT_VERSION, unversioned
 
 
 Self = TypeVar("Self", bound="Config")
@@ -188,11 +188,11 @@ def read_yaml(path: str | Path) -> Mapping[str, Any]:
     return read_mapping(Path(path), parse_yaml)
 
 
-def read_json(path: str | Path) -> Mapping[str, Any]:
-    """Return the fields in a JSON file without their schema version, or raise if this version is unknown."""
+def read_json(path: str | Path, version: int = FORMAT_VERSION) -> dict[str, Any]:
+    """Return the fields in a JSON file without their schema version, or raise if it has another version."""
     values = read_mapping(Path(path), json.loads)
     try:
-        return unversioned(values)
+        return unversioned(values, version)
     except StructPruneError as error:
         raise StructPruneError(f"{path}: {error}") from error
 

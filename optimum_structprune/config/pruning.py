@@ -34,10 +34,9 @@ LANGUAGES = {
 CACHE = "cache_bytes_per_token"
 ACTIVE = "active_parameters"
 FILE = "file"
-LOSS = "loss"
 MAX_BUDGET = 1e18
 # The figures that a budget limits, by name. `widths.budget` has the functions that compute them.
-BUDGETS = ("parameters", ACTIVE, "bytes", CACHE, FILE, LOSS)
+BUDGETS = ("parameters", ACTIVE, "bytes", CACHE, FILE)
 # The figures in bytes, whose limits may have a unit.
 IN_BYTES = ("bytes", CACHE, FILE)
 AUTO: Literal["auto"] = "auto"
@@ -51,6 +50,8 @@ class RunOptions(Config):
         batch_size: The number of samples in a forward pass.
         checkpoint_dir: A folder for checkpoints of the run, with its measured losses and finished layers. A run that
             was killed resumes from it, and runs with other targets reuse the losses. It needs `rounds=1`.
+        measure: Whether to measure the original and the pruned model on held-out and unseen text. Without it, the
+            weights are the same, and the report has sizes only.
 
     Raises:
         StructPruneError: If a field is unknown, or a value has another type or is out of range.
@@ -58,6 +59,7 @@ class RunOptions(Config):
 
     batch_size: int = 4
     checkpoint_dir: str | None = None
+    measure: bool = True
 
     def validate(self) -> None:
         """Raise `StructPruneError` if a value has another type or is out of range."""
@@ -78,13 +80,9 @@ class StructPruneConfig(Config):
             it names: `{"mlp": {0: 1536, 1: 1024}}`. Unless `allocation` is `uniform`, each number is the mean over the
             layers.
         budget: The upper limits of the whole model in `parameters`, `active_parameters`, `bytes` or
-            `cache_bytes_per_token`, one or several at once, or the `loss` that pruning may cost. A token runs through
-            the active parameters: all but the experts that it does not choose. `bytes` is the size of the parameters
-            in the model's dtype. The cache is the cache of keys and values. A number below 1 is a fraction of the
-            original model. `{"loss": 0.02}` searches for the
-            smallest model by a few trial prunings. Its perplexity on the domains and on other text is at most 1.02
-            times the perplexity of the original model, including the margin of error. For an encoder, the mean cosine
-            of its vectors to the vectors of the original model is at least 0.998.
+            `cache_bytes_per_token`, one or several at once. A token runs through the active parameters: all but the
+            experts that it does not choose. `bytes` is the size of the parameters in the model's dtype. The cache is
+            the cache of keys and values. A number below 1 is a fraction of the original model.
         targets: The spaces that may shrink where `sparsity` or `budget` determines the widths: `mlp`, `attention`,
             `expert`, `hidden`, `layer`, `vocab`. `structprune inspect` shows the spaces of a model. The default is
             `mlp`, and all channels inside the layers for a model without `mlp`. Under a budget of parameters or bytes,
@@ -241,8 +239,6 @@ class StructPruneConfig(Config):
     def _check_budget(self, budget: Mapping[str, float]) -> None:
         if not budget:
             self.refuse("budget", f"must name at least one of {', '.join(BUDGETS)}, got {budget}")
-        if LOSS in budget and len(budget) > 1:
-            self.refuse("budget", f"has no other limits beside {LOSS!r}, got {budget}. Set {LOSS!r} alone")
 
         for name, limit in budget.items():
             if name not in BUDGETS:
@@ -256,8 +252,6 @@ class StructPruneConfig(Config):
                 self.refuse("budget", f"is a size such as 160MB for {name!r}, or a share below 1, got {limit}")
             if name in ("parameters", ACTIVE, "bytes") and 1 <= limit <= 100:
                 self.refuse("budget", f"is a share below 1, such as 0.9, or a number of {name}, got {limit}")
-            if name == LOSS and limit >= 1:
-                self.refuse("budget", f"must be less than 1 for 'loss', got {limit}. 0.02 allows a loss of 2 %")
 
     def _legal_widths(self, widths: Mapping[str, Any]) -> dict[str, Any]:
         """Return the widths with layer indices as ints, or raise if one is not positive."""

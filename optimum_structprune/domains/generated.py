@@ -1,18 +1,17 @@
 """Generate calibration text with the model itself.
 
-The model answers prompts or continues openings (Williams et al., 2024, arXiv:2410.17170). Text of any kind (`ANY`)
-begins with a random word of the vocabulary (LLM-QAT, Liu et al., 2023, arXiv:2305.17888, section 3.1).
+Text of any kind (`ANY`) begins with a random word of the vocabulary (LLM-QAT, Liu et al., 2023, arXiv:2305.17888,
+section 3.1). Unseen text continues openings (Williams et al., 2024, arXiv:2410.17170).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil, inf, log
 from pathlib import Path
 from random import Random
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,18 +20,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..arch.generation import continuations, end_tokens
 from ..arch.inference import evaluating
 from ..arch.meta import check_positions, positions_of, predicts_next
-from ..config.domains import ANY, OTHER, SELF
+from ..config.domains import OTHER, WRITTEN
 from ..config.fields import read_yaml
 from ..system.errors import StructPruneError
 from ..system.fingerprint import TextCache, fingerprint
 from ..system.processes import broadcast_object, gather_objects, process_index, unshared
-from ..system.registry import did_you_mean
 from ..system.stages import stage
 from .packing import tokenize_with_prefix
-from .templates import chat_text
 
 
-SEED_PROMPTS = Path(__file__).with_name("seed_prompts.yaml")
+OPENINGS = Path(__file__).with_name("openings.yaml")
 # Documents in a batch. 8 documents take as long as 16, and a larger batch is cheaper per document.
 FIRST_BATCH = 16
 MAX_BATCH = 64
@@ -68,72 +65,36 @@ def self_documents(
     Args:
         model: A causal language model.
         tokenizer: The tokenizer of the model.
-        name: The kind of text: a kind of `seed_prompts.yaml`, `ANY`, or `OTHER` for unseen text.
+        name: The kind of text: `ANY`, or `OTHER` for unseen text.
         seed: The seed.
         tokens: The number of required tokens, which determines the sizes of batches.
-        openings: The openings of unseen text. By default openings of all kinds are used.
+        openings: The openings of unseen text, by default those of `openings.yaml`.
 
     Raises:
-        StructPruneError: If the kind is unknown, if the model is not causal, or if almost all documents are dropped.
+        StructPruneError: If the model is not causal, or if almost all documents are dropped.
     """
-    kinds = read_yaml(SEED_PROMPTS)
-    if name not in kinds and name not in (ANY, OTHER):
-        raise StructPruneError(f"A model cannot generate {name!r}.{did_you_mean(name, list(kinds) + [ANY])}")
     if not predicts_next(model):
-        raise StructPruneError(
-            f"{SELF}{name} requires a causal language model, and {type(model).__name__} is not one."
-        )
+        raise StructPruneError(f"{WRITTEN} requires a causal language model, and {type(model).__name__} is not one.")
 
     # Unseen text must differ from generated calibration text, and it needs rare words.
     min_p = MIN_P
     if name == OTHER:
         min_p = OTHER_MIN_P
         seed = Random(f"{name} {seed}").getrandbits(32)
-
-    chats = bool(tokenizer.chat_template) and name in kinds
-    prompts = _prompts_of(name, kinds, tokenizer, chats, openings)
+        prompts = list(openings or _builtin_openings())
+    else:
+        prompts = vocabulary_words(tokenizer)
     Random(seed).shuffle(prompts)
-    generator = _TextGenerator(
-        model,
-        tokenizer,
-        prompts,
-        chats=chats,
-        keeps_prompt=not chats or kinds[name].get("keep", False),
-        seed=seed,
-        min_p=min_p,
-    )
-    yield from _documents(generator, name, tokens)
+    yield from _documents(_TextGenerator(model, tokenizer, prompts, seed, min_p), name, tokens)
 
 
-def _prompts_of(
-    name: str,
-    kinds: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    chats: bool,
-    openings: Sequence[str] | None,
-) -> list[str]:
-    """Return the prompts of a kind of text."""
-    if name == ANY:
-        return vocabulary_words(tokenizer)
-    if name != OTHER and chats:
-        return _filled_prompts(kinds[name], "ask")
-    if name != OTHER:
-        return _filled_prompts(kinds[name], "begin")
-    if openings:
-        return list(openings)
-
-    prompts = []
-    for kind in kinds.values():
-        prompts += _filled_prompts(kind, "begin")
-    return prompts
-
-
-def _filled_prompts(kind: Mapping[str, Any], form: str) -> list[str]:
-    """Return each prompt of a kind with each of its topics."""
-    prompts = []
-    for prompt in kind[form]:
-        prompts += [prompt.replace("{topic}", topic) for topic in kind["topics"]]
-    return prompts
+def _builtin_openings() -> list[str]:
+    """Return each opening of each kind of text with each of its topics."""
+    openings = []
+    for kind in read_yaml(OPENINGS).values():
+        for opening in kind["begin"]:
+            openings += [opening.replace("{topic}", topic) for topic in kind["topics"]]
+    return openings
 
 
 def vocabulary_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -186,7 +147,7 @@ def _documents(generator: _TextGenerator, name: str, tokens: int) -> Iterator[st
 
             if num_dropped >= MAX_USELESS_DOCUMENTS:
                 raise StructPruneError(
-                    f"{SELF}{name}: the last {num_dropped} documents of the model are too short, repetitive or "
+                    f"{WRITTEN}: the last {num_dropped} documents of the model are too short, repetitive or "
                     "unlikely. Use other text for this model."
                 )
             yield from documents
@@ -199,9 +160,7 @@ class _TextGenerator:
     Attributes:
         model: The model.
         tokenizer: The tokenizer of the model.
-        prompts: Questions if `chats`, else openings or words. Document i uses prompt `i % len(prompts)`.
-        chats: Whether the chat template is applied to the prompts.
-        keeps_prompt: Whether a document begins with its prompt.
+        prompts: The beginnings of documents. Document i begins with prompt `i % len(prompts)`.
         seed: The seed.
         min_p: The lowest sampled probability, relative to the highest one.
     """
@@ -209,24 +168,19 @@ class _TextGenerator:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     prompts: Sequence[str]
-    chats: bool
-    keeps_prompt: bool
     seed: int
     min_p: float
 
     def cache(self, name: str) -> TextCache:
         """Return the file of the documents of this generator. Every setting that changes them is part of its key."""
         filters = [MAX_TOKENS, MIN_TOKENS, self.min_p, RUN_TOKENS, MIN_DISTINCT_RUNS, MAX_PERPLEXITY_RATIO]
-        tokenizer = [len(self.tokenizer), self.tokenizer.chat_template, end_tokens(self.model, self.tokenizer)]
+        tokenizer = [len(self.tokenizer), end_tokens(self.model, self.tokenizer)]
         settings = [fingerprint(self.model)] + filters + tokenizer + [self.prompts[:MAX_BATCH], self.seed]
         return TextCache(name, *settings)
 
     def generate(self, batch: range) -> list[str]:
         """Generate the documents with these numbers, and return the documents that pass the filters."""
         prompts = [self.prompts[number % len(self.prompts)] for number in batch]
-        if self.chats:
-            prompts = [self._chat_prompt(prompt) for prompt in prompts]
-
         with evaluating(self.model), stage("writing"):
             continuations_with_loss = self._continue(prompts, batch[0])
 
@@ -242,28 +196,14 @@ class _TextGenerator:
             if abs(loss - median_loss) > log(MAX_PERPLEXITY_RATIO):
                 continue
 
-            text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
-            if self.keeps_prompt:
-                text = prompt + text
-            documents.append(text)
+            documents.append(prompt + str(self.tokenizer.decode(ids, skip_special_tokens=True)))
 
         return documents
-
-    def _chat_prompt(self, question: str) -> str:
-        """Return a question in the chat template."""
-        return chat_text(self.tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True)
 
     @torch.no_grad()
     def _continue(self, prompts: Sequence[str], first_number: int) -> list[tuple[list[int], float]]:
         """Return the continuation of each prompt as token ids, and its loss in nats per token."""
-        rows = []
-        for prompt in prompts:
-            if self.chats:
-                # The chat template has added the prefix.
-                rows.append(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
-            else:
-                rows.append(tokenize_with_prefix(prompt, self.tokenizer))
-
+        rows = [tokenize_with_prefix(prompt, self.tokenizer) for prompt in prompts]
         prompt_length = max(len(row) for row in rows)
         check_positions(self.model, 1, "Generated text", prompt_length)
         max_new_tokens = int(min(MAX_TOKENS, positions_of(self.model) - prompt_length))

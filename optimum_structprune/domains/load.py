@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.meta import is_offloaded, is_quantized, predicts_next
-from ..config.domains import ANY, BUILTIN, GENERAL, SELF, DomainConfig, Reiterable, is_general, written_by_model
+from ..config.domains import ANY, BUILTIN, GENERAL, WRITTEN, DomainConfig, Reiterable, is_general, written_by_model
 from ..config.pruning import StructPruneConfig
 from ..system.errors import StructPruneError, capitalized, warn
 from ..system.margins import MANY_DOCUMENTS
@@ -23,7 +23,6 @@ from .packing import HELDOUT, PROBE, USED, DocumentPool, Domain, SampleFormat, T
 from .sources import documents, resolve
 
 
-WRITTEN = SELF + ANY
 # The number of tokens that measure the perplexity of a run, over all domains.
 MEASURED_TOKENS = 4000
 # Documents that are held out in addition to the required tokens are cut to this number of tokens.
@@ -52,7 +51,7 @@ def calibration_domains(
     """
     manifest = earlier or Manifest.seen_by(model)
     load = partial(load_domains, tokenizer=tokenizer, model=model, earlier=manifest, writes=writes)
-    if not can_write(model, tokenizer):
+    if config.general_share == 0 or not can_write(model, tokenizer):
         return config, load(config)
 
     general_config = with_written_text(config)
@@ -107,7 +106,7 @@ def load_domains(
     if model is not None and writes and any(map(written_by_model, domains)):
         from .generated import self_documents
 
-        write = partial(self_documents, model, writer or tokenizer)
+        write = partial(self_documents, model, writer or tokenizer, ANY)
 
     pools = {}
     written_pools = {}

@@ -18,7 +18,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..config.domains import BUILTIN, GENERAL, IN_MEMORY, PRESET, SELF, DomainConfig
+from ..config.domains import BUILTIN, GENERAL, IN_MEMORY, PRESET, WRITTEN, DomainConfig, written_by_model
 from ..config.fields import read_yaml
 from ..system.errors import StructPruneError, one_line
 from ..system.registry import did_you_mean
@@ -50,8 +50,8 @@ LONG_TEXT = 100_000
 
 T = TypeVar("T")
 Render = Callable[[Row], str]
-# A function that generates text of a kind with a seed.
-Write = Callable[[str, int], Iterator[str]] | None
+# A function that generates text with a seed.
+Write = Callable[[int], Iterator[str]] | None
 
 
 def documents(
@@ -65,7 +65,7 @@ def documents(
         domain: The domain, without presets.
         seed: The seed of the order. None keeps the order of the source.
         tokenizer: The tokenizer whose chat template a domain with `template="chat"` uses.
-        write: A function that generates text of a kind with a seed, for sources such as `self:code`.
+        write: A function that generates text with a seed, for the source `self:any`.
 
     Raises:
         StructPruneError: If the source cannot be read.
@@ -84,7 +84,7 @@ def _readable(texts: Iterator[str]) -> Iterator[str]:
 def check_source(domain: DomainConfig) -> None:
     """Raise if a source does not exist or is empty. No text is read."""
     source = domain.source
-    if not isinstance(source, str) or source.startswith((IN_MEMORY, SELF)):
+    if not isinstance(source, str) or source.startswith(IN_MEMORY) or written_by_model(domain):
         return
     if source.startswith(BUILTIN):
         builtin_kinds(source.removeprefix(BUILTIN))
@@ -118,13 +118,13 @@ def _texts(domain: DomainConfig, seed: int | None, render: Render, write: Write)
 
     if source.startswith(BUILTIN):
         return builtin_documents(source.removeprefix(BUILTIN), seed or 0)
-    if source.startswith(SELF):
+    if written_by_model(domain):
         if write is None:
             raise StructPruneError(
                 f"The domain {domain.name!r} is text that the model generates, and this command does not generate "
                 "text. Use another source."
             )
-        return write(source.removeprefix(SELF), seed or 0)
+        return write(seed or 0)
 
     if _is_saved_dataset(domain):
         return map(render, _guarded(domain, source, _saved_rows, domain, seed))
@@ -196,6 +196,8 @@ def _files(domain: DomainConfig) -> list[Path]:
         raise StructPruneError(
             f"The domain {domain.name!r}: {path} is not a regular file. Write its text to one, such as text.jsonl."
         )
+    if domain.source.startswith("self:"):
+        raise StructPruneError(f"The domain {domain.name!r}: a model generates {WRITTEN} only, got {domain.source}.")
     if "://" in domain.source:
         raise StructPruneError(f"The domain {domain.name!r}: {domain.source} is an address. Download it first.")
 

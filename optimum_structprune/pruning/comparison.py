@@ -42,17 +42,16 @@ class Comparison:
     Args:
         run: The state of the run. The figures are entered into its report.
         vocabulary_changes: Whether another tokenizer will read the text. Both models then read the same text.
-        any_language: If the vocabulary changes, whether to measure languages that the config does not name.
     """
 
-    def __init__(self, run: RunState, vocabulary_changes: bool = False, any_language: bool = True):
+    def __init__(self, run: RunState, vocabulary_changes: bool = False):
         self.run = run
         self.measure: DomainLosses | Embeddings | None = None
         self.unseen_source = ""
         self.language_costs: Mapping[str, Mapping[str, Any]] = {}
 
         languages = run.config.languages or ()
-        measures_languages = bool(languages) or (vocabulary_changes and any_language)
+        measures_languages = bool(languages) or vocabulary_changes
 
         with run.report.timed("perplexity"):
             if run.arch.causal:
@@ -78,14 +77,9 @@ class Comparison:
 
         # Inputs that a program gave have no origin.
         if run.original_tokenizer is not None and domains[0].origin is not None:
-            from ..domains.unseen import unseen_text
-
-            with run.report.timed("unseen text"):
-                unseen = unseen_text(run.config, run.model, run.original_tokenizer, domains, run.earlier)
-            self.unseen_source = unseen.source
-            run.entries += unseen.entries
-            if unseen.rows:
-                texts[UNSEEN_TEXT] = Text(unseen.rows, tokenizer=run.original_tokenizer)
+            self.unseen_source = run.unseen.source
+            if run.unseen.rows:
+                texts[UNSEEN_TEXT] = Text(run.unseen.rows, tokenizer=run.original_tokenizer)
 
         tokenizer = run.original_tokenizer if vocabulary_changes else None
         if tokenizer is not None:
@@ -117,17 +111,14 @@ class Comparison:
             return self.run.model
         return None
 
-    def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-        """Measure with another tokenizer from now on."""
-        if self.measure is not None:
-            self.measure.set_tokenizer(tokenizer, model)
-
     def finish(self) -> None:
         """Enter the figures of the pruned model, and the share of words that are split."""
         run = self.run
         measure = self.measure
         if measure is None:
             return
+        if run.tokenizer is not None and run.tokenizer is not run.original_tokenizer:
+            measure.set_tokenizer(run.tokenizer, run.model)
 
         with run.report.timed("perplexity"):
             if isinstance(measure, DomainLosses):
@@ -148,10 +139,12 @@ class Comparison:
             unseen.split_words = respelled(measure.texts[UNSEEN_TEXT].strings, run.original_tokenizer, run.tokenizer)
 
     def finish_languages(self) -> None:
-        """Enter the costs of languages for the pruned model. Call it again after a training."""
+        """Enter the costs of languages for the pruned model, if languages were measured."""
         from ..measure.languages import with_costs_after
 
         run = self.run
+        if not run.report.languages:
+            return
         assert run.tokenizer is not None
         with run.report.timed("languages"):
             by_language = with_costs_after(self.language_costs, self._language_model(), run.tokenizer)

@@ -1,4 +1,4 @@
-"""Estimate the memory and the CPU time of a pruning from shapes alone, and refuse a pruning that cannot fit."""
+"""Estimate the memory of a pruning from shapes alone, and refuse a pruning that cannot fit."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from typing import TYPE_CHECKING
 
 from ..arch.devices import rows_at_once
 from ..arch.spec import EXPERT, LAYER, VOCAB
-from ..config.domains import written_by_model
 from ..config.pruning import StructPruneConfig
 from ..criteria import reads_gram
-from ..domains.load import texts_of, with_written_text
-from ..record.cost import WRITING, Cost, check_fits, cost_of
+from ..record.cost import Cost, check_fits
 from ..system.errors import StructPruneError
 from ..system.placement import bytes_by_device
 from ..system.processes import process_count
@@ -22,34 +20,16 @@ if TYPE_CHECKING:
 
 # Memory that no term counts, such as the buffers of kernels. It hardly depends on the model.
 UNCOUNTED_BYTES = 60 * 10**6
-# Multiply-adds that take as long as the softmax of a logit.
-SOFTMAX = 60
-# The number of tokens of half of the held-out text, of half of the unseen text, of the answers of a model, of texts
-# in 30 languages, of the text on which the model predicts the tokens to keep, of the fewest held-out documents of a
-# domain, of the text that judges a trial, and of a trial that divides a budget.
-TOKENS_OF_TEXTS = 2000
-UNSEEN_TOKENS = 2048
-TOKENS_OF_ANSWERS = 32 * 64
-TOKENS_OF_LANGUAGES = 2048
-EXPECTED = 4096
-FEWEST_TOKENS = 12 * 64
-JUDGE = 2**13
-TRIAL = 2**13
-# The number of trials that divide a budget.
-NUM_TRIALS = 6
 # The number of tokens whose logits a CPU holds at a time.
 LOGIT_TOKENS = 128
-# Multiply-adds that take as long as ranking a token of the vocabulary.
-RANKING = 10**6
 
 
-def pruning_cost(request: PruningRequest, offload: str | None = None, speed: float | None = None) -> Cost:
-    """Estimate the cost of a pruning without its recovery.
+def pruning_cost(request: PruningRequest, offload: str | None = None) -> Cost:
+    """Estimate the memory of a pruning without its recovery.
 
     Args:
         request: The resolved request.
         offload: The place of layers between their calls, "cpu" or "disk", or None for the device.
-        speed: The multiply-adds per CPU second, or None if the speed of the device is unknown.
     """
     config = request.config
     info = request.model_info
@@ -104,8 +84,7 @@ def pruning_cost(request: PruningRequest, offload: str | None = None, speed: flo
         "hidden states": itemsize * hidden,
         "working memory": UNCOUNTED_BYTES + max(activations, refit, logits, layer),
     }
-    writes = offload is None and not info.quantized
-    return cost_of(memory, _work(request, tokens, channels, vocabulary, writes), speed, itemsize * host)
+    return Cost(memory, itemsize * host)
 
 
 def _inputs(request: PruningRequest, pruned: bool = True) -> list[int]:
@@ -118,62 +97,6 @@ def _inputs(request: PruningRequest, pruned: bool = True) -> list[int]:
         if space.inside and (changes_all or space.width_in(widths) < space.width):
             inputs += [space.size * axis.per_unit for axis in space.consumers]
     return inputs
-
-
-def _work(request: PruningRequest, tokens: int, channels: int, vocabulary: int, writes: bool) -> dict[str, float]:
-    """Return the multiply-adds of each stage. `writes` is whether the model can write text."""
-    config = request.config
-    arch = request.model_info.arch
-    trims = VOCAB in request.widths
-
-    # A token runs through the smallest legal number of experts.
-    layers = sum(arch.layer_params)
-    layers -= sum((space.size - space.min_size) * space.unit_params for space in arch.spaces if space.unit == EXPERT)
-    reading = layers + vocabulary * (channels + SOFTMAX)
-
-    prunes = set(request.widths) != {VOCAB}
-    measured = 1
-    if prunes:
-        # A trim of tokens alone is measured on half as much text.
-        measured = 2
-    unseen = 0.0
-    work: dict[str, float] = {}
-    if vocabulary and request.inputs is None:
-        unseen = measured * min(UNSEEN_TOKENS, tokens / 20)
-        if writes:
-            texts = texts_of(with_written_text(config))
-            written = sum(text.weight for text in texts if written_by_model(text))
-            share = (1 + config.holdout) * written / sum(text.weight for text in texts)
-            work["writing"] = WRITING * reading * (share * tokens + unseen)
-            # The original and the pruned model answer questions.
-            work["answers"] = 2 * WRITING * reading * min(TOKENS_OF_ANSWERS, tokens)
-        if trims or config.languages:
-            work["languages"] = 2 * reading * TOKENS_OF_LANGUAGES
-        if trims and config.domains is not None:
-            work["vocabulary"] = reading * min(EXPECTED, tokens)
-    # Each domain has a few short documents at least. The original and the pruned model are measured.
-    heldout = max(measured * min(TOKENS_OF_TEXTS, config.holdout * tokens / 2), FEWEST_TOKENS * len(texts_of(config)))
-    work["perplexity"] = 2 * reading * (heldout + unseen)
-    if trims:
-        work["vocabulary"] = work.get("vocabulary", 0) + RANKING * arch.of(VOCAB)[0].size
-
-    if prunes:
-        per_token = _passes(config) * layers
-        refit = 0
-        if reads_gram(config):
-            for inputs in _inputs(request):
-                per_token += inputs * (inputs + channels)
-                refit += 2 * inputs**3
-        work["pruning"] = config.rounds * (per_token * tokens + refit)
-        if config.allocation != "uniform":
-            # Each layer is pruned alone, and half of the layers then read 1,024 tokens.
-            work["search"] = per_token * tokens + refit + 512 * arch.num_layers * reading
-        if trims and config.budget is not None:
-            trials = NUM_TRIALS * (per_token * min(TRIAL, tokens) + refit + JUDGE * reading)
-            work["search"] = work.get("search", 0) + trials
-            if "writing" in work:
-                work["writing"] += WRITING * reading * min(UNSEEN_TOKENS, tokens / 10)
-    return work
 
 
 def _passes(config: StructPruneConfig) -> int:

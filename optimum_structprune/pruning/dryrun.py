@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..arch.devices import cpu_speed, default_device
+from ..arch.devices import default_device
 from ..arch.generation import cached_values
 from ..arch.load import ModelInfo, describe
 from ..arch.meta import model_class
@@ -18,7 +18,6 @@ from ..arch.spec import CHANNEL, EXPERT, GROUP, VOCAB, ArchSpec, Space, Widths
 from ..config.pruning import RunOptions, StructPruneConfig
 from ..record.cost import Cost, check_recovery_memory, recovery_cost
 from ..record.table import aligned, change_row
-from ..system.errors import StructPruneError
 from ..system.stages import saved_bytes
 from ..system.written import Record
 from ..vocabulary.amount import large_vocabulary
@@ -81,10 +80,8 @@ class DryRun(Record):
             sliding window stores at most its window. It is 0 if the model does not generate, and None if the model
             cannot run without weights.
         active_parameters: The number of parameters that a token runs through in a mixture of experts, else 0.
-        cost: The memory and the time of the pruning itself, or None without `cost`.
-        recovery: The memory and the time of the recovery, or None if the config has no recovery.
-        recovery_from_cache: The same with `--teacher-cache`, where the teacher is not in memory with the model.
-        recovery_advice: The recommended one of both ways.
+        cost: The memory of the pruning itself, or None without `cost`.
+        recovery: The memory of the recovery, or None if the config has no recovery.
         depends_on_text: Whether the sizes after pruning are approximate, because text decides how many tokens are
             removed.
     """
@@ -101,8 +98,6 @@ class DryRun(Record):
     active_parameters: Change = Change(0, 0)
     cost: Cost | None = None
     recovery: Cost | None = None
-    recovery_from_cache: Cost | None = None
-    recovery_advice: str = ""
     depends_on_text: bool = False
 
     @property
@@ -151,9 +146,6 @@ class DryRun(Record):
             lines.append(f"the pruning, estimated:\n{self.cost}")
         if self.recovery is not None:
             lines.append(f"the recovery, estimated:\n{self.recovery}")
-        if self.recovery_from_cache is not None:
-            lines.append(f"the recovery with --teacher-cache, estimated:\n{self.recovery_from_cache}")
-            lines.append(f"recommended: {self.recovery_advice}")
         return "\n".join(lines)
 
 
@@ -178,12 +170,12 @@ def dry_run(
         config: The config of the pruning.
         dtype: The dtype in which memory is counted. The default is the dtype in `model_config`.
         trust_remote_code: Whether to run code that comes with the model.
-        cost: Whether to estimate the memory and the time of the pruning too.
+        cost: Whether to estimate the memory of the pruning too.
         offload: The place of the layers between their calls: `cpu`, `disk`, or None for the device.
         options: The runtime options.
         tokenizer: The tokenizer of the model. With it, the number of tokens is checked too.
         device: The device of the run, which need not exist here. The default is the GPU if there is one, and
-            otherwise the CPU. The time is estimated for this CPU only.
+            otherwise the CPU.
 
     Raises:
         StructPruneError: If a pruning with this config would raise. The message names the nearest legal choice.
@@ -200,14 +192,10 @@ def dry_run(
 
     notes = list(_notes(request, model_config))
     notes += lost_kernels(config, info.arch, request.widths)
-    speed = None
     pruning = None
-    if cost and run_device.type == "cpu":
-        speed = cpu_speed(original.dtype)
     if cost:
-        pruning = pruning_cost(request, offload, speed)
+        pruning = pruning_cost(request, offload)
 
-    recovery, advice = _recovery(request)
     return DryRun(
         model_type=info.arch.model_type,
         dtype=str(original.dtype).removeprefix("torch."),
@@ -215,9 +203,7 @@ def dry_run(
         reload=_reload(request.smaller, model_class(model_config, config.arch_file).__name__),
         notes=tuple(notes),
         cost=pruning,
-        recovery=recovery.get("live"),
-        recovery_from_cache=recovery.get("cached"),
-        recovery_advice=advice,
+        recovery=_recovery(request),
         depends_on_text=_depends_on_text(config),
         **changes,
     )
@@ -238,44 +224,25 @@ def _space_choices(request: PruningRequest) -> list[SpaceChoice]:
     return choices
 
 
-def _recovery(request: PruningRequest) -> tuple[dict[str, Cost], str]:
-    """Check and estimate the recovery of the config, if it has one, in both ways, and return the recommended way.
+def _recovery(request: PruningRequest) -> Cost | None:
+    """Check and estimate the recovery of the config, if it has one.
 
     Raises:
-        StructPruneError: If it does not fit, even with a teacher cache.
+        StructPruneError: If it does not fit into memory.
     """
     config = request.config
     if config.recovery is None:
-        return {}, ""
+        return None
 
     # Training libraries take seconds to import.
-    from ..recovery.arguments import computes_in_bf16
     from ..recovery.checks import check_recovery
-    from ..recovery.teacher_cache import cache_bytes
     from ..recovery.text import sample_length
 
     original = request.model_info.plain_model
     check_recovery(config.recovery, config, original)
-    device = request.model_info.device
-    speed = None
-    if device.type == "cpu":
-        dtype = original.dtype
-        if computes_in_bf16(device.type):
-            dtype = torch.bfloat16
-        speed = cpu_speed(dtype)
-
-    seq_length = sample_length(config.recovery, request.smaller)
-    on_disk = cache_bytes(config.recovery.tokens, original.config.get_text_config().vocab_size)
-    live = recovery_cost(config.recovery, original, request.smaller, seq_length, speed)
-    cached = recovery_cost(config.recovery, original, request.smaller, seq_length, speed, on_disk)
-    check_recovery_memory(cached, device, loaded=False)
-
-    advice = "the teacher in memory, which writes no file; --teacher-cache for several trainings on the same text"
-    try:
-        check_recovery_memory(live, device, loaded=False)
-    except StructPruneError:
-        advice = "`recover` with --teacher-cache after the pruning, because both models do not fit into memory"
-    return {"live": live, "cached": cached}, advice
+    cost = recovery_cost(config.recovery, original, request.smaller, sample_length(config.recovery, request.smaller))
+    check_recovery_memory(cost, request.model_info.device, loaded=False)
+    return cost
 
 
 def _sizes(request: PruningRequest, model: PreTrainedModel) -> dict[str, int]:

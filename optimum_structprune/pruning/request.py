@@ -8,7 +8,7 @@ independently of the model. Optional features have their own checks: see `method
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,13 +23,12 @@ from ..arch.meta import check_changeable, check_positions, is_offloaded, reads_i
 from ..arch.modules import module_files
 from ..arch.shrink import layers_ahead
 from ..arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, Widths
-from ..config.pruning import LOSS, RunOptions, StructPruneConfig
+from ..config.pruning import RunOptions, StructPruneConfig
 from ..criteria import CRITERIA, DEFAULT_CRITERIA
 from ..domains.manifest import check_kinds, check_tokens
 from ..domains.packing import check_reads_any_text
 from ..system.errors import StructPruneError, capitalized, one_line, warn
 from ..widths.allocation import widths_of
-from ..widths.budget import UnreachableBudgetError
 
 
 if TYPE_CHECKING:
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
 PRUNE = "prune"
 DRY_RUN = "dry run"
 TRAINER = "trainer"
-# The placeholder for the size budget until trials have found the size that meets a loss budget.
-SIZE_TO_BE_FOUND = {"parameters": 0.999}
 
 
 @dataclass(frozen=True)
@@ -178,6 +175,9 @@ class PruningRequest:
         info = self.model_info
         if info.quantized or info.offloaded or info.plain_model.device.type == "meta":
             return
+        # A causal language model of transformers runs on tokens alone.
+        if info.arch.causal and type(info.plain_model).__module__.startswith("transformers."):
+            return
         try:
             outputs_for(info.plain_model)
         except Exception as error:  # every model class raises its own errors
@@ -284,11 +284,6 @@ def resolve_request(
     Raises:
         StructPruneError: If the request cannot be met; see `PruningRequest.check`.
     """
-    loss = (config.budget or {}).get(LOSS)
-    if loss is not None:
-        _check_loss_budget(model_info, inputs, use)
-        config = replace(config, budget=SIZE_TO_BE_FOUND)
-
     has_text = inputs is None and (use == DRY_RUN or tokenizer is not None)
     if config.may_remove_tokens and has_text:
         from ..vocabulary.amount import with_tokens  # most runs remove no tokens
@@ -296,36 +291,11 @@ def resolve_request(
         config = with_tokens(config, model_info, tokenizer)
 
     request = PruningRequest(config, model_info, use, tokenizer, inputs, options or RunOptions())
-    try:
-        request.check()
-        if use != TRAINER:
-            # Computed now, because it raises if the number of tokens is not possible.
-            _ = request.tokens
-    except UnreachableBudgetError as error:
-        if loss is None:
-            raise
-        targets = list(config.targets_or_default)
-        advice = error.advice or "prune another model"
-        raise StructPruneError(
-            f"budget {LOSS}={loss} finds nothing to remove: no smaller widths of targets={targets} remove a "
-            f"thousandth of the parameters. {capitalized(advice)}."
-        ) from error
+    request.check()
+    if use != TRAINER:
+        # Computed now, because it raises if the number of tokens is not possible.
+        _ = request.tokens
     return request
-
-
-def _check_loss_budget(model_info: ModelInfo, inputs: Mapping[str, Tensor] | None, use: str) -> None:
-    """Raise if trials cannot find the size of the model with a certain loss."""
-    if use != PRUNE:
-        reason = f"a {use} has no trials"
-    elif inputs is not None:
-        reason = "trials measure text, which `inputs` are not"
-    elif not model_info.arch.causal and not reads_text(model_info.plain_model):
-        reason = "trials measure text, and this model needs other inputs too"
-    else:
-        return
-    raise StructPruneError(
-        f"Trials find the size for the budget {LOSS!r}, and {reason}. Pass a size, such as parameters=0.9."
-    )
 
 
 def check_config_kind(config: Any, options: Any = None) -> None:

@@ -1,4 +1,4 @@
-"""The estimated memory and CPU time of a run, the estimate of a recovery, and the refusal of a run that cannot fit.
+"""The estimated memory of a run and of a recovery, and the refusal of a run that cannot fit.
 
 `pruning/cost.py` estimates a pruning.
 """
@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -14,17 +14,12 @@ from transformers import PreTrainedModel
 from ..arch.devices import free_bytes
 from ..config.recovery import LORA, RecoveryConfig
 from ..system.errors import StructPruneError
-from ..system.stages import readable_size, readable_time
+from ..system.stages import readable_size
 from .table import aligned
 
 
 # A run is refused only if this share of its estimated memory is not free.
 REFUSED_SHARE = 0.7
-# A run takes between half and twice the estimated time. docs/scaling.md has measured runs.
-TIME_RANGE = (0.5, 2.0)
-
-# A token that a model writes takes as long as this number of tokens that it reads.
-WRITING = 3
 # The values per token that a layer keeps for the backward pass, as multiples of the hidden size and of the FFN size.
 STORED_HIDDEN = 12
 STORED_FFN = 4
@@ -38,21 +33,15 @@ LOGIT_BYTES = 6 * 2**25
 
 @dataclass(frozen=True)
 class Cost:
-    """The estimated cost of a run in one process.
+    """The estimated memory of a run in one process.
 
     Attributes:
         memory: The peak bytes on the compute device, by purpose.
-        work: The multiply-adds by stage. All steps that remove units are one stage, `pruning`.
-        seconds: The CPU seconds by stage, or nothing for a device of unknown speed.
         host: The peak bytes in CPU memory of a model that is offloaded.
-        disk: The bytes of files that the run keeps.
     """
 
     memory: Mapping[str, int]
-    work: Mapping[str, float]
-    seconds: Mapping[str, float]
     host: int = 0
-    disk: int = 0
 
     @property
     def total(self) -> int:
@@ -60,31 +49,11 @@ class Cost:
         return sum(self.memory.values())
 
     def __str__(self) -> str:
-        """Return the memory, the operations and the time as a table."""
+        """Return the memory as a table."""
         rows = [("memory on the device", readable_size(self.total))]
         rows += [(f"  {purpose}", readable_size(size)) for purpose, size in self.memory.items()]
         rows.append(("in CPU memory", readable_size(self.host)))
-        if self.disk:
-            rows.append(("on the disk", readable_size(self.disk)))
-        rows.append(("floating-point operations", f"{2 * sum(self.work.values()):.1e}"))
-        if self.seconds:
-            rows.append(("CPU time on this machine", _time_range(sum(self.seconds.values()))))
-        rows += [(f"  {stage}", _time_range(seconds)) for stage, seconds in self.seconds.items()]
         return aligned(rows)
-
-
-def _time_range(seconds: float) -> str:
-    """Return the range of an estimated time as text."""
-    low, high = TIME_RANGE
-    return f"{readable_time(low * seconds)} to {readable_time(high * seconds)}"
-
-
-def cost_of(memory: Mapping[str, int], work: Mapping[str, float], speed: float | None, host: int = 0) -> Cost:
-    """Return a cost, with the seconds of each stage if the speed is known."""
-    seconds: dict[str, float] = {}
-    if speed is not None:
-        seconds = {stage: count / speed for stage, count in work.items()}
-    return Cost(memory, work, seconds, host)
 
 
 def recovery_cost(
@@ -92,21 +61,14 @@ def recovery_cost(
     original: PreTrainedModel,
     student: PreTrainedModel,
     seq_length: int,
-    speed: float | None = None,
-    cache_bytes: int | None = None,
 ) -> Cost:
-    """Estimate the cost of a recovery in samples of `seq_length` tokens. See `pruning_cost` for the speed.
-
-    With the `cache_bytes` of a teacher cache, the teacher runs before the training, and is not in memory with it.
-    """
+    """Estimate the memory of a recovery in samples of `seq_length` tokens, with the teacher in memory."""
     text = student.config.get_text_config()
     itemsize = student.dtype.itemsize
     parameters = student.num_parameters()
     table = student.get_input_embeddings().get_parameter("weight")
-    passes = 3
     trained = parameters
     if config.train != "full":
-        passes = 2
         # An adapter of a square matrix has 2 r weights for each row.
         trained = 2 * config.lora.get("r", LORA["r"]) * (parameters - table.numel()) // text.hidden_size
         if text.vocab_size < original.config.get_text_config().vocab_size:
@@ -120,20 +82,11 @@ def recovery_cost(
 
     memory = {
         "weights": itemsize * parameters,
+        "teacher": itemsize * original.num_parameters(),
         "optimizer": TRAINED_BYTES * trained,
         "activations": HALF_BYTES * samples * seq_length * text.num_hidden_layers * stored + LOGIT_BYTES,
     }
-    teacher = itemsize * original.num_parameters()
-    # The teacher also writes the answers.
-    teacher_work = config.tokens * (1 + WRITING * config.answer_share) * original.num_parameters()
-    work = config.tokens * passes * parameters
-    if cache_bytes is None:
-        memory["teacher"] = teacher
-        return cost_of(memory, {"recovery": work + teacher_work}, speed)
-
-    memory["teacher, before the training"] = max(0, teacher - sum(memory.values()))
-    cost = cost_of(memory, {"teacher cache": teacher_work, "recovery": work}, speed)
-    return replace(cost, disk=cache_bytes)
+    return Cost(memory)
 
 
 def check_recovery_memory(cost: Cost, device: torch.device, loaded: bool) -> None:
@@ -141,8 +94,11 @@ def check_recovery_memory(cost: Cost, device: torch.device, loaded: bool) -> Non
     memory = dict(cost.memory)
     if loaded:
         del memory["weights"], memory["teacher"]
-    advice = "Set a smaller `seq_length`, `train`='lora' or gradient_checkpointing=True in `training`, or use several "
-    check_fits("The recovery", memory, device, f"{advice}GPUs (docs/recovery_many_gpus.md).")
+    advice = (
+        "Set a smaller `seq_length`, `train`='lora' or gradient_checkpointing=True in `training`, train with "
+        "--teacher-cache, or use several GPUs (docs/recovery_many_gpus.md)."
+    )
+    check_fits("The recovery", memory, device, advice)
 
 
 def check_fits(name: str, memory: Mapping[str, int], device: torch.device, advice: str) -> None:

@@ -5,7 +5,6 @@ Records do not know their printed form. The modules `view` and `comparison` ente
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -13,20 +12,19 @@ from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from transformers import PreTrainedModel
 
 from ..arch.meta import is_offloaded, skeleton
 from ..arch.spec import LAYER, MODEL, ArchSpec
-from ..config.fields import read_mapping
+from ..config.fields import read_json
 from ..config.pruning import StructPruneConfig
 from ..domains.manifest import Manifest
 from ..method.plan import Plan
 from ..system.codec import from_plain
-from ..system.errors import StructPruneError
 from ..system.stages import model_bytes, stage
-from ..system.written import RECORD_VERSION, VERSION_KEY, Record, unversioned
+from ..system.written import RECORD_VERSION, Record
 from .figures import AnswersResult, Measurements, SizeResult, TrimResult
-from .version_2 import converted
 
 
 REPORT_NAME = "report.json"
@@ -57,28 +55,17 @@ class ResultRecord(Record):
 
     @classmethod
     def load(cls: type[AnyResult], path: str | Path) -> AnyResult | None:
-        """Return the record in a file, or None if there is no file or version 1 wrote it.
+        """Return the record in a file, or None if there is no file.
 
         Raises:
-            StructPruneError: If the file cannot be read, or a later version wrote it.
+            StructPruneError: If the file cannot be read, or another version wrote it.
         """
         if not Path(path).is_file():
             return None
 
-        document = read_mapping(Path(path), json.loads)
-        try:
-            values = unversioned(document, RECORD_VERSION)
-        except StructPruneError as error:
-            raise StructPruneError(f"{path}: {error}") from error
-
-        version = document.get(VERSION_KEY, 1)
-        if version == 1:
-            return None
-        if version == 2:
-            values = converted(values)
-        if isinstance(values.get("answers"), dict):
-            # Older records have the KL divergence along the answers.
-            values["answers"].pop("divergence", None)
+        values = read_json(path, RECORD_VERSION)
+        # Earlier runs searched for a loss.
+        values.pop("loss_search", None)
         return cls.from_dict(values, str(path))
 
 
@@ -156,24 +143,6 @@ class RecoveryReport(Measurements, ResultRecord):
 
 
 @dataclass
-class LossSearch:
-    """The search for the smallest model within a loss.
-
-    Attributes:
-        limit: The requested loss.
-        measured: The loss and its margin by text, which was held out from the trials. A margin is None if only one
-            document was measured.
-        next: The expected loss with 5% fewer parameters.
-        trials: The removed share of each trial, and its losses with their margins by text.
-    """
-
-    limit: float
-    measured: dict[str, list[float | None]]
-    next: float
-    trials: list[dict[str, Any]]
-
-
-@dataclass
 class OriginalModel:
     """The original model of a run.
 
@@ -206,9 +175,9 @@ class Report(Measurements, ResultRecord):
         target: The share of the layer parameters that was requested; None where no share was requested.
         trimmed: The result of vocabulary trimming; None where no token was removed.
         shapes: The widths that were tried, for searches that measure losses.
-        loss_search: The search for a size by its loss; None where the size was given.
         recovery: The training after pruning; None where there was none.
         seconds: The duration by stage.
+        measured: Whether the run measured the models; see `RunOptions.measure`.
         changed: Whether the saved weights differ from the measured ones.
         resumed: Whether the run continued an interrupted one. `seconds` then covers the last run only.
     """
@@ -224,9 +193,9 @@ class Report(Measurements, ResultRecord):
     target: float | None = None
     trimmed: TrimResult | None = None
     shapes: list[dict[str, Any]] = field(default_factory=list)
-    loss_search: LossSearch | None = None
     recovery: RecoveryReport | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    measured: bool = True
     changed: bool = False
     resumed: bool = False
 
@@ -483,12 +452,14 @@ class PruneRecords(NamedTuple):
         plan: The kept units of the original model.
         report: The measurements of the run.
         manifest: The text that was used, by this run and by earlier ones.
+        shapes: The shape of each weight by name.
         checksums: The dtype, the shape and two checksums of each measured weight by name, as
-            `system.fingerprint.checksums` returns them.
+            `system.fingerprint.checksums` returns them; None if nothing was measured.
     """
 
     config: StructPruneConfig
     plan: Plan
     report: Report
     manifest: Manifest
-    checksums: Mapping[str, Any]
+    shapes: Mapping[str, torch.Size]
+    checksums: Mapping[str, Any] | None

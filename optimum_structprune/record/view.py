@@ -29,7 +29,7 @@ from .figures import (
     technical_ratio,
     worse_languages,
 )
-from .report import PRINTERS, LossSearch, RecoveryReport, Report
+from .report import PRINTERS, RecoveryReport, Report
 from .table import (
     UNKNOWN,
     aligned,
@@ -71,6 +71,7 @@ CHANGED = "the weights have changed since they were measured; these figures desc
 INTERVAL = "±: 90% confidence interval over documents"
 FEW_DOCUMENTS = f"few documents: fewer than {MANY_DOCUMENTS}"
 MISSING_TEXT = "Missing text: perplexity of masked words, or of the text that follows, relative to the original."
+NOT_MEASURED = "The run measured no losses. `structprune evaluate` measures them."
 SIMPLE_TEXT = "Built-in text is simpler than most text, so unseen text may lose more."
 
 
@@ -93,6 +94,8 @@ class View:
         if self.losses:
             lines.append(aligned(self.losses))
         lines += self.notes + self.answers + self.training
+        if not self.report.measured:
+            lines.append(NOT_MEASURED)
 
         if self.verdict is not None:
             lines.append(f"Verdict: {self.verdict}.")
@@ -117,7 +120,7 @@ class View:
             )
 
         lines += [phrase for kind, phrase in self.widths.items() if kind != VOCAB]
-        return lines + self.request
+        return lines + request_lines(report)
 
     @property
     def size_table(self) -> list[list[str]]:
@@ -164,16 +167,6 @@ class View:
             phrases[kind] = phrase
 
         return phrases
-
-    @property
-    def request(self) -> list[str]:
-        """Return the requested and the removed share, as a warning if they differ much."""
-        report = self.report
-        if report.loss_search is not None:
-            return [_loss_line(report.loss_search, report.removed)]
-        if report.target is None or not report.original.parameters:
-            return []
-        return [target_line(report.target, report.sparsity, report.removed)]
 
     @cached_property
     def losses(self) -> list[list[str]]:
@@ -302,7 +295,7 @@ class View:
             )
         if trimmed.unreadable:
             lines.append(f"Letters that can no longer be spelled, by script: {_by_count(trimmed.unreadable)}")
-        if not self.report.domains:
+        if not self.report.domains and self.report.measured:
             lines.append("No loss was measured, because the model reads more than text.")
         return lines
 
@@ -314,7 +307,9 @@ class View:
             if len(set(widths)) > 1:
                 yield f"{UNITS.get(kind, kind)} by layer: {' '.join(map(str, widths))}"
 
-        if self.table.unseen is None:
+        if not self.report.measured:
+            yield NOT_MEASURED
+        elif self.table.unseen is None:
             yield "Unseen text was not measured, because none was available."
         elif self.table.unseen.source == BUILT_IN:
             yield SIMPLE_TEXT
@@ -382,6 +377,13 @@ PRINTERS[Report] = report_lines
 PRINTERS[RecoveryReport] = recovery_lines
 
 
+def request_lines(report: Report) -> list[str]:
+    """Return the requested and the removed share, as a warning if they differ much."""
+    if report.target is None or not report.original.parameters:
+        return []
+    return [target_line(report.target, report.sparsity, report.removed)]
+
+
 def target_line(target: float, sparsity: float, removed: float) -> str:
     """Return the requested and the removed share, as a warning if they differ by more than a tenth.
 
@@ -395,28 +397,6 @@ def target_line(target: float, sparsity: float, removed: float) -> str:
     if abs(sparsity - target) <= MAX_TARGET_DEVIATION * target:
         return f"{capitalized(text)}."
     return f"warning: {text}; other targets, or a smaller round_to of channels, may come nearer"
-
-
-def _loss_line(search: LossSearch, removed: float) -> str:
-    """Return the requested loss and the result of the trial prunings.
-
-    Args:
-        search: The search.
-        removed: The removed share of all parameters.
-    """
-    losses = []
-    lower_ends = []
-    for text, (loss, margin) in search.measured.items():
-        interval = "" if margin is None else f" ± {margin:.1%}"
-        losses.append(f"{loss:.1%}{interval} on {text}")
-        lower_ends.append((loss or 0.0) - (margin or 0.0))
-
-    start = "warning: target" if max(lower_ends) > search.limit else "Target"
-    next_loss = "more than 100%" if search.next > 1 else f"about {search.next:.1%}"
-    return (
-        f"{start} loss {search.limit:.1%}: {removed:.1%} smaller costs {' and '.join(losses)} "
-        f"({len(search.trials)} trials); removing another 5% would cost {next_loss}"
-    )
 
 
 def _ratio_row(label: str, figure: Figure, models: list[str], documents: int | None = None) -> list[str]:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from ..config.fields import read_json
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
-from ..distillation.teacher_file_format import TEACHER_FILE_NAME, TeacherManifest, bytes_per_token, is_teacher_file
+from ..distillation.teacher_file_format import TEACHER_FILE_NAME, TeacherManifest, is_teacher_file
 from ..domains.manifest import Entry, Manifest
 from ..domains.unseen import UnseenText
 from ..measure.batches import IGNORED, Sample
@@ -38,7 +38,6 @@ from .training_data import RecoveryData
 RECORD_NAME = "recovery_samples.json"
 SAMPLES_NAME = "recovery_samples.safetensors"
 TRAINING_NAME = "training"
-SAMPLE_BYTES = 6  # of a token in a sample
 
 
 @dataclass
@@ -87,7 +86,7 @@ class StoredSamples(IterableDataset[Sample]):
 
 
 def _tensors_of(samples: Sequence[Sample], name: str) -> dict[str, Tensor]:
-    """Return the tensors of samples of one length. See `SAMPLE_BYTES`."""
+    """Return the tensors of samples of one length."""
     labels = torch.tensor([sample["labels"] for sample in samples])
     positions = torch.tensor([sample["position_ids"] for sample in samples])
     return {
@@ -239,11 +238,6 @@ def sample_settings(
     uses = {} if earlier is None else earlier.uses()
     values["calibration_text_sha256"] = json_hash(uses)
     return values
-
-
-def cache_bytes(tokens: int, vocab_size: int) -> int:
-    """Return the size of a teacher cache for a number of training tokens."""
-    return round(tokens * (bytes_per_token(vocab_size) + SAMPLE_BYTES))
 
 
 def teacher_hash(teacher: PreTrainedModel | str | Path) -> str:

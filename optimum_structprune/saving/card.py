@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,6 @@ from ..record.report import Report
 from ..system.disk import CARD, resolved
 from ..system.modules import modules_root
 from ..system.written import replace_text, warn_on_error, written_files
-from .chart import loss_chart
-from .names import CHART_NAME
 from .records import Records
 from .view import HUB_CACHE, content, short_name, templates
 
@@ -148,7 +146,7 @@ def loader_of(folder: str | Path, config: PretrainedConfig, arch_file: str | Pat
 
 
 def write_card(folder: Path, output: str | Path, model: PreTrainedModel, arch_file: str | None) -> None:
-    """Write the card of a result and its chart. An error only causes a warning.
+    """Write the card of a result. An error only causes a warning.
 
     Args:
         folder: The working folder of the result.
@@ -162,10 +160,6 @@ def write_card(folder: Path, output: str | Path, model: PreTrainedModel, arch_fi
             original = str(modules_root(Path(original)))
         text = model_card(folder, resolved(output).name, model.config, original, arch_file)
         replace_text(folder / CARD, text)
-
-        chart = loss_chart(Records.read(folder).report.latest())
-        if chart:
-            replace_text(folder / CHART_NAME, chart)
 
 
 def model_card(
@@ -185,14 +179,13 @@ def model_card(
     origin = OriginalCard.read(records.original or original or "", report, original)
     loader = loader_of(folder, config, arch_file)
     kind = loader.removesuffix(".from_pretrained")
-    values = content(records, name, origin.name, origin.base_model or "ORIGINAL", folder=".", output="again")
+    values = content(records, name, origin.name)
     needs_writer, gguf_refusal = _llama_cpp(config, report)
 
     text = TEMPLATES.get_template("result.md.jinja").render(
         **values,
         card_data=_card_data(records, origin, kind).to_yaml(),
         original=origin.name,
-        chart=CHART_NAME if loss_chart(values["view"].table) else "",
         licence=origin.licence,
         kind=kind,
         loader=loader,
@@ -203,16 +196,16 @@ def model_card(
         uneven=any(len(set(widths.values())) > 1 for widths in report.widths.values()),
         has_code="auto_map" in read_json(folder / "config.json"),
         trims_vocabulary=VOCAB in report.widths,
-        fence=_fence([name, *values["commands"]]),
+        fence=_fence(name),
         by_layer=needs_writer,
         gguf_refusal=gguf_refusal,
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-def _fence(texts: Iterable[str]) -> str:
-    """Return a code fence with more backticks than any sequence of backticks in some texts."""
-    longest = max(map(len, re.findall("`+", "\n".join(texts))), default=0)
+def _fence(text: str) -> str:
+    """Return a code fence with more backticks than any sequence of backticks in a text."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
     return "`" * max(FENCE_TICKS, longest + 1)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 
 PAGE_NAME = "report.html"
-CHART_NAME = "chart.svg"
 EVALUATION_NAME = "evaluation.json"
 SPEED_NAME = "speed.json"
 TASKS_NAME = "tasks.json"

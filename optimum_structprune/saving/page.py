@@ -8,7 +8,6 @@ from ..record.report import REPORT_NAME
 from ..system.errors import StructPruneError
 from ..system.processes import is_first_rank
 from ..system.written import replace_text, warn_on_error
-from .chart import NARROW, WIDE, curve_chart, loss_chart, widths_chart
 from .names import PAGE_NAME
 from .records import Records
 from .view import content, short_name, templates
@@ -32,19 +31,8 @@ def page(folder: str | Path, original: str = "") -> str:
     """
     check_result(folder)
     records = Records.read(folder, original)
-    report = records.report
-    recovery = report.recovery
-    curve = [] if recovery is None else recovery.curve
-
-    name = report.model.base_model or short_name(records.original)
-    title = Path(folder).absolute().name
-    values = content(records, title, name, name or "ORIGINAL", title, f"{title}-again")
-    return PAGE.render(
-        **values,
-        losses=[loss_chart(values["view"].table, width) for width in (WIDE, NARROW)],
-        widths=[widths_chart(report, width) for width in (WIDE, NARROW)],
-        curve=[curve_chart(curve, width) for width in (WIDE, NARROW)],
-    )
+    name = records.report.model.base_model or short_name(records.original)
+    return PAGE.render(content(records, Path(folder).absolute().name, name))
 
 
 def write_report(folder: str | Path, original: str = "") -> Path:

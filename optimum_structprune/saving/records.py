@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import join
 from typing import Any
 
-from ..config.domains import IN_MEMORY
 from ..config.fields import read_json
 from ..config.pruning import CONFIG_NAME
-from ..domains.manifest import EARLIER, JUDGED, MANIFEST_NAME, Entry, Manifest
+from ..domains.manifest import MANIFEST_NAME, Entry, Manifest
 from ..record.report import (
     RECOVERY_CONFIG_NAME,
     RECOVERY_REPORT_NAME,
@@ -22,7 +20,6 @@ from ..record.report import (
     Speed,
     Tasks,
 )
-from ..system.written import without_folders
 from .names import EVALUATION_NAME, SPEED_NAME, TASKS_NAME
 
 
@@ -52,7 +49,7 @@ class Records:
 
     @classmethod
     def read(cls, folder: str | Path, original: str = "") -> Records:
-        """Read the records in a folder. Reports of earlier versions count as missing.
+        """Read the records in a folder.
 
         Args:
             folder: The folder of a result.
@@ -82,60 +79,6 @@ class Records:
     def with_use(self, use: str) -> list[Entry]:
         """Return the text that was used in one way."""
         return [entry for entry in self.domains if entry.use == use]
-
-    def commands(self, folder: str, original: str, output: str) -> list[str]:
-        """Return the commands that repeat the run from the configs in a folder.
-
-        A run cannot be repeated by commands if a program passed text that has no name, or if the model was trained
-        more than once, because the folder has the config of the last training only.
-
-        Args:
-            folder: The folder with the configs.
-            original: The original model.
-            output: The folder for the repeated result.
-        """
-        if not self.config or not self.report.original.parameters or self._has_unnamed_text():
-            return []
-        recovery = self.report.recovery
-        if recovery is not None and recovery.earlier:
-            return []
-
-        commands = [self._prune_command(folder, original, output)]
-        if self.training and recovery is not None:
-            commands.append(self._recover_command(recovery, folder, original, output))
-        return commands
-
-    def _prune_command(self, folder: str, original: str, output: str) -> str:
-        """Return the command that repeats the pruning."""
-        command = ["structprune", "prune", original, output, "--config", f"{folder}/{CONFIG_NAME}"]
-        dtype = self.report.model.dtype
-        if dtype:
-            command += ["--dtype", dtype]
-        return join(command)
-
-    def _recover_command(self, recovery: RecoveryReport, folder: str, original: str, output: str) -> str:
-        """Return the command that repeats the training."""
-        config = f"{folder}/{RECOVERY_CONFIG_NAME}"
-        command = ["structprune", "recover", output, output, "--overwrite", "--config", config]
-
-        if recovery.has_original:
-            # The card is published, so it names a folder without its path.
-            teacher = without_folders(recovery.teacher)
-            is_original = teacher in ("", without_folders(self.original))
-            command += ["--teacher", original if is_original else teacher]
-        if self.config.get("arch_file"):
-            command += ["--arch", self.config["arch_file"]]
-        return join(command)
-
-    def _has_unnamed_text(self) -> bool:
-        """Return whether a program passed text that has no name."""
-        for entry in self.domains:
-            if not entry.origin and entry.use not in (JUDGED, EARLIER):
-                return True
-
-        domains = list(self.config.get("domains") or ())
-        domains += self.training.get("domains") or ()
-        return any(str(domain.get("source", "")).startswith(IN_MEMORY) for domain in domains)
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:

@@ -83,7 +83,7 @@ def save_pruned(
 
     config = records.config
     report = replace(records.report, pruned=replace(records.report.pruned, bytes=model_bytes(model)))
-    if checksums(model) != records.checksums:
+    if records.checksums is not None and checksums(model) != records.checksums:
         warn(f"{save_directory}: {CHANGED}; run `structprune evaluate` to measure the saved weights.")
         report.changed = True
 

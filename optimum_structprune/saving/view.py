@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from datetime import timedelta
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -18,7 +17,7 @@ from ..record.answers import outcome, sample_questions
 from ..record.comparison import measurement_table, speed_note, task_note
 from ..record.figures import PRUNED
 from ..record.report import RECOVERY_CONFIG_NAME, MeasuredModel, Measurement
-from ..record.view import View
+from ..record.view import View, request_lines
 from ..system.errors import capitalized, one_line
 from .records import Records
 
@@ -41,22 +40,17 @@ def templates(**options: Any) -> Environment:
     return environment
 
 
-def content(
-    records: Records, title: str, original: str, original_path: str, folder: str, output: str
-) -> dict[str, Any]:
+def content(records: Records, title: str, original: str) -> dict[str, Any]:
     """Return the values of a template about a result. A table is a list of rows; the first row is the head.
 
     Args:
         records: The records of the result.
         title: The name of the result.
         original: The name of the original model.
-        original_path: The original model in commands.
-        folder: The folder of the result in commands.
-        output: The folder of a repeated result in commands.
     """
     evaluation = records.evaluation
     view = View(records.report, None if evaluation is None else evaluation.answers)
-    notes = view.warnings + view.request + view.notes
+    notes = view.warnings + request_lines(records.report) + view.notes
     notes += view.details
     notes += _overlap(records)
 
@@ -75,8 +69,6 @@ def content(
     if records.speed is not None:
         evaluation_notes.append(speed_note(records.speed))
 
-    commands = records.commands(folder, original_path, output)
-    commands += _evaluate_command(records, folder, original_path)
     configs = {CONFIG_NAME: records.config, RECOVERY_CONFIG_NAME: records.training}
     return {
         "view": view,
@@ -90,8 +82,6 @@ def content(
         "trained_on": _domain_table(records, TRAINED),
         "duration": _duration(records),
         "configs": [name for name, config in configs.items() if config],
-        "commands": commands,
-        "original_path": original_path,
         "version": __version__,
     }
 
@@ -164,19 +154,6 @@ def _duration(records: Records) -> str:
     if not seconds:
         return ""
     return str(timedelta(seconds=round(seconds)))
-
-
-def _evaluate_command(records: Records, folder: str, original: str) -> list[str]:
-    """Return the command that evaluates the result on more text, if the model reads text."""
-    report = records.report
-    has_text = any(entry.origin for entry in records.domains)
-    if not report.has_perplexity and not (report.has_vectors and has_text):
-        return []
-
-    command = f"structprune evaluate {quote(folder)} --against {quote(original)} --domain NAME=SOURCE --html"
-    if not report.has_vectors:
-        command += " --speed"
-    return [command]
 
 
 def sentence(text: str) -> str:

@@ -165,6 +165,8 @@ class SeveralTexts:
             self.original_states = self._states(state.model, tokenizer)
             return
 
+        # Choices do not depend on unseen text, whether it is measured or not.
+        _ = state.unseen
         for text in texts_for_choices(state.config, state.model, tokenizer, state.data.domains, state.manifest()):
             self.texts[f"{OTHER} {text.source}"] = Text(text.rows, tokenizer=tokenizer)
             state.entries += text.entries

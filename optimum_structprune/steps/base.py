@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,6 +22,10 @@ from ..method.plan import Plan
 from ..record.report import Report
 from ..system.errors import InPlaceError
 from .data import CalibrationData
+
+
+if TYPE_CHECKING:
+    from ..domains.unseen import UnseenText
 
 
 @dataclass
@@ -105,6 +110,17 @@ class RunState:
         if self.config.languages and not self._reads_languages:
             self.data = self.data.with_languages(self.tokenizer)
             self._reads_languages = True
+
+    @cached_property
+    def unseen(self) -> UnseenText:
+        """Read unseen text, and enter it into the manifest. The first access needs the original model."""
+        from ..domains.unseen import unseen_text  # runs without measurements read none
+
+        assert self.original_tokenizer is not None
+        with self.report.timed("unseen text"):
+            text = unseen_text(self.config, self.model, self.original_tokenizer, self.data.domains, self.earlier)
+        self.entries += text.entries
+        return text
 
     def manifest(self) -> Manifest:
         """Return the record of the text of this run and of the earlier runs of the original model."""

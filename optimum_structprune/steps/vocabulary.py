@@ -9,7 +9,6 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.inference import outputs_for, random_inputs
 from ..arch.spec import MODEL, VOCAB, Widths
@@ -37,19 +36,16 @@ class TrimVocabulary(Step):
     Args:
         request: The tokens to choose from.
         choose: A function that chooses the widths of all spaces if other spaces share the budget.
-        on_tokenizer: A function that gets the new tokenizer and the model before any token is removed.
     """
 
     def __init__(
         self,
         request: VocabularyRequest,
         choose: Callable[[RunState, VocabularyRequest, Ranking], Widths],
-        on_tokenizer: Callable[[PreTrainedTokenizerBase, PreTrainedModel], None] = lambda tokenizer, model: None,
     ):
         super().__init__({VOCAB: request.rows})
         self.request = request
         self.choose = choose
-        self.on_tokenizer = on_tokenizer
 
     def prune_(self, state: RunState, widths: Widths) -> Plan:
         """Choose tokens, remove all others, and return the kept tokens. The plan is empty if all tokens are kept."""
@@ -82,7 +78,6 @@ class TrimVocabulary(Step):
                 data.config, choice.tokenizer, state.model, earlier=seen_text, writer=state.tokenizer
             )
             state.data = replace(data, domains=domains)
-        self.on_tokenizer(choice.tokenizer, state.model)
 
         # The kept tokens, except tokens without rows.
         rows = torch.tensor(choice.keep[: choice.number])

@@ -36,6 +36,11 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
+def shapes_of(model: PreTrainedModel) -> dict[str, torch.Size]:
+    """Return the shape of every weight by name."""
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
 def checksums(model: PreTrainedModel) -> dict[str, tuple[Any, ...]]:
     """Return the dtype, the shape and two checksums of every weight by name.
 

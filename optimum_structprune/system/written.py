@@ -84,17 +84,17 @@ def versioned(values: Mapping[str, Any], version: int = FORMAT_VERSION) -> dict[
     return fields
 
 
-def unversioned(values: Mapping[str, Any], latest: int = FORMAT_VERSION) -> dict[str, Any]:
-    """Return fields without the schema version.
+def unversioned(values: Mapping[str, Any], expected: int = FORMAT_VERSION) -> dict[str, Any]:
+    """Return fields without the schema version, which is 1 if it is not named.
 
     Raises:
-        StructPruneError: If the version is later than `latest`.
+        StructPruneError: If the version is another than `expected`.
     """
     version = values.get(VERSION_KEY, 1)
-    if type(version) is not int or not 1 <= version <= latest:
+    if type(version) is not int or version != expected:
         raise StructPruneError(
-            f"{VERSION_KEY} {version!r} is unknown, and the latest known version is {latest}. Install a newer "
-            "optimum-structprune."
+            f"{VERSION_KEY} {version!r} is unknown, and this version of optimum-structprune reads {expected}. Install "
+            "the version that wrote the file."
         )
 
     return {name: value for name, value in values.items() if name != VERSION_KEY}

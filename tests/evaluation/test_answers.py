@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import yaml
 from helpers import save_with_tokenizer, with_tokens
 from models import CHATML, build, real_text_model
 from torch.nn.functional import log_softmax
@@ -16,7 +15,6 @@ from transformers import GenerationConfig
 
 from optimum_structprune import StructPruneError, StructPruner, evaluate
 from optimum_structprune.commands.cli import main
-from optimum_structprune.domains.generated import SEED_PROMPTS
 from optimum_structprune.evaluation import answers
 from optimum_structprune.evaluation.answers import ShortCheck, ask, read_answers, read_questions
 from optimum_structprune.record.answers import followed, paired, right_difference, sample_questions
@@ -70,11 +68,6 @@ def test_no_built_in_question_is_like_a_prompt_of_the_training():
         own_words = set(re.findall(r"\w+", prompt.lower()))
         likeness = max(len(own_words & other) / len(own_words | other) for other in words)
         assert likeness < 0.7, prompt
-    for entry in yaml.safe_load(SEED_PROMPTS.read_text()).values():
-        for template in entry["ask"]:
-            assert not any(
-                template.format(topic=topic) in line["prompt"] for topic in entry["topics"] for line in lines()
-            )
 
 
 def test_no_built_in_question_accepts_an_answer_without_content():

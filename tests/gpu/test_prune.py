@@ -9,7 +9,7 @@ from helpers import whole_model_at_once
 from models import build, config, fewer_tokens, real_text_model, three_layers, token_ids, tokenizer
 from quantized import Reversible, quantized
 
-from optimum_structprune import RunOptions, StructPruner, prune
+from optimum_structprune import RunOptions, StructPruner
 from optimum_structprune.arch.load import describe
 from optimum_structprune.steps.checkpoint import LayerCheckpoint
 
@@ -105,16 +105,6 @@ def test_a_vocabulary_trimming_for_a_language_is_the_same(count, with_channels):
 
     # The figures of a language are measured on few words, so a small difference is large in them.
     assert_same_on_gpus(work, lambda: real_text_model()[0], count, tolerance=1e-3)
-
-
-@pytest.mark.slow
-def test_a_pruning_to_a_budget_of_loss_is_the_same():
-    settings = config(widths=None, budget={"loss": 0.3}, targets=["mlp"], round_to=1)
-
-    def work(model):
-        return weights(prune(model, settings, tokenizer()).model)
-
-    assert_same_on_gpus(work, lambda: build("llama-untied"))
 
 
 @pytest.mark.slow

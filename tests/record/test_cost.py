@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import recovery_config, same_weights, unread
-from models import build, config, fewer_tokens, real_text_model, tokenizer
+from models import build, config, tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig
 
 from optimum_structprune import (
@@ -18,11 +18,10 @@ from optimum_structprune import (
     prune_model,
     recover,
 )
-from optimum_structprune.arch.devices import cpu_speed
 from optimum_structprune.arch.load import ModelInfo, describe
 from optimum_structprune.arch.meta import meta_model
 from optimum_structprune.pruning.cost import UNCOUNTED_BYTES, check_memory, pruning_cost
-from optimum_structprune.pruning.request import PruningRequest, resolve_request
+from optimum_structprune.pruning.request import PruningRequest
 from optimum_structprune.record.cost import REFUSED_SHARE, recovery_cost
 
 
@@ -47,13 +46,6 @@ def memory(settings, model_config, offload=None, inputs=None, dtype=torch.float3
     """Return the estimated memory of a pruning of a model with this config."""
     model = meta_model(model_config, dtype=dtype)
     return pruning_cost(PruningRequest(settings, ModelInfo(describe(model), model, CPU), inputs=inputs), offload)
-
-
-def work(settings=SETTINGS, name="llama-tied", **fields):
-    """Return the estimated multiply-adds of a pruning by stage."""
-    model = build(name)
-    request = PruningRequest(settings, ModelInfo(describe(model), model, model.device, **fields))
-    return pruning_cost(request).work
 
 
 def above(memory):
@@ -196,97 +188,6 @@ def test_a_recovery_needs_a_copy_of_the_original_model(monkeypatch):
         check_memory(recovering, inplace=True)
 
 
-def test_twice_the_text_doubles_pruning_and_perplexity():
-    once = work(replace(SETTINGS, num_samples=128))
-    twice = work(replace(SETTINGS, num_samples=256))
-
-    assert twice["perplexity"] == pytest.approx(2 * once["perplexity"])
-    # The factorization of Gram matrices does not depend on the text.
-    assert 1.9 * once["pruning"] < twice["pruning"] < 2 * once["pruning"]
-
-
-def test_each_round_prunes_again():
-    assert work(replace(SETTINGS, rounds=3))["pruning"] == 3 * work()["pruning"]
-
-
-def test_a_trim_of_tokens_prunes_no_layers():
-    model, reader = real_text_model()
-    request = resolve_request(fewer_tokens(), ModelInfo.of(model), reader)
-    stages = pruning_cost(request).work
-
-    assert "pruning" not in stages
-    assert stages["vocabulary"] > 0
-    assert stages["languages"] > 0
-
-
-def test_trials_divide_a_budget_that_tokens_share():
-    model, reader = real_text_model()
-    stages = {}
-    for targets in (("vocab", "mlp"), ("mlp",)):
-        settings = fewer_tokens(widths=None, targets=targets, budget={"parameters": 0.8})
-        request = resolve_request(settings, ModelInfo.of(model), reader)
-        stages[targets] = pruning_cost(request).work
-
-    assert stages["vocab", "mlp"]["search"] > stages["vocab", "mlp"]["pruning"]
-    assert "search" not in stages["mlp",]
-
-
-def test_only_a_causal_model_in_memory_writes_text():
-    from_model = work(replace(SETTINGS, general_share=0.5, general_text="self:code"))
-    assert from_model["writing"] > 2 * work()["writing"]
-
-    for stages in (work(name="bert"), work(offloaded=True), work(quantized=True)):
-        assert not {"writing", "answers"} & stages.keys()
-
-
-def test_a_token_runs_through_few_experts():
-    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    settings = StructPruneConfig(widths={"expert": 8}, refit="none", num_samples=8, seq_length=64)
-    stages = []
-    for number in (1, 4):
-        model = meta_model(OlmoeConfig(**sizes, vocab_size=64, num_experts=16, num_experts_per_tok=number))
-        request = PruningRequest(settings, ModelInfo(describe(model), model, CPU))
-        stages.append(pruning_cost(request).work)
-
-    difference = stages[1]["pruning"] - stages[0]["pruning"]
-    expert = 3 * 64 * 32 + 64  # three matrices, and a row of the router
-    assert difference == 2 * 8 * 64 * 3 * expert
-
-
-def test_a_dry_run_estimates_cpu_time_as_a_range_on_a_cpu_only():
-    settings = config(domains=TEXT)
-    model_config = build("llama-tied").config
-    assert dry_run(model_config, settings).cost is None
-
-    on_cpu = dry_run(model_config, settings, cost=True, device="cpu")
-    assert on_cpu.cost.seconds.keys() == on_cpu.cost.work.keys()
-    assert on_cpu.to_dict()["cost"]["seconds"]["pruning"] > 0
-    assert "CPU time on this machine" in str(on_cpu)
-    assert "  perplexity" in str(on_cpu)
-
-    # A plan for a GPU needs no GPU.
-    recovering_settings = replace(settings, recovery=recovery_config(tokens=2_400))
-    on_gpu = dry_run(model_config, recovering_settings, cost=True, device="cuda")
-    assert not on_gpu.recovery.seconds
-    assert on_gpu.cost.work == on_cpu.cost.work
-    assert not on_gpu.cost.seconds
-    assert "CPU time" not in str(on_gpu)
-    assert "floating-point operations" in str(on_gpu)
-
-
-def test_twice_the_speed_halves_each_stage():
-    model = build("llama-tied")
-    request = PruningRequest(SETTINGS, ModelInfo(describe(model), model, CPU))
-    slow = pruning_cost(request, speed=1e9).seconds
-    fast = pruning_cost(request, speed=2e9).seconds
-    assert slow == pytest.approx({stage: 2 * seconds for stage, seconds in fast.items()})
-
-
-def test_the_speed_of_a_dtype_is_positive():
-    assert cpu_speed(torch.float32, repeats=1) > 0
-    assert cpu_speed(torch.bfloat16, repeats=1) > 0
-
-
 def recovering(**fields):
     return recovery_cost(RecoveryConfig(**fields), build("llama-tied"), build("llama-tied"), 32)
 
@@ -298,14 +199,6 @@ def test_full_training_needs_gradients_and_moments_of_all_weights():
     assert full["optimizer"] == 4 * 4 * build("llama-tied").num_parameters()
     assert 0 < recovering(tokens=10_000, lora={"r": 1}).memory["optimizer"] < full["optimizer"]
     assert lora["activations"] == full["activations"]
-
-
-def test_the_work_of_a_recovery_is_proportional_to_its_tokens_and_its_memory_is_not():
-    short = recovering(tokens=100_000)
-    long = recovering(tokens=1_000_000)
-
-    assert long.work["recovery"] == pytest.approx(10 * short.work["recovery"])
-    assert long.memory == short.memory
 
 
 def test_checkpointed_activations_need_less_memory():
@@ -334,15 +227,3 @@ def test_a_recovery_that_cannot_fit_is_refused_before_text_is_read(monkeypatch):
         recover(build("llama-tied"), tokenizer(), settings)
     with pytest.raises(StructPruneError, match="The recovery takes at least"):
         dry_run(build("llama-tied").config, config(recovery=settings), dtype=torch.float32)
-
-
-def test_a_teacher_cache_trades_memory_for_disk():
-    live = recovering(tokens=10_000)
-    cached = recovery_cost(
-        RecoveryConfig(tokens=10_000), build("llama-tied"), build("llama-tied"), 32, cache_bytes=1_120_000
-    )
-
-    assert cached.total == live.total - live.memory["teacher"]
-    assert sum(cached.work.values()) == pytest.approx(sum(live.work.values()))
-    assert cached.work["recovery"] < live.work["recovery"]
-    assert cached.disk == 1_120_000 and live.disk == 0

@@ -59,17 +59,6 @@ def test_an_invalid_report_is_refused(values, message):
         Report.from_dict(values)
 
 
-def test_a_report_of_an_earlier_version_counts_as_missing(tmp_path):
-    path = tmp_path / "report.json"
-    assert Report.load(path) is None
-
-    without_version = {"model_type": "llama", "criterion": "obs", "perplexity": {"a": {"before": 1.0, "after": 2.0}}}
-    version_1 = {"format_version": 1} | without_version
-    for document in (without_version, version_1):
-        path.write_text(json.dumps(document))
-        assert Report.load(path) is None
-
-
 def test_the_ratio_compares_the_last_model_with_the_first():
     def ratio(**values):
         return Figure.of(values).ratio

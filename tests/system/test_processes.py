@@ -134,7 +134,7 @@ def prune_real_text_model(case):
     model, reader = real_text_model()
     source = "builtin:math"
     if case == "writes itself":
-        source = "self:code"
+        source = "self:any"
     pruner = StructPruner(config(domains=[DomainConfig(name="a", source=source)], **RUNS[case]))
 
     # A separate home hides the generated text from other tests.
