@@ -43,9 +43,7 @@ GROUPS = {
     "large models": "--offload batch_size checkpoint_dir",
     "method": "",
 }
-SOURCES = (
-    "A source is a file, glob, folder, builtin:…, preset:…, self:any or Hub dataset; {name: …} sets any field."
-)
+SOURCES = "A source is a file, glob, folder, builtin:…, preset:…, self:any or Hub dataset; {name: …} sets any field."
 # The arguments of `add_argument` by the names of flags, or their help alone.
 Flags = Mapping[str, str | Mapping[str, Any]]
 

@@ -66,9 +66,9 @@ class DomainConfig(Config):
         name: The name of the domain in the report.
         source: A file (`.txt`, `.jsonl`, `.json`, `.parquet`, `.csv`), a glob, a folder, `builtin:prose`,
             `builtin:code`, `builtin:math`, a preset (`preset:code`, or your own `preset:FILE.yaml#NAME`), text that
-            the model generates (`self:any`), a dataset id on the Hub, a folder written by `save_to_disk` of `datasets`,
-            a `datasets` object, or any iterable of strings, or of rows if there is a template. A `pathlib.Path` is
-            converted to a string. The items of a generator are kept, so that it can be read again.
+            the model generates (`self:any`), a dataset id on the Hub, a folder written by `save_to_disk` of
+            `datasets`, a `datasets` object, or any iterable of strings, or of rows if there is a template. A
+            `pathlib.Path` is converted to a string. The items of a generator are kept, so that it can be read again.
         weight: The domain's share of the calibration tokens, relative to the other domains.
         text_column: The column with the text, or with the messages if `template="chat"`.
         dataset_config: The name of the configuration of a Hub dataset.
