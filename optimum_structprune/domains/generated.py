@@ -24,10 +24,11 @@ from ..arch.meta import check_positions, positions_of, predicts_next
 from ..config.domains import ANY, OTHER, SELF
 from ..config.fields import read_yaml
 from ..system.errors import StructPruneError
-from ..system.fingerprint import TextCache, fingerprint
+from ..system.fingerprint import fingerprint
 from ..system.processes import broadcast_object, gather_objects, process_index, unshared
 from ..system.registry import did_you_mean
 from ..system.stages import stage
+from ..system.stored import TextCache
 from .packing import tokenize_with_prefix
 from .templates import chat_text
 
