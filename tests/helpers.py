@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -528,10 +528,27 @@ def dying(monkeypatch, module, number, after):
         return call
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "save_file", wrapped(module.save_file))
+        patch.setattr(module, "write_tensors", wrapped(module.write_tensors))
         for name in ("write_text", "replace", "unlink"):
             patch.setattr(Path, name, wrapped(getattr(Path, name)))
         yield lambda: len(calls)
+
+
+def flip_byte(path: Path, place: int) -> None:
+    """Change one byte of a file."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 4
+    path.write_bytes(content)
+
+
+def flipped_bytes(path: Path, count: int = 12) -> Iterator[int]:
+    """Change one byte of a file, yield, and restore the file, at `count` places from its start to its end."""
+    content = path.read_bytes()
+    for number in range(count):
+        place = number * (len(content) - 2) // (count - 1)  # a record ends with a line break that has no meaning
+        flip_byte(path, place)
+        yield place
+        path.write_bytes(content)
 
 
 def main_of(script: str):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..system.errors import StructPruneError
 from ..system.stages import progress
 from .hooks import in_fast_dtype
 from .inference import input_device
@@ -93,6 +94,11 @@ def continuations(
 
     def advance(_: Tensor, scores: Tensor) -> Tensor:
         next(bar, None)
+        if scores.isnan().any():
+            raise StructPruneError(
+                f"The {type(model).__name__} computes NaN for the next token. Load it in float32 or bfloat16, and "
+                "check its weights."
+            )
         return scores
 
     device = input_device(model)

@@ -174,7 +174,7 @@ def without_dropout(model: nn.Module, *inner_models: nn.Module) -> Iterator[None
         model: A model in train mode, with its wrappers.
         inner_models: Modules inside that are in train mode again after `with`, because Trainers read their mode.
     """
-    # `eval()` may also replace kernels by kernels without a backward pass.
+    # A model that switches its mode itself may also replace its kernels by kernels without a backward pass.
     for module in model.modules():
         module.training = False
 

@@ -12,15 +12,17 @@ from sys import maxsize
 from typing import Any, NoReturn
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.meta import meta_model
+from ..domains.manifest import tokenizer_of
 from ..measure.predictions import Predictor, StoredPredictions
-from ..system.errors import StructPruneError, one_line
+from ..system.errors import StructPruneError
+from ..system.fingerprint import vocabulary_hash
+from ..system.stored import DamagedError, open_tensors
 from ..vocabulary.token_alignment import TokenAlignment
-from .teacher import tokens_of_teacher
+from .teacher import loading_errors, tokens_of_teacher
 from .teacher_file_format import TEACHER_FILE_NAME, TEACHER_NAME, TeacherManifest, predictions_of, shard_name
 
 
@@ -65,10 +67,9 @@ class TeacherFile:
     def _open(self, number: int, identity: str) -> Any:
         path = self.folder / shard_name(number)
         try:
-            file = safe_open(path, framework="pt")
-            settings = (file.metadata() or {}).get("settings")
-        except (OSError, SafetensorError) as error:
-            raise StructPruneError(f"{path} cannot be read: {one_line(error)}. Write the file again.") from error
+            file, settings = open_tensors(path)
+        except DamagedError as error:
+            raise StructPruneError(f"{error} Write the teacher file again.") from error
         if settings != identity:
             raise StructPruneError(f"{path} belongs to another teacher file than {TEACHER_FILE_NAME}. Write it again.")
         return file
@@ -199,8 +200,13 @@ def stored_teacher(
             "the `config` and the `tokenizer` of the teacher."
         )
 
-    teacher = meta_model(AutoConfig.from_pretrained(file.folder / TEACHER_NAME))
+    with loading_errors(folder):
+        teacher = meta_model(AutoConfig.from_pretrained(file.folder / TEACHER_NAME))
     teacher.name_or_path = str(file.folder / TEACHER_NAME)
+    if teacher_tokenizer is None and manifest.tokenizer_sha256:
+        teacher_tokenizer = tokenizer_of(teacher)
+        if teacher_tokenizer is None or vocabulary_hash(teacher_tokenizer) != manifest.tokenizer_sha256:
+            raise StructPruneError(f"The tokenizer in {file.folder} is damaged. Write the teacher file again.")
     return StoredTeacher(file, *tokens_of_teacher(teacher, model, tokenizer, teacher_tokenizer))
 
 

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -32,6 +30,7 @@ from ..system.errors import StructPruneError
 from ..system.fingerprint import fingerprint, json_hash, vocabulary_hash
 from ..system.processes import is_first_rank, shard, wait_for_all
 from ..system.stages import progress, readable_size, say, stage
+from ..system.stored import DamagedError, open_tensors, write_tensors
 from ..system.written import without_folders
 from .teacher import check_weights
 from .teacher_file_format import (
@@ -206,12 +205,18 @@ def write_shards(
             own_rows = rows[starts[number] : starts[number + 1]]
             generator = torch.Generator().manual_seed(manifest.seed + number)
             tensors = compute(own_rows, generator)
+            if not tensors["negative_entropy"].isfinite().all():
+                first = starts[number]
+                raise StructPruneError(
+                    f"Some predictions of the teacher on the rows {first} to {first + len(own_rows) - 1} are infinite "
+                    "or NaN. Load the teacher in bfloat16 or float32."
+                )
             tensors["input_ids"] = torch.cat([torch.tensor(row, dtype=torch.int32) for row in own_rows])
             tensors["lengths"] = torch.tensor([len(row) for row in own_rows], dtype=torch.int32)
 
             path = folder / shard_name(number)
             new = path.with_name(f".{path.name}.new")
-            save_file(tensors, new, metadata={"settings": identity})
+            write_tensors(new, tensors, identity)
             new.replace(path)
         wait_for_all()
         if is_first_rank():
@@ -223,14 +228,10 @@ def write_shards(
 
 
 def _is_written(folder: Path, number: int, identity: str) -> bool:
-    """Return whether a shard is complete. Raise if it has other settings."""
-    path = folder / shard_name(number)
-    if not path.is_file():
-        return False
+    """Return whether a shard is complete and intact. Raise if it has other settings."""
     try:
-        with safe_open(path, framework="pt") as file:
-            settings = (file.metadata() or {}).get("settings")
-    except SafetensorError:
+        _, settings = open_tensors(folder / shard_name(number))
+    except DamagedError:
         return False
     if settings != identity:
         raise StructPruneError(

@@ -23,9 +23,10 @@ from ..arch.meta import check_positions, positions_of, predicts_next
 from ..config.domains import OTHER, WRITTEN
 from ..config.fields import read_yaml
 from ..system.errors import StructPruneError
-from ..system.fingerprint import TextCache, fingerprint
+from ..system.fingerprint import fingerprint
 from ..system.processes import broadcast_object, gather_objects, process_index, unshared
 from ..system.stages import stage
+from ..system.stored import TextCache
 from .packing import tokenize_with_prefix
 
 

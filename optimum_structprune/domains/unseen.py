@@ -18,9 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config.domains import BUILT_IN, FROM_HUB, MODEL_WRITTEN, OTHER, PRESET, DomainConfig, is_general
 from ..config.pruning import StructPruneConfig
 from ..system.errors import StructPruneError
-from ..system.fingerprint import TextCache
 from ..system.margins import MIN_DOCUMENTS
 from ..system.processes import broadcast_object, process_index
+from ..system.stored import TextCache
 from .load import builtin_source_except, can_write, texts_of
 from .manifest import JUDGED, Entry, Manifest
 from .packing import Domain, document_hash, tokenize_with_prefix

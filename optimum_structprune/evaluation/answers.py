@@ -26,8 +26,9 @@ from ..measure.text import Text
 from ..record.figures import ORIGINAL, Answer, AnsweredQuestion, AnswersResult, Reading
 from ..system.codec import from_plain, to_plain
 from ..system.errors import StructPruneError, one_line, warn
-from ..system.fingerprint import TextCache, fingerprint, json_hash, vocabulary_hash
+from ..system.fingerprint import fingerprint, json_hash, vocabulary_hash
 from ..system.stages import stage
+from ..system.stored import TextCache
 
 
 BUILTIN_QUESTIONS = "builtin"

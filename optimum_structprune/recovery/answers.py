@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from hashlib import sha256
@@ -20,8 +19,8 @@ from ..arch.inference import evaluating
 from ..arch.meta import positions_of
 from ..measure.batches import Sample
 from ..system.errors import StructPruneError, warn
-from ..system.fingerprint import TextCache
 from ..system.stages import progress
+from ..system.stored import TextCache, line_of, read_line
 from .samples import SamplePacker
 
 
@@ -61,10 +60,7 @@ def prompts_per_batch(num_tokens: int, length: int) -> int:
 
 
 class AnswerFile:
-    """Batches of answers in a file of JSON lines. Only the places of the batches are in memory.
-
-    A process that was killed may have written only a part of a line, so each batch begins a new line.
-    """
+    """Batches of answers in a file of JSON lines. Only the places of the batches are in memory."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -72,7 +68,7 @@ class AnswerFile:
         self._read_places()
 
     def _read_places(self) -> None:
-        """Find the places of the complete batches in the file."""
+        """Find the places of the intact batches in the file. The others are written again."""
         if not self.path.is_file():
             return
 
@@ -81,7 +77,7 @@ class AnswerFile:
         with self.path.open("rb") as file:
             for line in file:
                 with suppress(ValueError):
-                    name, _ = json.loads(line)
+                    name, _ = read_line(line)
                     self._places.setdefault(name, place)
                 place += len(line)
 
@@ -93,8 +89,8 @@ class AnswerFile:
         """Return a batch by its name."""
         with self.path.open("rb") as file:
             file.seek(self._places[name])
-            answers: list[list[int]] = json.loads(file.readline())[1]
-        return answers
+            _, answers = read_line(file.readline())
+        return list(answers)
 
     def add(self, batches: dict[str, list[list[int]]]) -> None:
         """Add batches to the file, in the first process of each machine.
@@ -108,7 +104,7 @@ class AnswerFile:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("a", encoding="utf-8") as file:
                     for name, answers in batches.items():
-                        file.write(f"\n{json.dumps([name, answers])}\n")
+                        file.write(line_of(name, answers))
             except OSError as error:
                 raise StructPruneError(
                     f"Answers cannot be kept in {self.path.parent} ({error}). Set HF_HOME to another folder."

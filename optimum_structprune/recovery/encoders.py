@@ -28,6 +28,7 @@ from ..record.report import RecoveryReport
 from ..system.errors import StructPruneError
 from ..system.stages import stage
 from .adapter import trainable
+from .measure import check_loss
 from .text import MAX_VALIDATION_TOKENS, TextStream, measured_tokens, text_config, validation_text
 from .training import EvaluateLastStep, ShowProgress, StopAtNaN, remove_printers, train
 
@@ -259,6 +260,7 @@ def train_encoder(
         remove_printers(trainer)
         attach_to_head(trainer, teacher, tokenizer=tokenizer, teacher_tokenizer=teacher_tokenizer)
         pruned_loss = trainer.evaluate()["eval_loss"]
+        check_loss(pruned_loss)
         trainer.add_callback(shown)
         with closing(shown):
             seconds = train(trainer, checkpoint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isnan
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from ..measure.predictions import Predictor
 from ..measure.text import Text
 from ..record.figures import ORIGINAL, PRUNED, RECOVERED, UNSEEN_TEXT, Figure, TextResult, perplexity_result, unseen_of
 from ..record.report import CurvePoint, RecoveryReport
+from ..system.errors import StructPruneError
 from ..system.margins import KINDS_DIFFER
 
 
@@ -72,6 +74,15 @@ def validation_loss(measurements: Measurements, kinds: Sequence[str], value: str
     """Return the mean over all samples of some kinds of text of `loss` or `kl`."""
     by_kind = [losses.means(getattr(measurements[kind], value)) for kind in kinds]
     return float(torch.cat(by_kind).mean())
+
+
+def check_loss(loss: float) -> None:
+    """Raise `StructPruneError` if the loss before a training is NaN, which no learning rate has caused."""
+    if isnan(loss):
+        raise StructPruneError(
+            "The loss of the model is NaN before the first step, so the model or its teacher computes NaN. Load both "
+            "in float32 or bfloat16, and check their weights."
+        )
 
 
 def enter_measurements(

@@ -54,7 +54,7 @@ from .arguments import TrainingSize, training_arguments
 from .checks import check_recovery, trains_on_cpu
 from .encoders import ENCODER_TRAINING, Passages, check_has_teacher, train_encoder
 from .learning_rate import NUM_TRIAL_SAMPLES, lower_learning_rate_
-from .measure import enter_curve, enter_measurements, measure_all, validation_loss
+from .measure import check_loss, enter_curve, enter_measurements, measure_all, validation_loss
 from .resume import TrainingInputs
 from .teacher_cache import CachedData, TeacherCache, sample_settings, teacher_hash
 from .text import sample_length, text_config
@@ -381,6 +381,9 @@ class Recovery:
             trainer = recovery_trainer(trained, arguments, data, collator, teacher, callbacks)
             with stage("perplexity", {}):
                 pruned = measure_all(trained, data.measured, teacher, trainer.accelerator)
+            kinds = [kind for kind, samples in data.measured.items() if samples and samples[0] in data.validation]
+            pruned_loss = validation_loss(pruned, kinds, value)
+            check_loss(pruned_loss)
 
             # Trial steps store all activations, which do not fit if the training needs activation checkpointing.
             if "learning_rate" not in config.training and not arguments.gradient_checkpointing:
@@ -391,8 +394,7 @@ class Recovery:
 
             with stage("perplexity", {}):
                 recovered = measure_all(trained, data.measured, teacher, trainer.accelerator)
-            kinds = [kind for kind, samples in data.measured.items() if samples and samples[0] in data.validation]
-            is_better = validation_loss(recovered, kinds, value) < validation_loss(pruned, kinds, value)
+            is_better = validation_loss(recovered, kinds, value) < pruned_loss
             if not is_better:  # also if a loss is NaN
                 take_back()
                 recovered = pruned

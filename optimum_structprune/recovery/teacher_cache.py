@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel
@@ -26,9 +22,10 @@ from ..domains.unseen import UnseenText
 from ..measure.batches import IGNORED, Sample
 from ..system.codec import from_plain
 from ..system.disk import Output, used_paths, write_errors
-from ..system.errors import StructPruneError, one_line
-from ..system.fingerprint import fingerprint, json_hash
+from ..system.errors import StructPruneError
+from ..system.fingerprint import file_hash, fingerprint, json_hash
 from ..system.processes import rank_zero_first
+from ..system.stored import DamagedError, open_tensors, write_tensors
 from ..system.written import Record
 from .resume import differences
 from .text import text_config
@@ -101,14 +98,14 @@ class CachedData:
 
     def __init__(self, folder: Path, record: SampleRecord):
         try:
-            file = safe_open(folder / SAMPLES_NAME, framework="pt")
-            self.stream = StoredSamples(file, TRAINING_NAME)
-            self.measured = {kind: list(StoredSamples(file, f"measured.{kind}")) for kind in record.kinds}
-        except (OSError, SafetensorError) as error:
-            raise StructPruneError(
-                f"{folder / SAMPLES_NAME} cannot be read: {one_line(error)}. Remove {folder}, and write it again."
-            ) from error
+            file, settings = open_tensors(folder / SAMPLES_NAME)
+            if settings != json_hash(record.to_dict()):
+                raise DamagedError(f"{folder / RECORD_NAME} is damaged.")
+        except DamagedError as error:
+            raise StructPruneError(f"{error} Remove {folder}, and write it again.") from error
 
+        self.stream = StoredSamples(file, TRAINING_NAME)
+        self.measured = {kind: list(StoredSamples(file, f"measured.{kind}")) for kind in record.kinds}
         self.validation = list(chain.from_iterable(self.measured[kind] for kind in record.validation))
         self.unseen = UnseenText(record.unseen_source)
         self.entries = record.entries
@@ -206,7 +203,7 @@ class TeacherCache:
             if first:
                 Output(self.folder).check_place(sum(tensor.nbytes for tensor in tensors.values()))
                 self.folder.mkdir(parents=True, exist_ok=True)
-                save_file(tensors, self.folder / SAMPLES_NAME)
+                write_tensors(self.folder / SAMPLES_NAME, tensors, json_hash(self.record.to_dict()))
                 self.record.save(self.folder / RECORD_NAME)
 
 
@@ -228,7 +225,7 @@ def sample_settings(
         if isinstance(domain.source, list):
             contents.append(json_hash(list(map(str, domain.source))))
     for name in used_paths(RecoveryConfig(domains=domains, prompts=config.prompts, validation=config.validation)):
-        contents += [_file_hash(path) for path in sorted([Path(name), *Path(name).rglob("*")]) if path.is_file()]
+        contents += [file_hash(path) for path in sorted([Path(name), *Path(name).rglob("*")]) if path.is_file()]
 
     values: dict[str, Any] = {"domains": [domain.to_dict() for domain in domains], "text_sha256": json_hash(contents)}
     for name in ("tokens", "answer_share", "prompts", "validation"):
@@ -247,13 +244,4 @@ def teacher_hash(teacher: PreTrainedModel | str | Path) -> str:
     files = sorted(Path(teacher).glob("*.safetensors"))
     if not files:
         return str(teacher)
-    return json_hash([_file_hash(file) for file in files])
-
-
-def _file_hash(path: Path) -> str:
-    """Return the hash of the bytes of a file."""
-    digest = sha256()
-    with path.open("rb") as file:
-        for part in iter(partial(file.read, 2**20), b""):
-            digest.update(part)
-    return digest.hexdigest()
+    return json_hash([file_hash(file) for file in files])

@@ -1,21 +1,19 @@
-"""Hash models, samples and vocabularies, and store text in files that are named by such hashes."""
+"""Hash models, samples, vocabularies and files."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .errors import StructPruneError
 from .offloading import weight_of
-from .written import whole_lines
 
 
 WORD_BYTES = 8
@@ -29,8 +27,13 @@ ORIGIN_FIELDS = (
 def fingerprint(model: PreTrainedModel) -> str:
     """Hash a model's config and every weight by SHA-256, in hexadecimal digits."""
     class_and_config = [type(model).__name__, computing(model.config)]
-    digest = sha256(json.dumps(class_and_config, sort_keys=True, default=str).encode())
-    for name, tensor in _weights(model):
+    return tensors_hash(_weights(model), json.dumps(class_and_config, sort_keys=True, default=str))
+
+
+def tensors_hash(tensors: Iterable[tuple[str, Tensor]], settings: str) -> str:
+    """Hash settings, and the names, dtypes, shapes and bytes of tensors by SHA-256, in hexadecimal digits."""
+    digest = sha256(settings.encode())
+    for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(raw_bytes(tensor))
     return digest.hexdigest()
@@ -39,6 +42,15 @@ def fingerprint(model: PreTrainedModel) -> str:
 def shapes_of(model: PreTrainedModel) -> dict[str, torch.Size]:
     """Return the shape of every weight by name."""
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def file_hash(path: Path) -> str:
+    """Hash the bytes of a file by SHA-256, in hexadecimal digits."""
+    digest = sha256()
+    with path.open("rb") as file:
+        for part in iter(partial(file.read, 2**20), b""):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def checksums(model: PreTrainedModel) -> dict[str, tuple[Any, ...]]:
@@ -108,39 +120,6 @@ def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 def json_hash(value: Any) -> str:
     """Hash a JSON value by SHA-256, in hexadecimal digits."""
     return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-class TextCache:
-    """A cache of batches of text for later runs, in a file whose name is a hash of all dependencies.
-
-    Args:
-        kind: The kind of text, which begins the file's name.
-        depends_on: All values that the text depends on. They must be JSON values.
-    """
-
-    def __init__(self, kind: str, *depends_on: Any):
-        name = f"{kind}-batches-{json_hash(depends_on)[:24]}.jsonl"
-        self.path = Path(constants.HF_HOME, "structprune", name).expanduser()
-
-    def read(self) -> dict[str, Any]:
-        """Read the batches by their names."""
-        return dict(whole_lines(self.path))
-
-    def add(self, name: str, batch: Any) -> None:
-        """Add a batch to the file.
-
-        Raises:
-            StructPruneError: If the file cannot be written.
-        """
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                # A process that was killed may have written only a part of a line, so each value begins a new line.
-                file.write(f"\n{json.dumps([name, batch])}\n")
-        except OSError as error:
-            raise StructPruneError(
-                f"Self-written text cannot be kept in {self.path.parent} ({error}). Set HF_HOME to another folder."
-            ) from error
 
 
 def tensor_hash(tensor: Tensor) -> str:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import StructPruneError
+from .fingerprint import json_hash
 from .processes import process_count, process_index, wait_for_all
+from .stored import open_tensors, write_tensors
 from .written import replace_text
 
 
@@ -69,12 +70,12 @@ class Resume:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if local is not None:
-                _write(self._local_path(number), local)
+                write_tensors(self._local_path(number), local)
             wait_for_all()
 
             if process_index() == 0:
                 if tensors is not None:
-                    _write(self._shared_path(number), tensors)
+                    write_tensors(self._shared_path(number), tensors)
                 self._write_state(number, values, has_local=local is not None)
             wait_for_all()
 
@@ -96,7 +97,7 @@ class Resume:
             local = {}
             with self.readable():
                 if state["processes"] is not None:
-                    local = load_file(self._local_path(number))
+                    local = _read(self._local_path(number))
                 saved = Saved(number, dict(state["values"]), local)
 
         # The main process must not save the next checkpoint before all processes have read this one.
@@ -114,6 +115,8 @@ class Resume:
 
         with self.readable():
             state = json.loads(self.state.read_text(encoding="utf-8"))
+            if state.pop("sha256") != json_hash(state):
+                raise ValueError(f"{self.state} is damaged")
             key = state["key"]
             number = int(state["number"])
             processes = state["processes"]
@@ -132,7 +135,7 @@ class Resume:
     def tensors(self, number: int) -> dict[str, Tensor]:
         """Return the tensors of a finished layer."""
         with self.readable():
-            return load_file(self._shared_path(number))
+            return _read(self._shared_path(number))
 
     @property
     def state(self) -> Path:
@@ -154,8 +157,9 @@ class Resume:
         state: dict[str, Any] = {"key": self.key, "number": number, "values": values, "processes": None}
         if has_local:
             state["processes"] = process_count()
-        # `replace_json` refuses infinity, and a loss may be infinite.
-        replace_text(self.state, json.dumps(state))
+        # `replace_json` refuses infinity, and a loss may be infinite. The hash is that of the state as it is read.
+        state = json.loads(json.dumps(state))
+        replace_text(self.state, json.dumps(state | {"sha256": json_hash(state)}))
 
     def _remove_previous(self, number: int) -> None:
         """Remove the tensors that this process saved in previous checkpoints."""
@@ -174,6 +178,6 @@ class Resume:
         return self.folder / f"{self.kind}-{number}-{process_index()}-of-{process_count()}.safetensors"
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Save tensors from any device."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+def _read(path: Path) -> dict[str, Tensor]:
+    file, _ = open_tensors(path)
+    return {name: file.get_tensor(name) for name in file.keys()}

@@ -13,12 +13,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from filelock import FileLock
-from helpers import same_weights
-from models import build
+from helpers import flip_byte, flipped_bytes, same_weights
+from models import build, tokenizer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from optimum_structprune import StructPruneError, attach_teacher, write_teacher, write_teacher_rows
-from optimum_structprune.distillation.teacher_file import StoredTeacher, TeacherFile, documents_of
+from optimum_structprune.distillation.teacher_file import StoredTeacher, TeacherFile, documents_of, stored_teacher
 from optimum_structprune.distillation.teacher_file_format import (
     TEACHER_FILE_NAME,
     compressed,
@@ -226,12 +228,13 @@ def test_another_text_is_refused_before_a_step(teacher, tmp_path):
 
 def test_a_killed_run_resumes_with_the_same_predictions(teacher, tmp_path, monkeypatch):
     monkeypatch.setattr("optimum_structprune.distillation.teacher_file_writer.SHARD_TOKENS", 20)
-    rows = rows_of_lengths(15, 15, 15, 15)
+    rows = rows_of_lengths(*[15] * 6)
     write_teacher(teacher, rows, tmp_path / "whole")
 
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
     (tmp_path / "killed" / TEACHER_FILE_NAME).unlink()
     (tmp_path / "killed" / shard_name(1)).write_bytes(b"half")
+    flip_byte(tmp_path / "killed" / shard_name(2), 400)
     with pytest.raises(StructPruneError, match="not complete"):
         TeacherFile(tmp_path / "killed")
     write_teacher(teacher, rows, tmp_path / "killed")
@@ -412,3 +415,44 @@ def test_a_student_with_other_tokens_is_refused(teacher, tmp_path):
     trainer = Trainer(larger, arguments(tmp_path), train_dataset=[])
     with pytest.raises(StructPruneError, match="vocabulary of"):
         attach_teacher(trainer, tmp_path / "file")
+
+
+def test_a_flipped_byte_is_noticed_when_a_file_is_opened(teacher, tmp_path):
+    write_teacher(teacher, rows_of_lengths(9, 5, 12), tmp_path, tokenizer())
+    student = build("llama-untied")
+    assert stored_teacher(tmp_path, student, tokenizer()).alignment is None
+
+    again = "Write the teacher file again|Write it again"
+    damaged = rf"{shard_name(0)} (is damaged\.|cannot be read: .*) Write the teacher file again"
+    manifest = f"{again}|{TEACHER_FILE_NAME}"
+    for name, message in (
+        (shard_name(0), damaged),
+        (TEACHER_FILE_NAME, manifest),
+        ("teacher/tokenizer.json", "tokenizer in .* is damaged. Write the teacher file again"),
+    ):
+        for _ in flipped_bytes(tmp_path / name):
+            with pytest.raises(StructPruneError, match=message):
+                stored_teacher(tmp_path, student, tokenizer())
+
+    assert stored_teacher(tmp_path, student, tokenizer()).alignment is None
+
+
+def test_predictions_that_were_changed_are_refused(teacher, tmp_path):
+    write_teacher(teacher, rows_of_lengths(9, 5, 12), tmp_path)
+    path = tmp_path / shard_name(0)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    for value in (0, float("nan")):
+        tensors = load_file(path)
+        tensors["log_probabilities"].fill_(value)
+        save_file(tensors, path, metadata=metadata)
+        with pytest.raises(StructPruneError, match=f"{path.name} is damaged. Write the teacher file again"):
+            TeacherFile(tmp_path)
+
+
+def test_a_teacher_that_computes_nan_writes_no_file(teacher, tmp_path):
+    next(teacher.parameters()).data.fill_(float("nan"))
+    with pytest.raises(StructPruneError, match="predictions of the teacher on the rows 0 to 1 are infinite or NaN"):
+        write_teacher(teacher, rows_of_lengths(9, 5), tmp_path / "new")
+    with pytest.raises(StructPruneError, match="not complete|holds no teacher file"):
+        TeacherFile(tmp_path / "new")

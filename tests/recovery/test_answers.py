@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from helpers import recovery_config, unread
+from helpers import flipped_bytes, recovery_config, unread
 from models import CHATML, build, config, real_text_model, token_ids, tokenizer
 from transformers import TrainerCallback
 
@@ -174,6 +174,10 @@ def test_answers_are_written_once_and_grow(tmp_path):
         file.write('["16/9", [')  # the last line of a killed process
     reopened = Answers(prompts, None, AnswerFile(path), 0, 8)
     assert list(reopened.samples(packer, counts)) == samples
+
+    for _ in flipped_bytes(path):  # a batch that is damaged is written again
+        repaired = Answers(prompts, write, AnswerFile(path), 0, 8)
+        assert list(repaired.samples(packer, counts)) == samples
 
 
 def test_a_small_training_writes_few_answers_at_once():

@@ -676,3 +676,16 @@ def test_the_rows_of_a_trimmed_vocabulary_are_trained_and_merged(case):
     assert not torch.equal(embedding.weight, original_embedding)
     assert torch.equal(head.weight, original_head) is (case == "codegen")
     assert (head.weight is embedding.weight) is (case not in ("llama-untied", "codegen"))
+
+
+def test_a_teacher_that_computes_nan_ends_before_the_first_step(pruned):
+    teacher = build("llama-tied", seed=1)
+    teacher.get_input_embeddings().weight.data[30:] = float("nan")
+    original = deepcopy(pruned)
+    for share, message in (
+        (0.0, "NaN before the first step.* float32 or bfloat16"),
+        (0.5, "computes NaN for the next"),
+    ):
+        with pytest.raises(StructPruneError, match=message):
+            recover(pruned, tokenizer(), recovery_config(answer_share=share), teacher)
+    assert same_weights(pruned, original)

@@ -1,6 +1,7 @@
 """A recovery from a teacher cache trains as with the teacher, and later recoveries need no teacher."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import RECOVERY_TEXT, on_one_rank, on_two_ranks, path_with_tests, same_weights
+from helpers import RECOVERY_TEXT, flipped_bytes, on_one_rank, on_two_ranks, path_with_tests, same_weights
 from models import build, documents, full_disk, tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -135,6 +136,14 @@ def test_a_version_of_the_future_is_refused(pruned, cache, tmp_path):
     )
     with pytest.raises(StructPruneError, match="format_version 9 is unknown"):
         recovered(pruned, later)
+
+
+@pytest.mark.parametrize("name", [RECORD_NAME, SAMPLES_NAME, shard_name(0)])
+def test_a_flipped_byte_is_noticed_before_a_step(pruned, cache, tmp_path, name):
+    shutil.copytree(cache, tmp_path / "damaged")
+    for _ in flipped_bytes(tmp_path / "damaged" / name, 5):
+        with pytest.raises(StructPruneError, match="damaged|another|cannot be read|format_version|field"):
+            recovered(pruned, tmp_path / "damaged")
 
 
 @pytest.mark.parametrize("room", [1_000, 30_000])

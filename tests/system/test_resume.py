@@ -5,7 +5,7 @@ from math import inf
 
 import pytest
 import torch
-from helpers import Killed, contents, data_of, dying, put_into, same_weights
+from helpers import Killed, contents, data_of, dying, flipped_bytes, put_into, same_weights
 from models import build, config, full_disk, tokenizer
 
 from optimum_structprune import InPlaceError, RunOptions, StructPruneError, StructPruner
@@ -114,6 +114,11 @@ def test_a_damaged_file_is_named(tmp_path):
         path = tmp_path / name
         path.write_bytes(path.read_bytes()[:-40])
         assert_unreadable(tmp_path)
+
+    for name in ("layer.json", "layer-1-0-of-1.safetensors", "layer-1.safetensors"):
+        save(tmp_path, 1)
+        for _ in flipped_bytes(tmp_path / name):
+            assert_unreadable(tmp_path)
 
     for text in ("{", "[]", '{"key": "x"}'):
         save(tmp_path, 1)
