@@ -264,9 +264,9 @@ def token_setting(text: str) -> tuple[str, Any]:
 
 
 def positive_int(text: str) -> int:
-    """Parse a whole number from 1 to 10**12."""
-    if not re.fullmatch("0*[1-9][0-9]{0,11}", text):
-        raise ArgumentTypeError(f"expected a whole number from 1 to 10**12, got {text[:40]!r}")
+    """Parse a whole number from 1."""
+    if not re.fullmatch("0*[1-9][0-9]*", text):
+        raise ArgumentTypeError(f"expected a whole number, 1 or more, got {text[:40]!r}")
     return int(text)
 
 
