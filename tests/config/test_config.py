@@ -106,7 +106,7 @@ def test_a_config_survives_a_round_trip(config, tmp_path_factory):
     ({"sparsity": 0.2, "domains": [{"name": "a", "source": 3}]}, "`source` must be a path, a name, .* got int"),
     ({"sparsity": 0.2, "domains": [{"name": "a", "source": "x", "template": "{a b}"}]}, "'a b' .* not a column name"),
     ({"sparsity": 0.2, "domains": [{"name": "a", "source": "x", "template": "text"}]}, "hold column names such as"),
-    ({"sparsity": 0.2, "domains": [{"name": "a", "source": "x", "weight": 1e308}]}, r"`weight` .* at most 1e\+300"),
+    ({"sparsity": 0.2, "domains": [{"name": "a", "source": "x", "weight": float("inf")}]}, "`weight` .* finite"),
     ({"sparsity": 0.2, "domains": [{"name": "a", "sorce": "x"}]}, r"no field 'sorce'. Did you mean 'source'\?"),
     ({"sparsity": 0.2, "recovery": {"lora": {"r": 2}, "train": "full"}}, "needs train='lora', got train='full'"),
 ])  # fmt: skip
@@ -205,9 +205,8 @@ def test_a_file_without_a_mapping_is_named(tmp_path):
     sequence = "- a\n- b\n"
     unclosed = "sparsity: [0.2\n"
     code = "!!python/object/apply:os.system ['true']"
-    deep = "sparsity: " + "[" * 3000 + "]" * 3000
     no_timestamp = "sparsity: !!timestamp x"
-    for content in (sequence, unclosed, "", code, deep, no_timestamp):
+    for content in (sequence, unclosed, "", code, no_timestamp):
         path.write_text(content)
         for read_file in (read_yaml, read_families):
             with pytest.raises(StructPruneError, match="run.yaml"):
