@@ -38,7 +38,7 @@ GROUPS = {
     "what to remove": "allocation criterion skip_layers keep_tokens languages arch_file",
     "text": "seq_length general_share general_text seed",
     "recovery": "--recovery-tokens recovery",
-    "output": "--gguf --resume --base-model --license --push-to-hub --private --no-save --json --quiet",
+    "output": "measure --gguf --resume --base-model --license --push-to-hub --private --no-save --json --quiet",
     "loading the model": "--trust-remote-code --attn-implementation",
     "large models": "--offload batch_size checkpoint_dir",
     "method": "",
@@ -264,9 +264,9 @@ def token_setting(text: str) -> tuple[str, Any]:
 
 
 def positive_int(text: str) -> int:
-    """Parse a whole number from 1 to 10**12."""
-    if not re.fullmatch("0*[1-9][0-9]{0,11}", text):
-        raise ArgumentTypeError(f"expected a whole number from 1 to 10**12, got {text[:40]!r}")
+    """Parse a whole number from 1."""
+    if not re.fullmatch("0*[1-9][0-9]*", text):
+        raise ArgumentTypeError(f"expected a whole number, 1 or more, got {text[:40]!r}")
     return int(text)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from argparse import Namespace
@@ -14,12 +13,11 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 
 from ..config.domains import GENERAL, DomainConfig, as_domain
-from ..config.fields import read_mapping
 from ..config.pruning import RunOptions, StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.sources import check_source, resolve
 from ..saving.gguf_types import GGUF_TYPES
-from ..system.disk import GGUF, GGUFOutput, Output, check_regular_files
+from ..system.disk import GGUF, GGUFOutput, Output
 from ..system.errors import StructPruneError, reason_of
 from ..system.modules import transformer_folder
 from .arguments import pruning_config, recovery_config, run_options, tokens_config
@@ -196,21 +194,15 @@ def _checked_folder(folder: Path, name: str) -> str:
         name: The folder as the user has named it.
 
     Raises:
-        StructPruneError: If there is no model, or an index of weights names files outside the folder.
+        StructPruneError: If there is no model.
     """
-    check_regular_files(folder)
     inside = transformer_folder(folder)
     if inside != folder:
-        check_regular_files(inside)
         folder = inside
         name = str(inside)
 
     if not (folder / "config.json").is_file():
         raise StructPruneError(_no_model(folder, name))
-    for index in folder.glob("*.index.json"):
-        for file in _files_of_index(index):
-            if os.path.basename(file) != file or file == os.pardir:
-                raise StructPruneError(f"{index} names {file!r}, which is not a file in its folder.")
     return name
 
 
@@ -227,11 +219,3 @@ def _no_model(folder: Path, name: str) -> str:
     if subfolders:
         text += f", and {subfolders[0]} does"
     return f"{text}."
-
-
-def _files_of_index(index: Path) -> list[str]:
-    """Return the files that an index of weights names, or none if it is damaged. Loading reports the damage."""
-    try:
-        return list(read_mapping(index, json.loads)["weight_map"].values())
-    except (StructPruneError, LookupError, TypeError, AttributeError):
-        return []

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import warnings
 from argparse import Namespace
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.load import ModelInfo
@@ -24,7 +22,6 @@ from ..domains.manifest import has_files
 from ..method.offloaded import layer_device_map
 from ..pruning.cost import check_memory
 from ..pruning.request import PruningRequest, check_reads_text, resolve_request
-from ..system.disk import check_regular_files
 from ..system.errors import StructPruneError, reason_of, some_of
 from ..system.offloading import check_reachable
 from ..system.placement import check_float64
@@ -138,7 +135,6 @@ class Loading:
 
     def _load_tokenizer(self, name: str) -> PreTrainedTokenizerBase:
         """Load a model's tokenizer."""
-        check_regular_files(name)
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=self.trust_remote_code)
             if not has_files(tokenizer):
@@ -157,7 +153,6 @@ class Loading:
         Raises:
             StructPruneError: If it cannot be read.
         """
-        check_regular_files(name)
         try:
             return AutoConfig.from_pretrained(name, trust_remote_code=self.trust_remote_code)
         except Exception as error:  # an unusual value raises errors of many classes
@@ -317,10 +312,7 @@ def _check_weights(name: str, loading_info: Mapping[str, Collection[Any]]) -> No
 
 
 def _cannot_load(name: str, error: Exception) -> StructPruneError:
-    """Return the error for a model that cannot be loaded, which names a damaged file if there is one."""
-    damaged_file = next(_damaged_files(name), None)
-    if damaged_file is not None:
-        return StructPruneError(f"{damaged_file} is damaged or cut, so {name!r} cannot be loaded: {reason_of(error)}")
+    """Return the error for a model that cannot be loaded."""
     if name.endswith(".gguf"):
         return StructPruneError(f"{name} is a GGUF file, which is not pruned. Pass the model that it was made from.")
     if "trust_remote_code" in str(error):
@@ -337,19 +329,3 @@ def _weight_files(name: str) -> list[Path]:
     if not Path(name).is_dir():
         return []
     return sorted(Path(name).glob("*.safetensors"))
-
-
-def _damaged_files(name: str) -> Iterator[Path]:
-    """Yield the index files and the safetensors files of a folder that cannot be read."""
-    for path in Path(name).glob("*.safetensors.index.json"):
-        try:
-            "".join(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            yield path
-
-    for path in _weight_files(name):
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except (OSError, SafetensorError):
-            yield path

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import tee
+from math import inf
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -24,7 +25,6 @@ WRITTEN = f"self:{ANY}"
 # Text of many kinds that a run evaluates on, but does not calibrate on.
 OTHER = "other"
 CHAT = "chat"
-MAX_WEIGHT = 1e300
 # The origins of unseen text.
 FROM_HUB = "from the Hub"
 MODEL_WRITTEN = "model-written"
@@ -103,8 +103,8 @@ class DomainConfig(Config):
         super().validate()
 
         self.check_not_empty("name")
-        if not 0 < self.weight <= MAX_WEIGHT:
-            self.refuse("weight", f"must be greater than 0 and at most {MAX_WEIGHT}, got {self.weight}")
+        if not 0 < self.weight < inf:
+            self.refuse("weight", f"must be greater than 0 and finite, got {self.weight}")
 
         is_text = isinstance(self.source, Iterable) and not isinstance(self.source, (bytes, Mapping))
         if not is_text:

@@ -192,10 +192,6 @@ def _files(domain: DomainConfig) -> list[Path]:
         candidates = [file for file in path.rglob("*") if "/." not in f"/{file.relative_to(path)}"]
         return _readable_files(domain, candidates, f"the folder {path}")
 
-    if os.path.lexists(path):
-        raise StructPruneError(
-            f"The domain {domain.name!r}: {path} is not a regular file. Write its text to one, such as text.jsonl."
-        )
     if domain.source.startswith("self:"):
         raise StructPruneError(f"The domain {domain.name!r}: a model generates {WRITTEN} only, got {domain.source}.")
     if "://" in domain.source:
@@ -287,8 +283,6 @@ def _parse_json(text: str, where: str) -> Any:
     """Return the value of a JSON text. Raise `StructPruneError` if it is not valid."""
     try:
         return json.loads(text)
-    except RecursionError as error:
-        raise StructPruneError(f"{where} is nested too deeply") from error
     except ValueError as error:
         raise StructPruneError(f"{where} is not JSON: {error}") from error
 

@@ -61,7 +61,7 @@ def check_recovery(config: RecoveryConfig, pruning: StructPruneConfig, model: Pr
         domains.append(DomainConfig(name=VALIDATION, source=config.validation))
     for domain in domains:
         # Opening a source raises if its name is wrong. Text is read with the first document.
-        documents(domain, text.seed, None, lambda name, seed: iter(()))
+        documents(domain, text.seed, None, lambda seed: iter(()))
 
     if predicts_next(model) and config.train != "full":
         check_fits(model, lora_config(config, model))

@@ -12,7 +12,6 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from errno import ENOLCK, ENOSYS, ENOTSUP
 from glob import escape, glob
 from pathlib import Path
 from typing import Any
@@ -139,9 +138,6 @@ class Output:
 
     def check_place(self, need_bytes: int = 0) -> None:
         """Raise if the place is not writable, or lacks the bytes."""
-        if os.path.ismount(self.path):
-            raise StructPruneError(f"{self.target} is a mount point, which cannot be replaced. Choose a folder in it.")
-
         place = _writable_folder(self.target, self.path.parents)
         available = shutil.disk_usage(place).free
         if need_bytes > available:
@@ -222,12 +218,10 @@ def _lock(path: Path, target: str | Path) -> Iterator[bool]:
             f"Another run writes to {target} now and holds {file}. Wait, or choose another folder."
         ) from error
     except OSError as error:
-        if error.errno not in (ENOLCK, ENOSYS, ENOTSUP):
-            raise StructPruneError(f"{target} cannot be written: {error.strerror or error}.") from error
-        logger.warning("%s cannot be locked (%s), so other runs into the same output are not noticed.", file, error)
+        raise StructPruneError(f"{target} cannot be written: {error.strerror or error}.") from error
 
     try:
-        yield lock.is_locked
+        yield True
     finally:
         with suppress(OSError):
             file.unlink()  # after the release, another run may have locked it
@@ -237,14 +231,9 @@ def _lock(path: Path, target: str | Path) -> Iterator[bool]:
 def resolved(target: str | Path) -> Path:
     """Return the absolute path of a name, with all links followed."""
     try:
-        path = Path(os.path.expanduser(target)).resolve()
-        str(path).encode()  # safetensors accepts no other names
-    except UnicodeEncodeError as error:
-        raise StructPruneError(f"{str(target)!r} cannot be written: its path is not text in UTF-8.") from error
+        return Path(os.path.expanduser(target)).resolve()
     except (OSError, RuntimeError, ValueError) as error:
         raise StructPruneError(f"{str(target)!r} cannot be written: {error}.") from error
-
-    return path
 
 
 def check_folder(folder: str | Path) -> None:
@@ -265,13 +254,6 @@ def _writable_folder(target: str | Path, places: Iterable[Path]) -> Path:
         raise StructPruneError(f"{target} cannot be written: {error.strerror or error}.") from error
 
     return place
-
-
-def check_regular_files(folder: str | Path) -> None:
-    """Raise if a folder has a file that is neither regular nor a folder, such as a pipe, which may never end."""
-    for path in Path(folder).glob("*"):
-        if path.exists() and not path.is_file() and not path.is_dir():
-            raise StructPruneError(f"{path} is not a regular file. Replace it by one.")
 
 
 @contextmanager

@@ -23,7 +23,6 @@ def folder(tmp_path_factory):
         "own.yaml": "- model_types: 3\n",
         "run.yaml": "num_samples: many\n",
         "twice.yaml": "seed: 1\nrounds: 2\nseed: 3\n",
-        "huge.yaml": "[" * 300_000,
         "misspelt.yaml": "sparsiti: 0.2\n",
         "empty.txt": "",
         "columns.jsonl": '{"texts": "one two"}\n',
@@ -48,8 +47,6 @@ def folder(tmp_path_factory):
     }
     put_into(folder / "routed", files)
 
-    index = {"weight_map": {"a": "a.safetensors", "b": "../elsewhere.safetensors"}}
-    put_into(folder / "outside", {"config.json": "{}", "model.safetensors.index.json": json.dumps(index)})
     return folder
 
 
@@ -76,15 +73,10 @@ FLAG_ERRORS = [
     ),
     (f"{PRUNE} --width mlp=24 --width mlp=8", "--width has two values for 'mlp', 24 and 8. Pass one."),
     (f"{SHARE} --seed=[]", "error: --seed must be a whole number, got []."),
-    (
-        f"{SHARE} --recovery-tokens 999999999999999999999",
-        "error: --recovery `tokens` must be at most 1,000,000,000,000",
-    ),
     (f"{SHARE} --config twice.yaml", "twice.yaml cannot be read: the key 'seed' is in line 1 and again in line 3"),
     (f"{SHARE} --rouns 2", "there is no flag --rouns. Did you mean '--rounds'?"),
     (f"{SHARE} --refit ls", "error: --refit must be a registered refit, got 'ls'. "),
     (f"{SHARE} --config run.yaml", "error: run.yaml: `num_samples` must be a whole number, got 'many'."),
-    (f"{SHARE} --config huge.yaml", "huge.yaml cannot be read: it is nested too deeply"),
     (f"{SHARE} --general-text builtin:prose --general-share 0", "general_text='builtin:prose' has no effect"),
     (f"{SHARE} --recover --offload disk", "recovery trains it in memory. Leave out recovery"),
     (f"{SHARE} --text empty.txt", "The domain 'empty' is empty: empty.txt does not contain any text"),
@@ -99,13 +91,9 @@ FLAG_ERRORS = [
     (f"{SHARE} --recovery tokens=[1", "argument --recovery: '[1' is not YAML"),
     (f"{PRUNE} --config misspelt.yaml", "Did you mean 'sparsity'"),
     (f"{SHARE} --base-model mine", "--base-model 'mine' is not an id on the Hub"),
-    ("prune model caf\udce9 --sparsity 0.2", "cannot be written: its path is not text in UTF-8"),
-    (f"{SHARE} --text caf\udce9.txt", "--domain `source` must be text in UTF-8, got 'caf\\udce9.txt'"),
     (f"{SHARE} --text https://x/a.txt", "https://x/a.txt is an address. Download it"),
-    ("plan outside --sparsity 0.2", "names '../elsewhere.safetensors', which is not a file in its folder"),
     ("recover adapter out", "holds an adapter and no model. In Python, `peft.AutoPeft"),
     ("recover model out --teacher no/where", "'no/where' cannot be loaded"),
-    ("recover model out --teacher outside", "names '../elsewhere.safetensors', which is not a file in its folder"),
     ("prune model full --sparsity 0.2 --overwrite", "is not a result of structprune"),
     ("export model out", "Name a file OUT.gguf for llama.cpp, or a folder with --pad-uniform"),
     ("export model out.gguf --pad-uniform", "for runtimes that take one width"),
@@ -117,7 +105,7 @@ FLAG_ERRORS = [
     ("evaluate model --answers none.jsonl", "There is no file none.jsonl"),
     (
         "evaluate model --domain a=a.jsonl --limit 0",
-        "argument --limit: expected a whole number from 1 to 10**12, got '0'",
+        "argument --limit: expected a whole number, 1 or more, got '0'",
     ),
 ]
 # Command lines that contradict the config of the model, and a part of the error message.
