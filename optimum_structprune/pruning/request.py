@@ -23,13 +23,15 @@ from ..arch.meta import check_changeable, check_positions, is_offloaded, reads_i
 from ..arch.modules import module_files
 from ..arch.shrink import layers_ahead
 from ..arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, Widths
-from ..config.pruning import LOSS, RunOptions, StructPruneConfig
+from ..config.pruning import FILE, LOSS, RunOptions, StructPruneConfig
 from ..criteria import CRITERIA, DEFAULT_CRITERIA
-from ..domains.manifest import check_kinds, check_tokens
+from ..domains.manifest import check_kinds, check_tokens, remember_text
 from ..domains.packing import check_reads_any_text
+from ..saving import file_size  # noqa: F401 registers the figure `file`
+from ..saving.gguf_types import BLOCKS, K_QUANTS
 from ..system.errors import StructPruneError, capitalized, one_line, warn
 from ..widths.allocation import widths_of
-from ..widths.budget import UnreachableBudgetError
+from ..widths.budget import Budget, UnreachableBudgetError, budget_of
 
 
 if TYPE_CHECKING:
@@ -91,6 +93,11 @@ class PruningRequest:
         model = self.model_info.plain_model
         smaller: Any = shrunk_skeleton(model, self.model_info.arch, self.widths)
         return smaller.to(model.dtype)
+
+    @cached_property
+    def budget(self) -> Budget:
+        """Return the budget of the original model, without limits if the config has none."""
+        return budget_of(self.config, self.model_info.arch, self.model_info.plain_model, list(self.widths))
 
     def check(self) -> None:
         """Raise if the request cannot be met, before any text is read. Warn of options without effect."""
@@ -284,6 +291,11 @@ def resolve_request(
     Raises:
         StructPruneError: If the request cannot be met; see `PruningRequest.check`.
     """
+    if config.gguf is not None:
+        _check_gguf(config, model_info, tokenizer)
+    if tokenizer is not None and FILE in (config.budget or {}):
+        remember_text(model_info.plain_model, tokenizer)
+
     loss = (config.budget or {}).get(LOSS)
     if loss is not None:
         _check_loss_budget(model_info, inputs, use)
@@ -311,6 +323,18 @@ def resolve_request(
             f"thousandth of the parameters. {capitalized(advice)}."
         ) from error
     return request
+
+
+def _check_gguf(config: StructPruneConfig, model_info: ModelInfo, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Raise if the GGUF file of a config cannot be written, or its size is not known before."""
+    from ..saving.gguf_file import check_gguf  # most runs write no GGUF file
+
+    check_gguf(model_info.plain_model.config, config.gguf, tokenizer)
+    if FILE in (config.budget or {}) and config.gguf in K_QUANTS:
+        raise StructPruneError(
+            f"The budget {FILE!r} needs the size of the file before it is written, and llama.cpp chooses the types of "
+            f"the tensors of {config.gguf}. Set gguf to one of {', '.join(BLOCKS)}."
+        )
 
 
 def _check_loss_budget(model_info: ModelInfo, inputs: Mapping[str, Tensor] | None, use: str) -> None:

@@ -25,7 +25,7 @@ from ..system.codec import from_plain
 from ..system.errors import StructPruneError
 from ..system.stages import model_bytes, stage
 from ..system.written import RECORD_VERSION, VERSION_KEY, Record, unversioned
-from .figures import AnswersResult, Measurements, SizeResult, TrimResult
+from .figures import AnswersResult, FileResult, Measurements, SizeResult, TrimResult
 from .version_2 import converted
 
 
@@ -207,6 +207,7 @@ class Report(Measurements, ResultRecord):
         trimmed: The result of vocabulary trimming; None where no token was removed.
         shapes: The widths that were tried, for searches that measure losses.
         loss_search: The search for a size by its loss; None where the size was given.
+        file: The size of the file that is served; None where the budget does not limit it.
         recovery: The training after pruning; None where there was none.
         seconds: The duration by stage.
         changed: Whether the saved weights differ from the measured ones.
@@ -225,6 +226,7 @@ class Report(Measurements, ResultRecord):
     trimmed: TrimResult | None = None
     shapes: list[dict[str, Any]] = field(default_factory=list)
     loss_search: LossSearch | None = None
+    file: FileResult | None = None
     recovery: RecoveryReport | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     changed: bool = False
