@@ -14,13 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .arch.load import ModelInfo, describe
 from .arch.settings import own_settings
 from .arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, WHOLE_MODEL, ArchSpec, Widths
-from .config.pruning import RunOptions, StructPruneConfig
+from .config.pruning import FILE, RunOptions, StructPruneConfig
 from .domains.manifest import Manifest, remember_text
 from .domains.packing import Domain
 from .method.plan import Plan
 from .pruning.comparison import Comparison
 from .pruning.cost import check_memory
 from .pruning.request import check_arguments, check_config_kind, resolve_request
+from .record.figures import FileResult
 from .record.report import PruneRecords, Report
 from .record.view import request_lines
 from .saving.save import save_pruned
@@ -35,6 +36,7 @@ from .steps.units import ShrinkLayers
 from .steps.vocabulary import TrimVocabulary
 from .system.errors import StructPruneError, warn
 from .system.fingerprint import checksums, shapes_of
+from .widths.budget import budget_of
 from .widths.schedule import round_widths
 
 
@@ -191,6 +193,8 @@ class StructPruner:
         with refusing_half_pruned(state):
             state.plan = Plan.of(state.model, state.arch)
             report.start(state.model, state.arch)
+            if FILE in request.budget.limits:
+                report.file = FileResult(asked=int(request.budget.limits[FILE]), predicted=0)
             comparison = None
             if self.options.measure:
                 comparison = Comparison(state, request.tokens is not None)
@@ -236,6 +240,9 @@ class StructPruner:
         report.measured = self.options.measure
         report.finish(state.model, state.arch, state.original_arch, state.plan)
         report.target = state.config.sparsity
+        if report.file is not None:
+            config = replace(state.config, budget={FILE: report.file.asked})
+            report.file.predicted = int(budget_of(config, state.arch, state.model, ()).original)
 
         manifest = state.manifest()
         # Evaluations and later runs read the text from the models.

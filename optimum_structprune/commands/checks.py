@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,14 +40,15 @@ def check_flags(args: Namespace) -> None:
         check_file(args.json, f"--json {args.json}", args.overwrite)
     if "pad_uniform" in flags:
         _check_form(args)
-    if flags.get("gguf"):
+    kinds = [config.gguf for config in configs if getattr(config, "gguf", None)]
+    if kinds:
         _check_gguf(args)
     if args.command.name == "plan":
         return  # it writes no output
 
     # The output of any other command may exist.
     if "--overwrite" in args.command.flags:
-        _check_output(args)
+        _check_output(args, kinds)
     if flags.get("push_to_hub") is not None:
         from ..saving.push import check_push  # imported last, because it imports torch
 
@@ -78,10 +79,10 @@ def _check_texts(args: Namespace, configs: Iterable[Any]) -> None:
         raise StructPruneError(f"There is no file {questions}.")
 
 
-def _check_output(args: Namespace) -> None:
-    """Raise `StructPruneError` if the output and the file of `--gguf` cannot be written."""
-    if getattr(args, "gguf", None):
-        GGUFOutput(gguf_file(args.output, args.gguf), args.overwrite).check()
+def _check_output(args: Namespace, kinds: Sequence[str]) -> None:
+    """Raise `StructPruneError` if the output and the GGUF files of these types cannot be written."""
+    for kind in kinds:
+        GGUFOutput(gguf_file(args.output, kind), args.overwrite).check()
 
     is_file = hasattr(args, "pad_uniform") and args.output.endswith(GGUF)
     if is_file:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import asdict, replace
+from pathlib import Path
 
+from transformers import PreTrainedModel
+
+from ..record.report import REPORT_NAME, Report
 from ..saving.export import export_uniform
-from ..saving.gguf_file import GGUFFile, check_gguf, export_gguf
-from ..saving.gguf_types import GGUF_TYPES, gguf_bytes
+from ..saving.gguf_file import GGUFFile, check_gguf, export_gguf, gguf_bytes
+from ..saving.gguf_types import GGUF_TYPES, K_QUANTS
 from ..system.disk import GGUF, GGUFOutput, Output
 from ..system.errors import StructPruneError
 from .checks import gguf_file
@@ -49,33 +53,47 @@ def to_gguf(loading: Loading, name: str, output: str, gguf_type: str | None, ove
     check_gguf(loading.config(name), gguf_type)
     need_bytes = weights_bytes(name)
     if gguf_type is not None:
-        need_bytes = gguf_bytes(loading.without_weights(name).num_parameters(), gguf_type)
+        need_bytes = disk_bytes(loading.without_weights(name), gguf_type)
     GGUFOutput(output, overwrite).check(need_bytes)
 
     model, tokenizer = loading.model_and_tokenizer(name)
     return export_gguf(model, output, tokenizer, overwrite, gguf_type)
 
 
-def add_gguf(args: Namespace, result: Result, loading: Loading, parameters: int) -> Result:
+def disk_bytes(model: PreTrainedModel, gguf_type: str) -> int:
+    """Return the bytes of the tensors of a GGUF file while it is written."""
+    if gguf_type in K_QUANTS:
+        # llama.cpp's program reads a file in 16 bits, and writes at most as many bytes.
+        return 2 * gguf_bytes(model, 0, "f16")
+    return gguf_bytes(model, 0, gguf_type)
+
+
+def add_gguf(args: Namespace, result: Result, loading: Loading, gguf_type: str | None, report: Report) -> Result:
     """Write the GGUF file of `--gguf`, and return the result with the file; without the flag, do nothing.
 
     Args:
         args: The arguments of `structprune prune`.
         result: The result of the pruning.
         loading: Loads the pruned model.
-        parameters: The number of parameters of the original model.
+        gguf_type: The data type of the file.
+        report: The report of the pruning, which gets the size of the file.
     """
-    if args.gguf is None:
+    if gguf_type is None:
         return result
 
     note(args, f"{args.output} is saved; now it is written for llama.cpp")
-    path = gguf_file(args.output, args.gguf)
+    path = gguf_file(args.output, gguf_type)
     try:
-        file = to_gguf(replace(loading, dtype="auto"), args.output, path, args.gguf, args.overwrite)
+        file = to_gguf(replace(loading, dtype="auto"), args.output, path, gguf_type, args.overwrite)
     except StructPruneError as error:
         raise StructPruneError(f"{error} The model is saved in {args.output}.") from error
 
     values = asdict(file)
     values["output"] = path
-    size = f"{file.size}; the original model has {2 * parameters / 1e6:,.1f} MB in 16 bits"
-    return result.extended(f"Saved to {path} for llama.cpp: {size}", {"gguf": values})
+    size = f"{file.size}; the original model has {2 * report.original.parameters / 1e6:,.1f} MB in 16 bits"
+    lines = [f"Saved to {path} for llama.cpp: {size}"]
+    if report.file is not None:
+        report.file.measured = file.bytes
+        report.save(Path(args.output, REPORT_NAME))
+        lines.append(str(report.file))
+    return result.extended("\n".join(lines), {"gguf": values})

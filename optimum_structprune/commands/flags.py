@@ -125,12 +125,6 @@ PRUNE_FLAGS: Flags = {
         type=token_setting,
         **{"dest": "recovery", "action": "append", "default": SUPPRESS},
     ),
-    "--gguf": option(
-        "TYPE",
-        "Also write the result for llama.cpp, to OUT-TYPE.gguf: q8_0, q4_0, f16 …, or q4_k_m if llama.cpp is "
-        "installed.",
-        type=str.lower,
-    ),
     "--base-model": option("OWNER/NAME", "The original model's id on the Hub, for the model card."),
     "--license": option(
         "ID", "The original model's licence, for the model card; by default the licence in the original model's card."

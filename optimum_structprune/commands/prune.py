@@ -19,12 +19,11 @@ from ..recovery.encoders import can_recover
 from ..recovery.recover import check_recovery
 from ..recovery.text import check_training_text
 from ..saving.gguf_file import check_gguf
-from ..saving.gguf_types import gguf_bytes
 from ..saving.page import write_page_or_warn
 from ..system.disk import OFFLOAD, Output, check_apart, used_paths
 from ..system.processes import across_processes, process_index, unshared
 from .checks import progress_folder, prune_configs
-from .export import add_gguf
+from .export import add_gguf, disk_bytes
 from .loading import Loading
 from .output import Result, note
 from .recover import push_result, recover_and_save, recovery_for
@@ -51,7 +50,7 @@ def prune(args: Namespace) -> Result:
 
         # Writing a GGUF file loads the model from the folder, which may have been trained.
         del pruned
-        result = add_gguf(args, result, loading, report.original.parameters)
+        result = add_gguf(args, result, loading, config.gguf, report)
         return push_result(args, result)
 
 
@@ -68,13 +67,12 @@ def _check_folders(
     model = request.model_info.plain_model
     smaller = request.smaller
     need_bytes = smaller.num_parameters() * model.dtype.itemsize
-    if args.gguf is not None:
-        need_bytes += gguf_bytes(smaller.num_parameters(), args.gguf)
+    if config.gguf is not None:
+        check_gguf(smaller.config, config.gguf)
+        need_bytes += disk_bytes(smaller, config.gguf)
     output.check(need_bytes)
 
     tokenizer = loading.tokenizer(args.model)
-    if args.gguf is not None:
-        check_gguf(smaller.config, args.gguf, tokenizer)
     check_apart(args.output, config, recovery, options)
     if recovery is not None:
         check_recovery(recovery, config, model)

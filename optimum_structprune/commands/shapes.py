@@ -13,10 +13,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from ..arch.load import describe
 from ..arch.shrink import legal_sizes
 from ..arch.spec import VOCAB, ArchSpec
-from ..config.pruning import StructPruneConfig
+from ..config.pruning import FILE, StructPruneConfig
 from ..pruning.dryrun import dry_run
 from ..record.view import target_line
-from ..saving.gguf_file import check_gguf
 from ..system.errors import StructPruneError
 from .checks import prune_configs
 from .loading import SPREAD_DEVICES, Loading, loading_without_weights
@@ -114,8 +113,6 @@ def plan(args: Namespace) -> Result:
     config, recovery, options = prune_configs(args)
     config = replace(config, recovery=recovery)
     loading = loading_without_weights(args, config.arch_file)
-    if args.gguf is not None:
-        check_gguf(loading.config(args.model), args.gguf)
 
     device = args.device
     if device in SPREAD_DEVICES:
@@ -142,7 +139,7 @@ def plan(args: Namespace) -> Result:
 
 def _tokenizer(loading: Loading, name: str, config: StructPruneConfig) -> PreTrainedTokenizerBase | None:
     """Return the tokenizer of a model if tokens may be removed. The possible numbers of tokens depend on it."""
-    if config.keep_tokens is not None:
+    if config.keep_tokens is not None or FILE in (config.budget or {}):
         return loading.tokenizer(name)
 
     if config.removes_tokens is not False:

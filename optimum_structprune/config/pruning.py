@@ -78,10 +78,14 @@ class StructPruneConfig(Config):
             has one number for all layers. A list has one number for each layer, and a mapping one for each layer that
             it names: `{"mlp": {0: 1536, 1: 1024}}`. Unless `allocation` is `uniform`, each number is the mean over the
             layers.
-        budget: The upper limits of the whole model in `parameters`, `active_parameters`, `bytes` or
-            `cache_bytes_per_token`, one or several at once. A token runs through the active parameters: all but the
-            experts that it does not choose. `bytes` is the size of the parameters in the model's dtype. The cache is
-            the cache of keys and values. A number below 1 is a fraction of the original model.
+        budget: The upper limits of the whole model in `parameters`, `active_parameters`, `bytes`,
+            `cache_bytes_per_token` or `file`, one or several at once. A token runs through the active parameters: all
+            but the experts that it does not choose. `bytes` is the size of the parameters in the model's dtype. The
+            cache is the cache of keys and values. `{"file": "160MB"}` limits the file that is served: the GGUF file of
+            the type `gguf`, or without it the `*.safetensors` files with `tokenizer.json`. Bytes may have a unit such
+            as MB (10^6 bytes) or MiB (2^20 bytes). A number below 1 is a fraction of the original model.
+        gguf: The data type of the matrices of the GGUF file for llama.cpp: `q8_0`, `q5_0`, `q4_0`, `f16`, or with
+            llama.cpp also `q4_k_m`. `structprune prune` writes the file to OUT-TYPE.gguf.
         targets: The spaces that may shrink where `sparsity` or `budget` determines the widths: `mlp`, `attention`,
             `expert`, `hidden`, `layer`, `vocab`. `structprune inspect` shows the spaces of a model. The default is
             `mlp`, and all channels inside the layers for a model without `mlp`. Under a budget of parameters or bytes,
@@ -144,6 +148,7 @@ class StructPruneConfig(Config):
     sparsity: float | None = None
     widths: dict[str, int | list[int] | dict[Any, int]] | None = None
     budget: dict[str, float] | None = None
+    gguf: str | None = None
     targets: tuple[str, ...] | list[str] | None = None
     keep_tokens: str | None = None
     languages: tuple[str, ...] | list[str] | None = None
@@ -183,6 +188,8 @@ class StructPruneConfig(Config):
             self.refuse("refit", f"must be a registered refit, got {self.refit!r}.{_suggestion(self.refit)}")
         check_domains(self)
 
+        if self.gguf is not None:
+            self.gguf = self.gguf.lower()
         if self.targets is not None:
             self.targets = tuple(self.targets)
         if self.languages is not None:

@@ -21,7 +21,7 @@ from ..record.table import aligned, change_row
 from ..system.stages import saved_bytes
 from ..system.written import Record
 from ..vocabulary.amount import large_vocabulary
-from ..widths.budget import active_parameters, budget_of
+from ..widths.budget import active_parameters
 from .cost import pruning_cost
 from .request import DRY_RUN, PruningRequest, check_config_kind, resolve_request
 
@@ -279,8 +279,7 @@ def _notes(request: PruningRequest, model_config: PretrainedConfig) -> Iterator[
         yield f"{tokens.size:,} tokens have {share:.0%} of the parameters; widths={{{VOCAB!r}: N}} keeps N of them"
 
     if config.budget is not None and not _depends_on_text(config):
-        arch = request.model_info.arch
-        budget = budget_of(config, arch, request.model_info.plain_model, list(request.widths))
+        budget = request.budget
         figures = budget.figures(request.widths)
         limits = []
         for name, limit in budget.limits.items():

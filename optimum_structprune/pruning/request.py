@@ -23,12 +23,15 @@ from ..arch.meta import check_changeable, check_positions, is_offloaded, reads_i
 from ..arch.modules import module_files
 from ..arch.shrink import layers_ahead
 from ..arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, Widths
-from ..config.pruning import RunOptions, StructPruneConfig
+from ..config.pruning import FILE, RunOptions, StructPruneConfig
 from ..criteria import CRITERIA, DEFAULT_CRITERIA
-from ..domains.manifest import check_kinds, check_tokens
+from ..domains.manifest import check_kinds, check_tokens, remember_text
 from ..domains.packing import check_reads_any_text
+from ..saving import file_size  # noqa: F401 registers the figure `file`
+from ..saving.gguf_types import BLOCKS, K_QUANTS
 from ..system.errors import StructPruneError, capitalized, one_line, warn
 from ..widths.allocation import widths_of
+from ..widths.budget import Budget, budget_of
 
 
 if TYPE_CHECKING:
@@ -88,6 +91,11 @@ class PruningRequest:
         model = self.model_info.plain_model
         smaller: Any = shrunk_skeleton(model, self.model_info.arch, self.widths)
         return smaller.to(model.dtype)
+
+    @cached_property
+    def budget(self) -> Budget:
+        """Return the budget of the original model, without limits if the config has none."""
+        return budget_of(self.config, self.model_info.arch, self.model_info.plain_model, list(self.widths))
 
     def check(self) -> None:
         """Raise if the request cannot be met, before any text is read. Warn of options without effect."""
@@ -284,6 +292,11 @@ def resolve_request(
     Raises:
         StructPruneError: If the request cannot be met; see `PruningRequest.check`.
     """
+    if config.gguf is not None:
+        _check_gguf(config, model_info, tokenizer)
+    if tokenizer is not None and FILE in (config.budget or {}):
+        remember_text(model_info.plain_model, tokenizer)
+
     has_text = inputs is None and (use == DRY_RUN or tokenizer is not None)
     if config.may_remove_tokens and has_text:
         from ..vocabulary.amount import with_tokens  # most runs remove no tokens
@@ -296,6 +309,18 @@ def resolve_request(
         # Computed now, because it raises if the number of tokens is not possible.
         _ = request.tokens
     return request
+
+
+def _check_gguf(config: StructPruneConfig, model_info: ModelInfo, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Raise if the GGUF file of a config cannot be written, or its size is not known before."""
+    from ..saving.gguf_file import check_gguf  # most runs write no GGUF file
+
+    check_gguf(model_info.plain_model.config, config.gguf, tokenizer)
+    if FILE in (config.budget or {}) and config.gguf in K_QUANTS:
+        raise StructPruneError(
+            f"The budget {FILE!r} needs the size of the file before it is written, and llama.cpp chooses the types of "
+            f"the tensors of {config.gguf}. Set gguf to one of {', '.join(BLOCKS)}."
+        )
 
 
 def check_config_kind(config: Any, options: Any = None) -> None:

@@ -332,6 +332,28 @@ class Measurements:
 
 
 @dataclass
+class FileResult:
+    """The size of the file that is served, in bytes.
+
+    Attributes:
+        asked: The limit of the budget.
+        predicted: The size that was computed from the shape.
+        measured: The size of the written file; None before it is written.
+    """
+
+    asked: int
+    predicted: int
+    measured: int | None = None
+
+    def __str__(self) -> str:
+        """Return the sizes in one line."""
+        text = f"File: asked for at most {self.asked:,} bytes, predicted {self.predicted:,}"
+        if self.measured is not None:
+            text += f", measured {self.measured:,}"
+        return text
+
+
+@dataclass
 class SizeResult:
     """The size of one model.
 

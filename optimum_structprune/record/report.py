@@ -24,7 +24,7 @@ from ..method.plan import Plan
 from ..system.codec import from_plain
 from ..system.stages import model_bytes, stage
 from ..system.written import RECORD_VERSION, Record
-from .figures import AnswersResult, Measurements, SizeResult, TrimResult
+from .figures import AnswersResult, FileResult, Measurements, SizeResult, TrimResult
 
 
 REPORT_NAME = "report.json"
@@ -175,6 +175,7 @@ class Report(Measurements, ResultRecord):
         target: The share of the layer parameters that was requested; None where no share was requested.
         trimmed: The result of vocabulary trimming; None where no token was removed.
         shapes: The widths that were tried, for searches that measure losses.
+        file: The size of the file that is served; None where the budget does not limit it.
         recovery: The training after pruning; None where there was none.
         seconds: The duration by stage.
         measured: Whether the run measured the models; see `RunOptions.measure`.
@@ -193,6 +194,7 @@ class Report(Measurements, ResultRecord):
     target: float | None = None
     trimmed: TrimResult | None = None
     shapes: list[dict[str, Any]] = field(default_factory=list)
+    file: FileResult | None = None
     recovery: RecoveryReport | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     measured: bool = True

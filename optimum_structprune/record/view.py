@@ -120,6 +120,8 @@ class View:
             )
 
         lines += [phrase for kind, phrase in self.widths.items() if kind != VOCAB]
+        if report.file is not None:
+            lines.append(str(report.file))
         return lines + request_lines(report)
 
     @property

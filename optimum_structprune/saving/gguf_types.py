@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 
 from ..system.errors import StructPruneError
@@ -28,11 +27,3 @@ def check_gguf_type(kind: str) -> None:
             f"{kind} requires llama.cpp's program {QUANTISER}, which is not on the PATH. Install llama.cpp (brew, "
             f"winget or github.com/ggml-org/llama.cpp/releases), or use {BLOCKS[-1]}, which needs no program."
         )
-
-
-def gguf_bytes(parameters: int, kind: str) -> int:
-    """Return about the number of bytes of disk space that a file of a data type takes while it is written."""
-    bits = int(re.findall(r"\d+", kind)[0])
-    if kind in K_QUANTS:
-        bits += 16  # of the file that llama.cpp's program reads
-    return parameters * bits // 8

@@ -41,6 +41,7 @@ from ..system.placement import bytes_by_device
 from ..system.processes import is_first_rank
 from ..system.stages import model_bytes
 from ..system.written import replace_json, without_folders, written_files
+from .file_size import folder_bytes
 
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,8 @@ def save_pruned(
 
     def write_records(folder: Path) -> None:
         config.save_pretrained(folder)
+        if report.file is not None and config.gguf is None:
+            report.file.measured = folder_bytes(folder)
         records.plan.save(folder / PLAN_NAME)
         report.save(folder / REPORT_NAME)
         # A model that was trained after pruning has a manifest that includes the training text.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,7 +13,8 @@ from ..arch.inference import evaluating
 from ..arch.load import describe
 from ..arch.meta import shrunk_skeleton
 from ..arch.spec import MODEL, VOCAB, Widths
-from ..config.pruning import StructPruneConfig
+from ..config.pruning import FILE, StructPruneConfig
+from ..domains.manifest import remember_text
 from ..steps.base import RunState
 from ..steps.temporary import DIVISION_TOKENS
 from ..system.stages import say
@@ -20,12 +22,14 @@ from ..vocabulary.amount import VocabBudget, without_tokens
 from ..vocabulary.choose import Ranking, VocabularyRequest
 from ..widths.allocation import widths_of
 from ..widths.budget import UnreachableBudgetError
-from .trials import Candidate, SeveralTexts, Trials, record_shapes
+from .trials import Candidate, Keep, SeveralTexts, Trials, record_shapes
 
 
 # The KV groups compete too if the config names no targets. They are the only units inside the layers that are never
 # pruned by default, and in some models they cost less than channels.
 ALSO_BY_DEFAULT = "attention"
+# The number of smaller tokenizers in memory. One takes seconds to make.
+MOST_TOKENIZERS = 4
 # The distances to the best division at which further divisions are tried, as shares of the numbers of tokens. A
 # search for the width of each layer tries more divisions too.
 DISTANCES = {"uniform": (0.25,), "sensitivity": (0.25, 0.125)}
@@ -39,11 +43,13 @@ class Kind:
         state: The state of the run.
         config: The config, whose targets are the tokens and the other spaces.
         budget: The budget that the spaces share.
+        keep: A function from a number of tokens to the kept tokens and their tokenizer.
     """
 
     state: RunState
     config: StructPruneConfig
     budget: VocabBudget
+    keep: Keep
 
     def widths(self, share: float) -> Widths:
         """Return the widths of a division of the budget. All tokens are kept if the widths do not name them.
@@ -61,6 +67,9 @@ class Kind:
         config = without_tokens(self.config, self.budget.budget.limits)
         assert config is not None
         skeleton = shrunk_skeleton(self.state.model, self.state.arch, {VOCAB: number})
+        if FILE in self.budget.budget.limits:
+            _, tokenizer = self.keep(number)
+            remember_text(skeleton, tokenizer)
         arch = describe(skeleton, config.arch_file)
         widths = widths_of(replace(config, allocation="uniform"), arch, skeleton)
 
@@ -86,7 +95,13 @@ def choose_widths(state: RunState, request: VocabularyRequest, ranking: Ranking,
         any_kind: Whether KV groups compete, although the config does not target them.
     """
     assert request.budget is not None
-    kind = Kind(state, request.config, request.budget)
+
+    @lru_cache(MOST_TOKENIZERS)
+    def keep(number: int) -> tuple[Sequence[int], PreTrainedTokenizerBase]:
+        kept = request.keep(ranking.order, number)
+        return kept, request.vocabulary.smaller(kept)
+
+    kind = Kind(state, request.config, request.budget, keep)
     candidates = request.budget.candidates
 
     # Trials are not needed if the number is fixed, or if tokens that do not occur in the text meet the budget.
@@ -96,14 +111,14 @@ def choose_widths(state: RunState, request: VocabularyRequest, ranking: Ranking,
         return kind.widths(0.0)
 
     with evaluating(state.model), state.report.timed("search"):
-        tournament = Tournament(state, request, ranking)
+        tournament = Tournament(state, request.vocabulary.tokenizer, keep)
         tournament.try_divisions(kind)
         if any_kind and state.arch.of(ALSO_BY_DEFAULT) and ALSO_BY_DEFAULT not in request.budget.smallest:
             config = replace(request.config, targets=(VOCAB, ALSO_BY_DEFAULT))
             # A small budget may need other spaces.
             with suppress(UnreachableBudgetError):
-                budget = VocabBudget.of(config, state.arch, state.model, request.allowed)
-                tournament.trial(Kind(state, config, budget), 0.5)
+                budget = VocabBudget.of(config, state.arch, state.model, request.allowed, ranking.order)
+                tournament.trial(Kind(state, config, budget, keep), 0.5)
         return tournament.best()
 
 
@@ -116,13 +131,9 @@ def _is_inside_layers(state: RunState, name: str) -> bool:
 class Tournament:
     """The trials of a search for the shape with the smallest loss."""
 
-    def __init__(self, state: RunState, request: VocabularyRequest, ranking: Ranking):
-        def keep(number: int) -> tuple[Sequence[int], PreTrainedTokenizerBase]:
-            kept = request.keep(ranking.order, number)
-            return kept, request.vocabulary.smaller(kept)
-
+    def __init__(self, state: RunState, tokenizer: PreTrainedTokenizerBase, keep: Keep):
         self.state = state
-        self.trials = Trials(state, SeveralTexts(state, request.vocabulary.tokenizer), DIVISION_TOKENS, keep)
+        self.trials = Trials(state, SeveralTexts(state, tokenizer), DIVISION_TOKENS, keep)
         self.candidates: list[Candidate] = []
         self.losses: list[float] = []
 

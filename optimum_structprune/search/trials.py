@@ -32,6 +32,8 @@ from ..system.processes import broadcast_object
 from .probe import Probe
 
 
+# A function from a number of tokens to the kept tokens and the tokenizer that has only these tokens.
+Keep = Callable[[int], tuple[Sequence[int], PreTrainedTokenizerBase]]
 # The number of held-out tokens that compare models with different tokens.
 HELDOUT_TOKENS = 4096
 
@@ -81,8 +83,7 @@ class Trials:
         state: The state of the run.
         judge: The measurement.
         tokens: The approximate number of calibration tokens that prune the layers.
-        keep: A function from a number of tokens to the kept tokens and the tokenizer that has only these tokens. It is
-            needed for candidates with fewer tokens.
+        keep: The kept tokens by their number. It is needed for candidates with fewer tokens.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class Trials:
         state: RunState,
         judge: Judge,
         tokens: int,
-        keep: Callable[[int], tuple[Sequence[int], PreTrainedTokenizerBase]] | None = None,
+        keep: Keep | None = None,
     ):
         self.state = state
         self.judge = judge

@@ -58,6 +58,7 @@ class TrimVocabulary(Step):
 
         with state.report.timed("vocabulary"):
             ranking = rank_tokens(request, domains, held_out, _expected(state))
+            request = request.ranked(ranking.order, state.arch, state.model)
             number = request.number
             if number is None:
                 state.chosen = self.choose(state, request, ranking)

@@ -152,7 +152,12 @@ class VocabBudget:
 
     @classmethod
     def of(
-        cls, config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, allowed: range | None = None
+        cls,
+        config: StructPruneConfig,
+        arch: ArchSpec,
+        model: PreTrainedModel,
+        allowed: range | None = None,
+        order: Sequence[int] | None = None,
     ) -> VocabBudget:
         """Return the budget of a config.
 
@@ -161,6 +166,7 @@ class VocabBudget:
             arch: The description of the model.
             model: The model.
             allowed: The numbers of tokens that the model can keep. The default is any number.
+            order: The ids of all tokens, or None before text has ranked them.
 
         Raises:
             StructPruneError: If the smallest widths do not meet the budget, or the budget does not depend on tokens.
@@ -181,7 +187,7 @@ class VocabBudget:
             check_may_differ(config_without_tokens, arch, list(legal_by_space))
             smallest = smallest_widths(config_without_tokens, arch, legal_by_space)
 
-        budget = budget_of(config, arch, model, list(smallest))
+        budget = budget_of(config, arch, model, list(smallest), order)
         names = [VOCAB] + list(smallest)
         check_reach(config, budget, _with_tokens(smallest, numbers[0]), names, arch)
         return cls(budget, numbers, smallest, rows)

@@ -13,13 +13,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..arch.load import ModelInfo
 from ..arch.modules import PROMPTS, module_files
-from ..arch.spec import VOCAB, Widths
+from ..arch.spec import VOCAB, ArchSpec, Widths
 from ..arch.token_space import counted_from, named_ids
-from ..config.pruning import StructPruneConfig
+from ..config.pruning import FILE, StructPruneConfig
 from ..domains.languages import script, scripts_in
 from ..domains.load import builtin_domains
 from ..domains.manifest import Entry
@@ -111,6 +111,17 @@ class VocabularyRequest:
                 f"always kept{reason}."
             )
         return request
+
+    def ranked(self, order: Sequence[int], arch: ArchSpec, model: PreTrainedModel) -> VocabularyRequest:
+        """Return the request after text has ranked the tokens, which determines the size of a smaller tokenizer."""
+        if FILE not in (self.config.budget or {}):
+            return self
+
+        budget = VocabBudget.of(self.config, arch, model, self.allowed, order)
+        number = self.number
+        if number is not None:
+            number = budget.largest({})
+        return replace(self, budget=budget, number=number)
 
     @property
     def allowed(self) -> range:

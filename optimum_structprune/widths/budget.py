@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ..arch.load import describe
 from ..arch.meta import is_offloaded, shrunk_skeleton
@@ -52,15 +52,14 @@ class Shapes:
         arch: The description of the model.
         model: The model, with or without weights.
         names: The spaces that may shrink.
-        tokenizers: A function from a number of tokens to the tokenizer that keeps this number of tokens, or None
-            before text has ranked the tokens.
+        order: The ids of all tokens, or None before text has ranked them. A smaller model keeps the first of them.
     """
 
     config: StructPruneConfig
     arch: ArchSpec
     model: PreTrainedModel
     names: Collection[str]
-    tokenizers: Callable[[int], PreTrainedTokenizerBase] | None = None
+    order: Sequence[int] | None = None
 
     def skeleton(self, widths: Widths) -> PreTrainedModel:
         """Return the model with these widths, without weights."""
@@ -127,10 +126,10 @@ def budget_of(
     arch: ArchSpec,
     model: PreTrainedModel,
     names: Collection[str],
-    tokenizers: Callable[[int], PreTrainedTokenizerBase] | None = None,
+    order: Sequence[int] | None = None,
 ) -> Budget:
     """Return the budget of a config; see `Shapes`. A limit below 1 is a share of the original figure."""
-    shapes = Shapes(config, arch, model, names, tokenizers)
+    shapes = Shapes(config, arch, model, names, order)
     functions = {name: FIGURES.get(name)(shapes) for name in config.budget or {}}
     budget = Budget({}, functions)
 

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from ..arch.shrink import legal_sizes
 from ..arch.spec import CHANNEL, EXPERT, GROUP, TOKEN, ArchSpec, Space, Width, Widths
-from ..config.pruning import AUTO, CACHE, StructPruneConfig
+from ..config.pruning import AUTO, CACHE, FILE, StructPruneConfig
 from ..system.errors import StructPruneError
 from ..system.registry import did_you_mean
 
@@ -27,6 +27,8 @@ TOKEN_MULTIPLE = 64
 # The multiples of a number of channels with `round_to="auto"`. GPTQ and AWQ need 128 for groups of 128, and
 # llama.cpp's K-quants need 256.
 CHANNEL_MULTIPLES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+# The number of values in a block of llama.cpp's types. A row that is not a multiple of it is stored in 16 bits.
+GGUF_BLOCK = 32
 # The largest distance from a goal that such a multiple may cause, as a share of the layers' parameters.
 MAX_DISTANCE = 0.01
 
@@ -233,9 +235,11 @@ def multiple_of(config: StructPruneConfig, arch: ArchSpec, name: str) -> int:
     max_multiple = 2 * MAX_DISTANCE * sum(arch.layer_params) / params_per_channel
 
     multiple = config.tensor_parallel
+    if config.gguf is not None and FILE in (config.budget or {}):
+        multiple = lcm(multiple, GGUF_BLOCK)
     for power in CHANNEL_MULTIPLES:
         if power * config.tensor_parallel <= max_multiple:
-            multiple = power * config.tensor_parallel
+            multiple = lcm(multiple, power * config.tensor_parallel)
     return multiple
 
 
