@@ -39,9 +39,10 @@ def open_tensors(path: Path) -> tuple[Any, str]:
     try:
         file = safe_open(path, framework="pt")
         metadata = file.metadata() or {}
-        settings = metadata.get("settings", "")
+        # A name of the metadata may be damaged too.
+        settings = metadata.get("settings")
         tensors = ((name, file.get_tensor(name)) for name in sorted(file.keys()))
-        is_intact = metadata.get("sha256") == tensors_hash(tensors, settings)
+        is_intact = settings is not None and metadata.get("sha256") == tensors_hash(tensors, settings)
     except (OSError, SafetensorError) as error:
         raise DamagedError(f"{path} cannot be read: {one_line(error)}.") from error
     if not is_intact:
