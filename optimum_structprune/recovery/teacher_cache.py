@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ..config.fields import read_json
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
+from ..distillation.teacher import SameModelError
 from ..distillation.teacher_file_format import TEACHER_FILE_NAME, TeacherManifest, bytes_per_token, is_teacher_file
 from ..domains.manifest import Entry, Manifest
 from ..domains.unseen import UnseenText
@@ -241,6 +242,17 @@ def sample_settings(
 def cache_bytes(tokens: int, vocab_size: int) -> int:
     """Return the size of a teacher cache for a number of training tokens."""
     return round(tokens * (bytes_per_token(vocab_size) + SAMPLE_BYTES))
+
+
+def check_other_files(folder: Any, teacher: Any) -> None:
+    """Raise `StructPruneError` if a teacher is in the folder of the trained model, or has the same weights."""
+    if not isinstance(folder, (str, Path)) or not isinstance(teacher, (str, Path)):
+        return
+    sizes = []
+    for name in (folder, teacher):
+        sizes.append(sorted(file.stat().st_size for file in Path(name).glob("*.safetensors")))
+    if str(folder) == str(teacher) or (sizes[0] == sizes[1] and teacher_hash(folder) == teacher_hash(teacher)):
+        raise SameModelError
 
 
 def teacher_hash(teacher: PreTrainedModel | str | Path) -> str:

@@ -100,10 +100,13 @@ class Records:
         if recovery is not None and recovery.earlier:
             return []
 
-        commands = [self._prune_command(folder, original, output)]
-        if self.training and recovery is not None:
-            commands.append(self._recover_command(recovery, folder, original, output))
-        return commands
+        if not self.training or recovery is None:
+            return [self._prune_command(folder, original, output)]
+        pruned = f"{output}-pruned"
+        return [
+            self._prune_command(folder, original, pruned),
+            self._recover_command(recovery, folder, original, pruned, output),
+        ]
 
     def _prune_command(self, folder: str, original: str, output: str) -> str:
         """Return the command that repeats the pruning."""
@@ -113,10 +116,10 @@ class Records:
             command += ["--dtype", dtype]
         return join(command)
 
-    def _recover_command(self, recovery: RecoveryReport, folder: str, original: str, output: str) -> str:
+    def _recover_command(self, recovery: RecoveryReport, folder: str, original: str, pruned: str, output: str) -> str:
         """Return the command that repeats the training."""
         config = f"{folder}/{RECOVERY_CONFIG_NAME}"
-        command = ["structprune", "recover", output, output, "--overwrite", "--config", config]
+        command = ["structprune", "recover", pruned, output, "--config", config]
 
         if recovery.has_original:
             # The card is published, so it names a folder without its path.
