@@ -210,7 +210,9 @@ COMMANDS = (
                 **{"nargs": "+", "type": text_source, "metavar": "DATA"},
             },
             "output": "Folder for the teacher file.",
-            "--seq-length": number("Maximum number of tokens of a document (1024).", default=1024),
+            "--seq-length": number(
+                "Maximum number of tokens of a document; by default 1,024, or the positions of the model if fewer."
+            ),
             "--top": number("Most probable tokens to store at each position (16).", default=16),
             "--samples": number("Tokens to sample from the rest at each position (16).", default=16),
             "--temperature": option("X", "The temperature of the training (1.0).", type=float, **{"default": 1.0}),

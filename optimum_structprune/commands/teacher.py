@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from ..arch.meta import check_positions
+from ..arch.meta import check_positions, positions_of
 from ..config.domains import as_domain
 from ..distillation.teacher_file_writer import text_rows, write_teacher
 from ..domains.sources import resolve
@@ -15,12 +15,18 @@ from .loading import Loading
 from .output import Result
 
 
+# The default maximum number of tokens of a document.
+SEQ_LENGTH = 1024
+
+
 def teacher(args: Namespace) -> Result:
     """Write a teacher file, and return its manifest."""
     loading = Loading.of(args)
-    check_positions(loading.without_weights(args.model), args.seq_length, f"--seq-length {args.seq_length}")
+    meta_model = loading.without_weights(args.model)
+    seq_length = args.seq_length or int(min(SEQ_LENGTH, positions_of(meta_model)))
+    check_positions(meta_model, seq_length, f"--seq-length {seq_length}")
     tokenizer = loading.tokenizer(args.model)
-    rows = text_rows(resolve(as_domain(domain) for domain in args.domain), tokenizer, args.seq_length)
+    rows = text_rows(resolve(as_domain(domain) for domain in args.domain), tokenizer, seq_length)
 
     with across_processes(), Output(args.output).sibling(OFFLOAD) as scratch:
         model = loading.model(args.model, scratch)

@@ -23,6 +23,16 @@ from ..vocabulary.token_alignment import TokenAlignment
 from .placement import Placed, check_device, check_movable, gathered
 
 
+class SameModelError(StructPruneError):
+    """A teacher that has nothing to teach, because it has the weights of the trained model."""
+
+    def __init__(self, advice: str = ""):
+        super().__init__(
+            "`teacher` and the trained model are the same model. Pass the original model, or remove `teacher`."
+            f"{advice}"
+        )
+
+
 def check_weights(temperature: float, task_weight: float) -> None:
     """Raise `StructPruneError` if a weight of the loss is out of range."""
     if not isinstance(temperature, (int, float)) or not 0 < temperature < inf:
@@ -105,10 +115,7 @@ def loading_errors(name: str | Path) -> Iterator[None]:
 def check_differs(teacher: nn.Module, model: nn.Module, is_pruned_later: bool) -> None:
     """Raise `StructPruneError` if a teacher is the model itself or has its weights."""
     if teacher is model or (not is_pruned_later and _same_weights(teacher, model)):
-        raise StructPruneError(
-            "`teacher` and the trained model are the same model. Pass the original model, or remove `teacher`. If the "
-            "model is pruned in this training, pass a copy, and call `attach_pruner` first."
-        )
+        raise SameModelError(" If the model is pruned in this training, pass a copy, and call `attach_pruner` first.")
 
 
 def _same_weights(teacher: nn.Module, model: nn.Module) -> bool:
@@ -136,7 +143,9 @@ def _equal(weight: Tensor, other: Tensor) -> bool:
     if weight.is_meta or other.is_meta:
         return False
     with gathered(weight) as whole, gathered(other) as other_whole:
-        return torch.equal(whole.float().cpu(), other_whole.float().cpu())
+        # A teacher may be loaded in a dtype of less precision.
+        dtype = min(whole.dtype, other_whole.dtype, key=lambda dtype: torch.finfo(dtype).bits)
+        return torch.equal(whole.to(dtype).cpu(), other_whole.to(dtype).cpu())
 
 
 def tokens_of_teacher(

@@ -309,12 +309,13 @@ class View:
             if len(set(widths)) > 1:
                 yield f"{UNITS.get(kind, kind)} by layer: {' '.join(map(str, widths))}"
 
+        unseen = self.table.unseen
         if not self.report.measured:
             yield NOT_MEASURED
-        elif self.table.unseen is None:
-            yield "Unseen text was not measured, because none was available."
-        elif self.table.unseen.source == BUILT_IN:
+        elif unseen is not None and unseen.source == BUILT_IN:
             yield SIMPLE_TEXT
+        elif unseen is None and not self.table.has_vectors:  # vectors are not measured on unseen text
+            yield "Unseen text was not measured, because none was available."
 
         if self.report.trimmed is not None:
             yield from _trim_details(self.report.trimmed)

@@ -56,7 +56,7 @@ from .encoders import ENCODER_TRAINING, Passages, check_has_teacher, train_encod
 from .learning_rate import NUM_TRIAL_SAMPLES, lower_learning_rate_
 from .measure import check_loss, enter_curve, enter_measurements, measure_all, validation_loss
 from .resume import TrainingInputs
-from .teacher_cache import CachedData, TeacherCache, sample_settings, teacher_hash
+from .teacher_cache import CachedData, TeacherCache, check_other_files, sample_settings, teacher_hash
 from .text import sample_length, text_config
 from .training import NothingGainedWarning, ShowProgress, StopAtNaN, recovery_trainer, train
 from .training_data import ANSWERS, VALIDATION, RecoveryData
@@ -312,6 +312,7 @@ class Recovery:
         check_changeable(model)
         check_recovery(self.config, self.pruning, model)
         check_has_teacher(model, teacher)
+        check_other_files(self._pruned, teacher)
         check_tokens(model, tokenizer)
         check_reads_any_text(tokenizer)
         if not predicts_next(model):

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ..config.fields import read_json
 from ..config.pruning import StructPruneConfig
 from ..config.recovery import RecoveryConfig
+from ..distillation.teacher import SameModelError
 from ..distillation.teacher_file_format import TEACHER_FILE_NAME, TeacherManifest, is_teacher_file
 from ..domains.manifest import Entry, Manifest
 from ..domains.unseen import UnseenText
@@ -235,6 +236,17 @@ def sample_settings(
     uses = {} if earlier is None else earlier.uses()
     values["calibration_text_sha256"] = json_hash(uses)
     return values
+
+
+def check_other_files(folder: Any, teacher: Any) -> None:
+    """Raise `StructPruneError` if a teacher is in the folder of the trained model, or has the same weights."""
+    if not isinstance(folder, (str, Path)) or not isinstance(teacher, (str, Path)):
+        return
+    sizes = []
+    for name in (folder, teacher):
+        sizes.append(sorted(file.stat().st_size for file in Path(name).glob("*.safetensors")))
+    if str(folder) == str(teacher) or (sizes[0] == sizes[1] and teacher_hash(folder) == teacher_hash(teacher)):
+        raise SameModelError
 
 
 def teacher_hash(teacher: PreTrainedModel | str | Path) -> str:

@@ -40,11 +40,13 @@ def open_tensors(path: Path) -> tuple[Any, str]:
         file = safe_open(path, framework="pt")
         metadata = file.metadata() or {}
         # A name of the metadata may be damaged too.
-        settings = metadata.get("settings")
+        settings = metadata["settings"]
         tensors = ((name, file.get_tensor(name)) for name in sorted(file.keys()))
-        is_intact = settings is not None and metadata.get("sha256") == tensors_hash(tensors, settings)
+        is_intact = metadata["sha256"] == tensors_hash(tensors, settings)
     except (OSError, SafetensorError) as error:
         raise DamagedError(f"{path} cannot be read: {one_line(error)}.") from error
+    except KeyError as error:
+        raise DamagedError(f"{path} is damaged.") from error
     if not is_intact:
         raise DamagedError(f"{path} is damaged.")
     return file, settings

@@ -56,6 +56,15 @@ def interrupted_training():
         yield training
 
 
+@pytest.mark.parametrize("flags", [[], ["--teacher-cache", "cache"]])
+def test_a_teacher_with_the_weights_of_the_model_is_refused(folder, flags, capsys, tmp_path):
+    shutil.copytree(folder / "pruned", tmp_path / "copy")
+    for teacher in (folder / "pruned", tmp_path / "copy"):
+        assert main(recover_command(folder, "--teacher", str(teacher), *flags, output="same")) == 2
+        assert "are the same model. Pass the original model" in error_line(capsys)
+    assert not (folder / "same").exists()
+
+
 @pytest.mark.parametrize("spelling", ["spelt", "spelt/.", "other/../spelt"])
 def test_checkpoints_are_next_to_the_output_for_any_spelling(folder, monkeypatch, spelling, interrupted_training):
     monkeypatch.chdir(folder)

@@ -678,6 +678,12 @@ def test_the_rows_of_a_trimmed_vocabulary_are_trained_and_merged(case):
     assert (head.weight is embedding.weight) is (case not in ("llama-untied", "codegen"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_teacher_with_the_weights_of_the_model_is_refused(pruned, dtype):
+    with pytest.raises(StructPruneError, match="are the same model"):
+        recover(pruned, tokenizer(), recovery_config(), deepcopy(pruned).to(dtype))
+
+
 def test_a_teacher_that_computes_nan_ends_before_the_first_step(pruned):
     teacher = build("llama-tied", seed=1)
     teacher.get_input_embeddings().weight.data[30:] = float("nan")
