@@ -20,9 +20,11 @@ def teacher(args: Namespace) -> Result:
     loading = Loading.of(args)
     check_positions(loading.without_weights(args.model), args.seq_length, f"--seq-length {args.seq_length}")
     tokenizer = loading.tokenizer(args.model)
-    rows = text_rows(resolve(as_domain(domain) for domain in args.domain), tokenizer, args.seq_length)
 
-    with across_processes(), Output(args.output).sibling(OFFLOAD) as scratch:
+    # The lock is taken first: taking it removes the working folders of other runs.
+    output = Output(args.output)
+    with across_processes(), output.locked(), output.sibling(OFFLOAD) as scratch:
+        rows = text_rows(resolve(as_domain(domain) for domain in args.domain), tokenizer, args.seq_length)
         model = loading.model(args.model, scratch)
         manifest = write_teacher(
             model,
