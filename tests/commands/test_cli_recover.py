@@ -155,17 +155,21 @@ def test_a_second_run_into_the_same_output_is_refused_during_the_training(folder
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), StructPruneError("has 3.0 kB left")])
-def test_a_result_that_was_not_saved_is_saved_without_a_second_training(folder, tmp_path, capsys, monkeypatch, error):
+def test_a_training_whose_result_was_not_saved_resumes_to_it(folder, tmp_path, capsys, monkeypatch, error):
     line = recover_command(folder, "--training", "save_steps=1")
+    line[2] = str(tmp_path / "whole")
+    assert main(line) == 0
+
     line[2] = str(tmp_path / "out")
     with monkeypatch.context() as patches:
         patches.setattr(Recovery, "save", Mock(side_effect=error))
         assert main(line) in (2, 130)
     assert f"recover {folder / 'pruned'} {tmp_path / 'out'} --resume` and the same settings" in capsys.readouterr().err
 
-    monkeypatch.setattr(Trainer, "training_step", Mock(side_effect=AssertionError("the training is repeated")))
     assert main([*line, "--resume"]) == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+    weights = "model.safetensors"
+    assert (tmp_path / "out" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
 
 
 def test_a_training_after_pruning_reads_the_text_of_the_saved_config(folder, interrupted_training):
