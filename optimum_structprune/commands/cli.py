@@ -23,6 +23,8 @@ from .output import Result, show, visible, working
 DESCRIPTION = "Structured pruning of Hugging Face models."
 # If this environment variable is 1, errors show their tracebacks.
 DEBUG_VARIABLE = "STRUCTPRUNE_DEBUG"
+# Parts of the errors of libraries that the system refuses memory to. The second one is an import that fails.
+NO_MEMORY = ("allocate memory", "failed to map segment")
 
 
 class CommandFormatter(HelpFormatter):
@@ -119,7 +121,7 @@ def explained(error: Exception, args: Namespace) -> tuple[int, str]:
 
     kind = type(error).__name__
     text = str(error)
-    if isinstance(error, MemoryError) or "OutOfMemory" in kind or "allocate memory" in text:
+    if isinstance(error, MemoryError) or "OutOfMemory" in kind or any(reason in text for reason in NO_MEMORY):
         return 2, f"There is not enough memory: {text or kind}"
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return 2, f"{error.filename}: {error.strerror}."

@@ -22,6 +22,7 @@ from ..recovery.recover import NothingGainedWarning, Recovery, check_recovery
 from ..saving.page import write_page_or_warn
 from ..saving.push import push_to_hub
 from ..system.disk import Output, check_apart, remove_checkpoints, resolved, used_paths
+from ..system.errors import StructPruneError
 from ..system.processes import is_first_rank
 from .arguments import recovery_config
 from .loading import Loading, weights_bytes
@@ -93,18 +94,20 @@ def recover_and_save(
                 trust_remote_code=args.trust_remote_code,
                 teacher_cache=args.teacher_cache,
             )
-    except KeyboardInterrupt:
-        _say_how_to_resume(args, Path(checkpoints))
+
+        report = recovery.report
+        assert report is not None
+        pruning_report = recovery.pruning_report
+        check = ShortCheck(tokenizer, report.tokens, None if pruning_report is None else pruning_report.answers)
+        check.ask("recovered", recovered)
+        report.answers = check.result()
+        recovery.save(recovered, args.output, tokenizer=tokenizer, overwrite=args.overwrite)
+    except (KeyboardInterrupt, StructPruneError) as error:
+        # A training that has ended need not be repeated if its result cannot be saved.
+        if isinstance(error, KeyboardInterrupt) or recovery.report is not None:
+            _say_how_to_resume(args, Path(checkpoints))
         raise
 
-    report = recovery.report
-    assert report is not None
-    pruning_report = recovery.pruning_report
-    check = ShortCheck(tokenizer, report.tokens, None if pruning_report is None else pruning_report.answers)
-    check.ask("recovered", recovered)
-    report.answers = check.result()
-
-    recovery.save(recovered, args.output, tokenizer=tokenizer, overwrite=args.overwrite)
     write_page_or_warn(args.output)
     if checkpoints == _checkpoints(args.output):
         remove_checkpoints(checkpoints)

@@ -26,9 +26,11 @@ def teacher(args: Namespace) -> Result:
     seq_length = args.seq_length or int(min(SEQ_LENGTH, positions_of(meta_model)))
     check_positions(meta_model, seq_length, f"--seq-length {seq_length}")
     tokenizer = loading.tokenizer(args.model)
-    rows = text_rows(resolve(as_domain(domain) for domain in args.domain), tokenizer, seq_length)
 
-    with across_processes(), Output(args.output).sibling(OFFLOAD) as scratch:
+    # The lock is taken first: taking it removes the working folders of other runs.
+    output = Output(args.output)
+    with across_processes(), output.locked(), output.sibling(OFFLOAD) as scratch:
+        rows = text_rows(resolve(as_domain(domain) for domain in args.domain), tokenizer, seq_length)
         model = loading.model(args.model, scratch)
         manifest = write_teacher(
             model,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config.domains import CHAT, DomainConfig, template_fields
-from ..system.errors import StructPruneError, one_line
+from ..system.errors import StructPruneError, one_line, reason_of
 from ..system.registry import did_you_mean
 
 
@@ -89,7 +89,7 @@ def chat_text(
         roles = ", ".join(message["role"] for message in chat)
         raise StructPruneError(
             f"The chat template of {name!r} does not accept a conversation with the roles {roles}{where}: "
-            f"{one_line(error)}. Set `tokenizer.chat_template` to one that accepts it, or use other text."
+            f"{reason_of(error)}. Set `tokenizer.chat_template` to one that accepts it, or use other text."
         ) from error
 
 

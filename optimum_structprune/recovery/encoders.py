@@ -125,7 +125,13 @@ class Passages:
 
         num_samples = max(2, measured_tokens(config.tokens, MAX_VALIDATION_TOKENS) // seq_length)
         samples, names = validation_text(config, text, tokenizer, used, num_samples)
-        self.validation = list(passages_of(samples, tokenizer).texts)
+        validation = passages_of(samples, tokenizer).texts
+        if isinstance(validation, Tensor):
+            raise StructPruneError(
+                f"The validation text has no sentence of 20 bytes in samples of {seq_length} tokens. Choose longer "
+                "samples (`seq_length`), or another validation text."
+            )
+        self.validation = list(validation)
         self.stream.skip([*used, *names])
         self.stream.check_enough(text.num_samples)
 

@@ -60,7 +60,7 @@ def reason_of(error: BaseException) -> str:
         if end < 0:
             return f"{line.rpartition(' ')[0]} …"
         line = line[:end]
-    return line or type(error).__name__
+    return line.rstrip(".") or type(error).__name__
 
 
 def capitalized(text: str) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 from filelock import FileLock, Timeout
@@ -10,7 +10,7 @@ from helpers import error_line, save_desk, save_with_tokenizer
 from models import build, config, real_text_model, tokenizer
 from transformers import AutoModelForCausalLM, Trainer
 
-from optimum_structprune import Recovery, StructPruner
+from optimum_structprune import Recovery, StructPruneError, StructPruner
 from optimum_structprune.commands.cli import main
 from optimum_structprune.measure.languages import cost_by_language
 
@@ -161,6 +161,24 @@ def test_a_second_run_into_the_same_output_is_refused_during_the_training(folder
     with FileLock(folder / ".held.lock"):
         assert main(recover_command(folder, output="held")) == 2
     assert "Another run writes to" in error_line(capsys)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), StructPruneError("has 3.0 kB left")])
+def test_a_training_whose_result_was_not_saved_resumes_to_it(folder, tmp_path, capsys, monkeypatch, error):
+    line = recover_command(folder, "--training", "save_steps=1")
+    line[2] = str(tmp_path / "whole")
+    assert main(line) == 0
+
+    line[2] = str(tmp_path / "out")
+    with monkeypatch.context() as patches:
+        patches.setattr(Recovery, "save", Mock(side_effect=error))
+        assert main(line) in (2, 130)
+    assert f"recover {folder / 'pruned'} {tmp_path / 'out'} --resume` and the same settings" in capsys.readouterr().err
+
+    assert main([*line, "--resume"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+    weights = "model.safetensors"
+    assert (tmp_path / "out" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
 
 
 def test_a_training_after_pruning_reads_the_text_of_the_saved_config(folder, interrupted_training):

@@ -15,7 +15,7 @@ from models import GROUPED, documents
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from optimum_structprune.commands.cli import main
+from optimum_structprune.commands.cli import CommandParser, main
 
 
 # Prune in forks of one process, so that kills happen during the work and not during the imports.
@@ -193,6 +193,19 @@ def test_a_run_that_receives_a_signal_to_end_leaves_no_file(original, tmp_path, 
     finally:
         signal.signal(signal.SIGTERM, handler)
 
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_imports_ends_a_command_without_a_traceback(original, tmp_path, monkeypatch, number):
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(CommandParser, "parse_known_args", lambda *_: os.kill(os.getpid(), number))
+    try:
+        assert main(prune_command(original, tmp_path / "out")) == 130
+    finally:
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
     assert names_in(tmp_path) == []
 
 

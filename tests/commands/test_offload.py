@@ -72,6 +72,20 @@ def test_a_damaged_shard_is_refused(desk, tmp_path, assert_refused, damage, plac
     assert_refused(prune_command(desk, copy, tmp_path / "out", offload=place), "cannot be loaded")
 
 
+def test_a_teacher_whose_layers_are_on_the_disk_writes_the_same_predictions(desk, tmp_path):
+    """A mixture is saved with a file entry for each expert, and its layers are stored again for this run."""
+    save_with_tokenizer(build("mixtral"), tmp_path / "model")
+    for name, flags in (("memory", []), ("disk", ["--offload", "disk"])):
+        line = ["teacher", str(tmp_path / "model"), str(desk / "a.jsonl"), str(tmp_path / name), "--seq-length", "24"]
+        assert main(line + ["--device", "cpu"] + flags) == 0
+
+    expected = load_file(tmp_path / "memory" / "shard-00000.safetensors")
+    written = load_file(tmp_path / "disk" / "shard-00000.safetensors")
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[name], expected[name]) for name in expected)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "memory", "model"]
+
+
 def test_models_whose_layers_cannot_be_loaded_one_by_one_are_refused(desk, tmp_path, assert_refused):
     for case in ("t5", "gemma4_text"):
         save_with_tokenizer(build(case), tmp_path / case)

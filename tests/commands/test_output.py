@@ -13,9 +13,10 @@ import datasets
 import huggingface_hub.utils as hub
 import pytest
 import torch
-from helpers import save_desk
+from helpers import error_line, save_desk
 from hypothesis import example, given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from optimum_structprune import StructPruneError, __version__
@@ -89,6 +90,17 @@ def test_every_command_prints_its_result_as_text_or_as_one_json_document(folder,
             assert values["output"] == line[2]
         if name == "inspect":
             assert values["spaces"]["attention"] == {"units": [4], "parameters": 6144, "legal": [1, 2, 4]}
+
+
+@pytest.mark.parametrize(("name", "place"), [("prune", 2), ("export", 2), ("recover", 2), ("teacher", 3)])
+def test_an_output_that_cannot_be_written_is_named_and_no_text_is_read(folder, capsys, monkeypatch, name, place):
+    monkeypatch.setattr(PreTrainedTokenizerBase, "__call__", Mock(side_effect=AssertionError("text is tokenized")))
+    line = command_lines(folder)[name]
+    line[1] = str(folder / "model")
+    line[place] = "/proc/none/out"
+
+    assert main(line) == 2
+    assert error_line(capsys).startswith("structprune: error: /proc/none/out cannot be written: ")
 
 
 @given(st.binary(min_size=1, max_size=40))
@@ -230,6 +242,7 @@ def test_a_reader_that_stops_early_is_no_error():
     (DISK_FULL, "/out/model.safetensors: No space left on device."),
     (MemoryError(), "There is not enough memory: MemoryError"),
     (RuntimeError("unable to mmap 9 bytes: Cannot allocate memory (12)"), "There is not enough memory: unable to"),
+    (ImportError("a.so: failed to map segment from shared object"), "There is not enough memory: a.so: failed"),
     (StructPruneError("Two\n lines."), "structprune: error: Two lines."),
     (torch.OutOfMemoryError("CUDA out of memory."), "There is not enough memory: CUDA out of memory."),
 ])  # fmt: skip

@@ -174,3 +174,9 @@ def test_the_commands_recover_a_folder_of_sentence_transformers(reader, tmp_path
 
     flags = ["--width", "mlp=24", "--recovery-tokens", "4000", *text]
     assert main(["prune", str(folder), str(tmp_path / "both"), *flags]) == 0, capsys.readouterr().err
+
+
+def test_validation_text_without_a_sentence_is_refused(reader):
+    teacher, student = models(reader)
+    with pytest.raises(StructPruneError, match="no sentence of 20 bytes in samples of 4 tokens. Choose longer"):
+        Recovery(RecoveryConfig(tokens=600, seq_length=4), PRUNING).recover_model(student, reader, teacher)
