@@ -21,8 +21,7 @@ from ..evaluation.evaluate import check_evaluation, default_seq_length
 from ..evaluation.speed import cache_per_token, check_speed, measure_speed
 from ..evaluation.tasks import check_tasks, measure_tasks, task_table
 from ..record.figures import ORIGINAL, PRUNED, SizeResult
-from ..record.report import MeasuredModel, Measurement, TaskScore
-from ..saving.names import EVALUATION_NAME, SPEED_NAME, TASKS_NAME
+from ..record.report import EVALUATION_NAME, SPEED_NAME, TASKS_NAME, MeasuredModel, Measurement, TaskScore
 from ..saving.page import check_result, write_report
 from ..system.disk import check_folder
 from ..system.errors import StructPruneError

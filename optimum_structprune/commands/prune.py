@@ -26,8 +26,7 @@ from .checks import progress_folder, prune_configs
 from .export import add_gguf, disk_bytes
 from .loading import Loading
 from .output import Result, note
-from .recover import push_result, recover_and_save, recovery_for
-from .saved import loading_flags, result_lines
+from .recover import loading_flags, push_result, recover_and_save, recovery_for, result_lines
 
 
 def prune(args: Namespace) -> Result:

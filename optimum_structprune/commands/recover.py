@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from shlex import join
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.meta import predicts_next
+from ..arch.per_layer import is_non_uniform
 from ..config.pruning import CONFIG_NAME, StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..distillation.teacher import tokens_of_teacher
@@ -19,7 +20,8 @@ from ..evaluation.answers import ShortCheck
 from ..record.view import View
 from ..recovery.encoders import check_has_teacher
 from ..recovery.recover import NothingGainedWarning, Recovery, check_recovery
-from ..saving.page import write_page_or_warn
+from ..saving.card import loader_of
+from ..saving.page import PAGE_NAME, write_page_or_warn
 from ..saving.push import push_to_hub
 from ..system.disk import Output, check_apart, remove_checkpoints, resolved, used_paths
 from ..system.errors import StructPruneError
@@ -27,7 +29,6 @@ from ..system.processes import is_first_rank
 from .arguments import recovery_config
 from .loading import Loading, weights_bytes
 from .output import Result
-from .saved import loading_flags, result_lines
 
 
 def recover(args: Namespace) -> Result:
@@ -150,3 +151,33 @@ def _say_how_to_resume(args: Namespace, checkpoints: Path) -> None:
 def _checkpoints(output: str) -> str:
     """Return the folder of checkpoints next to the output, whose path may be written as `a/..`."""
     return f"{resolved(output)}.checkpoints"
+
+
+def result_lines(output: str, config: PretrainedConfig, arch_file: str | None) -> list[str]:
+    """Return the call that loads a saved result, and the path of its report.
+
+    Args:
+        output: The folder of the result.
+        config: The config of the model.
+        arch_file: The file that describes the architecture.
+    """
+    loader = loader_of(output, config, arch_file)
+    line = f"Saved to {output}; load it with {loader}({output!r})"
+    if is_non_uniform(config):
+        line += " after import optimum_structprune, or with trust_remote_code=True"
+
+    lines = [line]
+    page = Path(output, PAGE_NAME)
+    if page.is_file():
+        lines.append(f"Report: {page}")
+    return lines
+
+
+def loading_flags(arch_file: str | None, trust_remote_code: bool) -> list[str]:
+    """Return the flags that a next command needs to load the same models."""
+    flags = []
+    if arch_file is not None:
+        flags += ["--arch", arch_file]
+    if trust_remote_code:
+        flags.append("--trust-remote-code")
+    return flags

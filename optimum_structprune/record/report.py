@@ -30,6 +30,9 @@ from .figures import AnswersResult, FileResult, Measurements, SizeResult, TrimRe
 REPORT_NAME = "report.json"
 RECOVERY_CONFIG_NAME = "recovery_config.json"
 RECOVERY_REPORT_NAME = "recovery_report.json"
+EVALUATION_NAME = "evaluation.json"
+SPEED_NAME = "speed.json"
+TASKS_NAME = "tasks.json"
 # The functions that return the lines of a record, by its class.
 PRINTERS: dict[type, Callable[[Any], list[str]]] = {}
 AnyResult = TypeVar("AnyResult", bound="ResultRecord")

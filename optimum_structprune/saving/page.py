@@ -8,11 +8,11 @@ from ..record.report import REPORT_NAME
 from ..system.errors import StructPruneError
 from ..system.processes import is_first_rank
 from ..system.written import replace_text, warn_on_error
-from .names import PAGE_NAME
 from .records import Records
 from .view import content, short_name, templates
 
 
+PAGE_NAME = "report.html"
 PAGE = templates(autoescape=True).get_template("page.html.jinja")
 
 

@@ -11,16 +11,18 @@ from ..config.fields import read_json
 from ..config.pruning import CONFIG_NAME
 from ..domains.manifest import MANIFEST_NAME, Entry, Manifest
 from ..record.report import (
+    EVALUATION_NAME,
     RECOVERY_CONFIG_NAME,
     RECOVERY_REPORT_NAME,
     REPORT_NAME,
+    SPEED_NAME,
+    TASKS_NAME,
     Evaluation,
     RecoveryReport,
     Report,
     Speed,
     Tasks,
 )
-from .names import EVALUATION_NAME, SPEED_NAME, TASKS_NAME
 
 
 @dataclass(frozen=True)

@@ -132,3 +132,15 @@ def test_the_registration_imports_no_heavy_module():
     modules_of_optimum = run_code(import_optimum)
     assert modules_of_optimum
     assert run_code(register) == modules_of_optimum, "the registration imports a module that optimum does not import"
+
+
+def test_a_run_without_measurements_prints_no_figures(folder, tmp_path, capsys):
+    line = prune_command(folder, "--width", "mlp=24", "--measure", "false")
+    line[2] = str(tmp_path / "out")
+    assert main(line) == 0
+
+    output = capsys.readouterr().out
+    assert "FFN channels: 40 → 24" in output
+    assert "The run measured no losses" in output
+    for claim in ("Verdict", "test questions", "×"):
+        assert claim not in output

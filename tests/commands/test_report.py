@@ -1,4 +1,4 @@
-"""Test `structprune evaluate --html`; `saving/test_save.py` runs the command lines that the page names."""
+"""Test `structprune evaluate --html`."""
 
 import html
 import json

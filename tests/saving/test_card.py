@@ -22,7 +22,7 @@ from models import build, config, documents, tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from optimum_structprune import DomainConfig, StructPruner, dry_run, export_uniform
-from optimum_structprune.commands.saved import result_lines
+from optimum_structprune.commands.recover import result_lines
 from optimum_structprune.domains.manifest import Manifest
 from optimum_structprune.record.figures import (
     Answer,
