@@ -88,7 +88,9 @@ class StructPruneConfig(Config):
             times the perplexity of the original model, including the margin of error. For an encoder, the mean cosine
             of its vectors to the vectors of the original model is at least 0.998.
         gguf: The data type of the matrices of the GGUF file for llama.cpp: `q8_0`, `q5_0`, `q4_0`, `f16`, or with
-            llama.cpp also `q4_k_m`. `structprune prune` writes the file to OUT-TYPE.gguf.
+            llama.cpp also `q4_k_m`. `structprune prune` writes the file to OUT-TYPE.gguf. With a budget of the `file`,
+            `auto` searches for the type too: shapes in several types compete by their losses after quantization, and
+            the whole original model in fewer bits is one of them.
         targets: The spaces that may shrink where `sparsity` or `budget` determines the widths: `mlp`, `attention`,
             `expert`, `hidden`, `layer`, `vocab`. `structprune inspect` shows the spaces of a model. The default is
             `mlp`, and all channels inside the layers for a model without `mlp`. Under a budget of parameters or bytes,
@@ -230,6 +232,8 @@ class StructPruneConfig(Config):
 
         if self.budget is not None:
             self._check_budget(self.budget)
+        if self.gguf == AUTO and (self.budget or {}).get(FILE, 0) < 1:
+            self.refuse("gguf", f"is {AUTO!r} only with the size of a file, such as budget={{'file': '160MB'}}")
         if self.widths is not None:
             self.widths = self._legal_widths(self.widths)
 
