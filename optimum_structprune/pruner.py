@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .arch.load import ModelInfo, describe
 from .arch.settings import own_settings
 from .arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, WHOLE_MODEL, ArchSpec, Widths
-from .config.pruning import FILE, RunOptions, StructPruneConfig
+from .config.pruning import AUTO, FILE, RunOptions, StructPruneConfig
 from .domains.manifest import Manifest, remember_text
 from .domains.packing import Domain
 from .method.plan import Plan
@@ -26,14 +26,14 @@ from .record.report import PruneRecords, Report
 from .record.view import request_lines
 from .saving.save import save_pruned
 from .search.sensitivity import final_widths
-from .search.tournament import choose_widths
+from .search.tournament import choose_format, choose_widths
 from .steps.base import RunState, Step, refusing_half_pruned
 from .steps.data import CalibrationData
 from .steps.experts import DropExperts
 from .steps.hidden import NarrowHidden
 from .steps.layers import DropLayers
 from .steps.units import ShrinkLayers
-from .steps.vocabulary import TrimVocabulary
+from .steps.vocabulary import ChooseWidths, TrimVocabulary
 from .system.errors import StructPruneError, warn
 from .system.fingerprint import checksums, shapes_of
 from .widths.budget import budget_of
@@ -201,15 +201,21 @@ class StructPruner:
             teacher = self._teacher(state)
 
             if request.tokens is not None:
-                choose = partial(choose_widths, any_kind=self.config.targets is None)
-                TrimVocabulary(request.tokens, choose).apply(state)
+                tokens = request.tokens
+                choose: ChooseWidths = partial(choose_widths, any_kind=self.config.targets is None)
+                if self.config.gguf == AUTO:
+                    tokens = replace(tokens, number=None)
+                    choose = choose_format
+                TrimVocabulary(tokens, choose).apply(state)
+            elif self.config.gguf == AUTO:
+                state.chosen = choose_format(state)
             widths = final_widths(request, state)
             for step in self.steps(state.arch, state.model, widths):
                 self.apply_step_(state, step)
             if comparison is not None:
                 comparison.finish()
 
-            if teacher is not None:
+            if teacher is not None and (state.plan.keep or self.config.gguf != AUTO):
                 recover_(state, teacher)
             if comparison is not None:
                 comparison.finish_languages()
@@ -242,6 +248,7 @@ class StructPruner:
         report.target = state.config.sparsity
         if report.file is not None:
             config = replace(state.config, budget={FILE: report.file.asked})
+            report.file.type = config.gguf or ""
             report.file.predicted = int(budget_of(config, state.arch, state.model, ()).original)
 
         manifest = state.manifest()

@@ -13,10 +13,10 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 
 from ..config.domains import GENERAL, DomainConfig, as_domain
-from ..config.pruning import RunOptions, StructPruneConfig
+from ..config.pruning import AUTO, RunOptions, StructPruneConfig
 from ..config.recovery import RecoveryConfig
 from ..domains.sources import check_source, resolve
-from ..saving.gguf_types import GGUF_TYPES
+from ..saving.gguf_types import BLOCKS, GGUF_TYPES
 from ..system.disk import GGUF, GGUFOutput, Output
 from ..system.errors import StructPruneError, reason_of
 from ..system.modules import transformer_folder
@@ -81,6 +81,8 @@ def _check_texts(args: Namespace, configs: Iterable[Any]) -> None:
 
 def _check_output(args: Namespace, kinds: Sequence[str]) -> None:
     """Raise `StructPruneError` if the output and the GGUF files of these types cannot be written."""
+    if AUTO in kinds:
+        kinds = BLOCKS
     for kind in kinds:
         GGUFOutput(gguf_file(args.output, kind), args.overwrite).check()
 

@@ -42,6 +42,7 @@ def prune(args: Namespace) -> Result:
         _check_folders(args, output, loading, config, options, recovery)
         pruned = _prune_and_save(args, output, loading, config, options)
         report = pruned.report
+        gguf_type = pruned.config.gguf
         if recovery is None:
             result = _result(args, pruned)
         else:
@@ -49,7 +50,7 @@ def prune(args: Namespace) -> Result:
 
         # Writing a GGUF file loads the model from the folder, which may have been trained.
         del pruned
-        result = add_gguf(args, result, loading, config.gguf, report)
+        result = add_gguf(args, result, loading, gguf_type, report)
         return push_result(args, result)
 
 
@@ -66,9 +67,9 @@ def _check_folders(
     model = request.model_info.plain_model
     smaller = request.smaller
     need_bytes = smaller.num_parameters() * model.dtype.itemsize
-    if config.gguf is not None:
-        check_gguf(smaller.config, config.gguf)
-        need_bytes += disk_bytes(smaller, config.gguf)
+    if request.config.gguf is not None:
+        check_gguf(smaller.config, request.config.gguf)
+        need_bytes += disk_bytes(smaller, request.config.gguf)
     output.check(need_bytes)
 
     tokenizer = loading.tokenizer(args.model)

@@ -85,7 +85,9 @@ class StructPruneConfig(Config):
             the type `gguf`, or without it the `*.safetensors` files with `tokenizer.json`. Bytes may have a unit such
             as MB (10^6 bytes) or MiB (2^20 bytes). A number below 1 is a fraction of the original model.
         gguf: The data type of the matrices of the GGUF file for llama.cpp: `q8_0`, `q5_0`, `q4_0`, `f16`, or with
-            llama.cpp also `q4_k_m`. `structprune prune` writes the file to OUT-TYPE.gguf.
+            llama.cpp also `q4_k_m`. `structprune prune` writes the file to OUT-TYPE.gguf. With a budget of the `file`,
+            `auto` searches for the type too: shapes in several types compete by their losses after quantization, and
+            the whole original model in fewer bits is one of them.
         targets: The spaces that may shrink where `sparsity` or `budget` determines the widths: `mlp`, `attention`,
             `expert`, `hidden`, `layer`, `vocab`. `structprune inspect` shows the spaces of a model. The default is
             `mlp`, and all channels inside the layers for a model without `mlp`. Under a budget of parameters or bytes,
@@ -227,6 +229,8 @@ class StructPruneConfig(Config):
 
         if self.budget is not None:
             self._check_budget(self.budget)
+        if self.gguf == AUTO and (self.budget or {}).get(FILE, 0) < 1:
+            self.refuse("gguf", f"is {AUTO!r} only with the size of a file, such as budget={{'file': '160MB'}}")
         if self.widths is not None:
             self.widths = self._legal_widths(self.widths)
 

@@ -15,7 +15,7 @@ from ..arch.load import ModelInfo, describe
 from ..arch.meta import model_class
 from ..arch.per_layer import is_non_uniform
 from ..arch.spec import CHANNEL, EXPERT, GROUP, VOCAB, ArchSpec, Space, Widths
-from ..config.pruning import RunOptions, StructPruneConfig
+from ..config.pruning import AUTO, RunOptions, StructPruneConfig
 from ..record.cost import Cost, check_recovery_memory, recovery_cost
 from ..record.table import aligned, change_row
 from ..system.stages import saved_bytes
@@ -191,6 +191,8 @@ def dry_run(
     changes = {name: Change(sizes[name], smaller_sizes[name]) for name in sizes if name in smaller_sizes}
 
     notes = list(_notes(request, model_config))
+    if config.gguf == AUTO:
+        notes.append(f"trials choose the type of the file; these sizes are those of {request.config.gguf}")
     notes += lost_kernels(config, info.arch, request.widths)
     pruning = None
     if cost:

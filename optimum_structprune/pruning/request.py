@@ -23,11 +23,11 @@ from ..arch.meta import check_changeable, check_positions, is_offloaded, reads_i
 from ..arch.modules import module_files
 from ..arch.shrink import layers_ahead
 from ..arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, Widths
-from ..config.pruning import FILE, RunOptions, StructPruneConfig
+from ..config.pruning import AUTO, FILE, RunOptions, StructPruneConfig
 from ..criteria import CRITERIA, DEFAULT_CRITERIA
 from ..domains.manifest import check_kinds, check_tokens, remember_text
 from ..domains.packing import check_reads_any_text
-from ..saving import file_size  # noqa: F401 registers the figure `file`
+from ..saving import file_size
 from ..saving.gguf_types import BLOCKS, K_QUANTS
 from ..system.errors import StructPruneError, capitalized, one_line, warn
 from ..widths.allocation import widths_of
@@ -292,10 +292,12 @@ def resolve_request(
     Raises:
         StructPruneError: If the request cannot be met; see `PruningRequest.check`.
     """
-    if config.gguf is not None:
-        _check_gguf(config, model_info, tokenizer)
     if tokenizer is not None and FILE in (config.budget or {}):
         remember_text(model_info.plain_model, tokenizer)
+    if config.gguf == AUTO:
+        config = replace(config, gguf=_largest_type(config, model_info))
+    if config.gguf is not None:
+        _check_gguf(config, model_info, tokenizer)
 
     has_text = inputs is None and (use == DRY_RUN or tokenizer is not None)
     if config.may_remove_tokens and has_text:
@@ -309,6 +311,19 @@ def resolve_request(
         # Computed now, because it raises if the number of tokens is not possible.
         _ = request.tokens
     return request
+
+
+def _largest_type(config: StructPruneConfig, model_info: ModelInfo) -> str:
+    """Return the smallest data type whose file of the original model exceeds the budget. A search tries others too."""
+    limit = (config.budget or {})[FILE]
+    sizes = file_size.bytes_by_type(config, model_info.arch, model_info.plain_model)
+    for kind, size in sizes.items():
+        if size > limit:
+            return kind
+    raise StructPruneError(
+        f"budget {FILE}={limit / 1e6:,.2f} MB is met by the original model as {kind}, with {size / 1e6:,.2f} MB. "
+        f"Write it with `structprune export MODEL OUT.gguf --dtype {kind}`, or set a smaller budget."
+    )
 
 
 def _check_gguf(config: StructPruneConfig, model_info: ModelInfo, tokenizer: PreTrainedTokenizerBase | None) -> None:

@@ -339,11 +339,13 @@ class FileResult:
         asked: The limit of the budget.
         predicted: The size that was computed from the shape.
         measured: The size of the written file; None before it is written.
+        type: The data type of a GGUF file; empty for a folder.
     """
 
     asked: int
     predicted: int
     measured: int | None = None
+    type: str = ""
 
     def __str__(self) -> str:
         """Return the sizes in one line."""

@@ -228,6 +228,11 @@ class Report(Measurements, ResultRecord):
         return stage(name, self.seconds)
 
     @property
+    def is_quantized_only(self) -> bool:
+        """Return whether a search found that the whole original model in fewer bits is best."""
+        return any(shape["chosen"] and not shape["widths"] for shape in self.shapes)
+
+    @property
     def sparsity(self) -> float:
         """Return the share of the layer parameters that was removed."""
         if not self.original.layer_parameters:

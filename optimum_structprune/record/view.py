@@ -97,7 +97,9 @@ class View:
         if not self.report.measured:
             lines.append(NOT_MEASURED)
 
-        if self.verdict is not None:
+        if self.report.is_quantized_only:
+            lines.append(f"Verdict: {_quantized_line(self.report)}")
+        elif self.verdict is not None:
             lines.append(f"Verdict: {self.verdict}.")
         return lines
 
@@ -508,6 +510,17 @@ def _by_count(scripts: Mapping[str, int]) -> str:
     return text
 
 
+def _quantized_line(report: Report) -> str:
+    """Return the verdict that fewer bits are better than pruning, with the best pruned shape."""
+    pruned = [shape for shape in report.shapes if shape["widths"]]
+    chosen = next(shape for shape in report.shapes if shape["chosen"])
+    text = f"Quantized, not pruned: {chosen['proposed_by']}, loss {chosen['loss']:.4f}."
+    if pruned:
+        best = min(pruned, key=lambda shape: shape["loss"])
+        text += f" The best pruned shape is not better. {_shape_line(best)}."
+    return text
+
+
 def _shape_line(shape: Mapping[str, object]) -> str:
     """Return one of the shapes that an allocation tried."""
     widths = shape["widths"]
@@ -525,4 +538,5 @@ def _shape_line(shape: Mapping[str, object]) -> str:
     measured = "not finite"
     if isinstance(loss, (int, float)) and isfinite(loss):
         measured = f"{loss:.4f}"
-    return f"{verb}: {shape['proposed_by']} ({', '.join(parts)}), loss {measured}"
+    widths_text = f" ({', '.join(parts)})" if parts else ""
+    return f"{verb}: {shape['proposed_by']}{widths_text}, loss {measured}"

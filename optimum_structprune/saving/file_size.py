@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import accumulate
 from math import prod
 from pathlib import Path
@@ -14,11 +15,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..arch.spec import VOCAB, Widths
-from ..config.pruning import FILE
+from ..arch.spec import VOCAB, ArchSpec, Widths
+from ..config.pruning import FILE, StructPruneConfig
 from ..domains.manifest import tokenizer_of
 from ..system.errors import StructPruneError
 from ..widths.budget import FIGURES, Figure, Shapes
+from .gguf_types import BLOCKS
 
 
 TOKENIZER = "tokenizer.json"
@@ -94,6 +96,15 @@ def _token_bytes(tokenizer: PreTrainedTokenizerBase, is_gguf: bool) -> Mapping[i
         if product is not None:
             sizes[product] += size(f"{first} {second}")
     return sizes
+
+
+def bytes_by_type(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel) -> dict[str, int]:
+    """Return the size of the GGUF file of a model by data type, ascending."""
+    sizes = {}
+    for kind in BLOCKS:
+        figure = FIGURES.get(FILE)(Shapes(replace(config, gguf=kind), arch, model, ()))
+        sizes[kind] = int(figure.of({}))
+    return dict(sorted(sizes.items(), key=lambda item: item[1]))
 
 
 def tokenizer_bytes(tokenizer: PreTrainedTokenizerBase) -> int:

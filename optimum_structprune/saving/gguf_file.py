@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -279,6 +280,31 @@ def gguf_bytes(model: PreTrainedModel, vocabulary: int, kind: str) -> int:
         kind: llama.cpp's name of the data type of the matrices, except K-quants.
     """
     return _Layout.of(model, Path("model.gguf"), kind.upper()).bytes(vocabulary)
+
+
+@contextmanager
+def rounded_to(model: PreTrainedModel, kind: str) -> Iterator[None]:
+    """Give a model inside `with` the weights that llama.cpp reads from its file of a data type.
+
+    The order of rows in a file does not matter, because each row is quantized alone.
+    """
+    layout = _Layout.of(model, Path("model.gguf"), kind.upper())
+    weights = dict(model.named_parameters())
+    originals: dict[str, Tensor] = {}
+    try:
+        for tensor in layout.tensors:
+            tensor_type = layout.types[tensor.name]
+            for name in tensor.parameters:
+                if name in originals:
+                    continue
+                weight = weights[name].detach()
+                originals[name] = weight.clone()
+                packed = _packed(name, weight.float().cpu(), tensor_type)
+                weight.copy_(torch.from_numpy(gguf.quants.dequantize(packed, tensor_type)).view_as(weight))
+        yield
+    finally:
+        for name, original in originals.items():
+            weights[name].detach().copy_(original)
 
 
 def _write(model: PreTrainedModel, path: Path, tokenizer: PreTrainedTokenizerBase, kind: str) -> _Layout:

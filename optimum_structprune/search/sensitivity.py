@@ -28,8 +28,9 @@ from .trials import Candidate, Divergence, Trials, record_shapes
 def final_widths(request: PruningRequest, state: RunState) -> Widths:
     """Return the final widths of all spaces except the tokens, after tokens have been removed."""
     if request.tokens is None:
-        if state.config.allocation == "uniform":
-            return request.widths
+        widths = request.widths if state.chosen is None else state.chosen
+        if state.config.allocation == "uniform" or not widths:
+            return widths
         return choose_shape(state, state.config)
 
     from ..steps.vocabulary import config_of_the_rest  # most runs remove no tokens
@@ -59,7 +60,7 @@ def choose_shape(state: RunState, config: StructPruneConfig) -> Widths:
             shape_trials = Trials(state, Divergence(state), SHAPE_TOKENS)
             losses = [shape_trials.loss(candidate.widths) for candidate in candidates]
 
-    return record_shapes(state.report, candidates, losses)
+    return record_shapes(state.report, candidates, losses).widths
 
 
 class Search:

@@ -15,6 +15,7 @@ from ..arch.meta import shrunk_skeleton
 from ..arch.spec import MODEL, VOCAB, Widths
 from ..config.pruning import FILE, StructPruneConfig
 from ..domains.manifest import remember_text
+from ..saving.file_size import bytes_by_type
 from ..steps.base import RunState
 from ..steps.temporary import DIVISION_TOKENS
 from ..system.stages import say
@@ -28,6 +29,9 @@ from .trials import Candidate, Keep, SeveralTexts, Trials, record_shapes
 # The KV groups compete too if the config names no targets. They are the only units inside the layers that are never
 # pruned by default, and in some models they cost less than channels.
 ALSO_BY_DEFAULT = "attention"
+# The number of data types in which pruned models compete, and the divisions that are tried in each.
+MOST_TYPES = 2
+SHARES_OF_TYPES = (0.0, 0.5)
 # The number of smaller tokenizers in memory. One takes seconds to make.
 MOST_TOKENIZERS = 4
 # The distances to the best division at which further divisions are tried, as shares of the numbers of tokens. A
@@ -95,12 +99,7 @@ def choose_widths(state: RunState, request: VocabularyRequest, ranking: Ranking,
         any_kind: Whether KV groups compete, although the config does not target them.
     """
     assert request.budget is not None
-
-    @lru_cache(MOST_TOKENIZERS)
-    def keep(number: int) -> tuple[Sequence[int], PreTrainedTokenizerBase]:
-        kept = request.keep(ranking.order, number)
-        return kept, request.vocabulary.smaller(kept)
-
+    keep = _kept_tokens(request, ranking)
     kind = Kind(state, request.config, request.budget, keep)
     candidates = request.budget.candidates
 
@@ -119,7 +118,66 @@ def choose_widths(state: RunState, request: VocabularyRequest, ranking: Ranking,
             with suppress(UnreachableBudgetError):
                 budget = VocabBudget.of(config, state.arch, state.model, request.allowed, ranking.order)
                 tournament.trial(Kind(state, config, budget, keep), 0.5)
-        return tournament.best()
+        return tournament.best().widths
+
+
+def choose_format(state: RunState, request: VocabularyRequest | None = None, ranking: Ranking | None = None) -> Widths:
+    """Return the widths of the best file within a budget, set its data type in the config, and record all trials.
+
+    The original model in the largest data type that meets the budget competes with pruned models in the two next
+    larger types. All losses are measured after quantization.
+
+    Args:
+        state: The state of the run, whose config has the smallest type in which the original model is too large.
+        request: The tokens that the model may lose, or None to keep all.
+        ranking: The order of the tokens.
+    """
+    config = state.config
+    limit = (config.budget or {})[FILE]
+    sizes = bytes_by_type(config, state.arch, state.model)
+    fitting = [kind for kind, size in sizes.items() if size <= limit]
+    larger = [kind for kind, size in sizes.items() if size > limit][:MOST_TYPES]
+
+    keep = None
+    if request is not None and ranking is not None:
+        keep = _kept_tokens(request, ranking)
+
+    with evaluating(state.model), state.report.timed("search"):
+        assert state.tokenizer is not None
+        tournament = Tournament(state, state.tokenizer, keep)
+        if fitting:
+            tournament.measure({}, fitting[-1])
+
+        for kind in larger:
+            # A much larger type may need other spaces.
+            with suppress(UnreachableBudgetError):
+                typed_config = replace(config, gguf=kind)
+                if keep is None or request is None or ranking is None:
+                    widths = widths_of(replace(typed_config, allocation="uniform"), state.arch, state.model)
+                    tournament.measure(widths, kind)
+                    continue
+
+                typed_request = replace(request, config=replace(request.config, gguf=kind))
+                typed_request = typed_request.ranked(ranking.order, state.arch, state.model)
+                assert typed_request.budget is not None
+                for share in SHARES_OF_TYPES:
+                    tournament.trial(Kind(state, typed_request.config, typed_request.budget, keep), share)
+
+        best = tournament.best()
+
+    state.data = replace(state.data, config=replace(config, gguf=best.gguf))
+    return best.widths
+
+
+def _kept_tokens(request: VocabularyRequest, ranking: Ranking) -> Keep:
+    """Return a function from a number of tokens to the kept tokens and their tokenizer."""
+
+    @lru_cache(MOST_TOKENIZERS)
+    def keep(number: int) -> tuple[Sequence[int], PreTrainedTokenizerBase]:
+        kept = request.keep(ranking.order, number)
+        return kept, request.vocabulary.smaller(kept)
+
+    return keep
 
 
 def _is_inside_layers(state: RunState, name: str) -> bool:
@@ -131,7 +189,7 @@ def _is_inside_layers(state: RunState, name: str) -> bool:
 class Tournament:
     """The trials of a search for the shape with the smallest loss."""
 
-    def __init__(self, state: RunState, tokenizer: PreTrainedTokenizerBase, keep: Keep):
+    def __init__(self, state: RunState, tokenizer: PreTrainedTokenizerBase, keep: Keep | None):
         self.state = state
         self.trials = Trials(state, SeveralTexts(state, tokenizer), DIVISION_TOKENS, keep)
         self.candidates: list[Candidate] = []
@@ -148,18 +206,27 @@ class Tournament:
 
     def trial(self, kind: Kind, share: float) -> float:
         """Return the loss of a division, which is measured only once."""
-        widths = kind.widths(share)
+        gguf = None
+        if FILE in (kind.config.budget or {}):
+            gguf = kind.config.gguf
+        return self.measure(kind.widths(share), gguf)
+
+    def measure(self, widths: Widths, gguf: str | None) -> float:
+        """Return the loss of a shape with weights in a data type of GGUF, which is measured only once."""
         for candidate, loss in zip(self.candidates, self.losses, strict=True):
-            if candidate.widths == widths:
+            if candidate.widths == widths and candidate.gguf == gguf:
                 return loss
 
-        loss = self.trials.loss(widths)
-        shape = ", ".join(f"{name} {width:,}" for name, width in widths.items() if isinstance(width, int))
-        say(f"trial: {shape}: loss {loss:.4f}")
-        self.candidates.append(Candidate(" and ".join(widths), widths))
+        name = " and ".join(widths) or "the original model"
+        if gguf is not None:
+            name = f"{gguf.upper()}, {name}"
+        loss = self.trials.loss(widths, gguf)
+        shape = ", ".join(f"{kind} {width:,}" for kind, width in widths.items() if isinstance(width, int))
+        say(f"trial: {name} {shape}: loss {loss:.4f}")
+        self.candidates.append(Candidate(name, widths, gguf=gguf))
         self.losses.append(loss)
         return loss
 
-    def best(self) -> Widths:
-        """Return the widths of the shape with the smallest loss, and record all shapes in the report."""
+    def best(self) -> Candidate:
+        """Return the shape with the smallest loss, and record all shapes in the report."""
         return record_shapes(self.state.report, self.candidates, self.losses)

@@ -45,15 +45,17 @@ class Candidate(NamedTuple):
         name: The origin of the shape.
         widths: The widths, with the number of tokens as `vocab`. All other spaces keep their full width.
         predicted_loss: The loss that the search expects.
+        gguf: The data type to which the weights are rounded, or None to keep them.
     """
 
     name: str
     widths: Widths
     predicted_loss: float | None = None
+    gguf: str | None = None
 
 
-def record_shapes(report: Report, candidates: Sequence[Candidate], losses: Sequence[float]) -> Widths:
-    """Return the widths of the candidate with the smallest loss, and record all candidates in a report."""
+def record_shapes(report: Report, candidates: Sequence[Candidate], losses: Sequence[float]) -> Candidate:
+    """Return the candidate with the smallest loss, and record all candidates in a report."""
     best = losses.index(min(losses))
     for index, candidate in enumerate(candidates):
         report.shapes.append(
@@ -65,7 +67,7 @@ def record_shapes(report: Report, candidates: Sequence[Candidate], losses: Seque
                 "chosen": index == best,
             }
         )
-    return candidates[best].widths
+    return candidates[best]
 
 
 class Judge(Protocol):
@@ -100,8 +102,13 @@ class Trials:
         # The last model with fewer tokens, by its number of tokens.
         self._smaller: dict[int, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}
 
-    def loss(self, widths: Widths) -> float:
-        """Return the loss of a shape, which is infinite if it is not a number."""
+    def loss(self, widths: Widths, gguf: str | None = None) -> float:
+        """Return the loss of a shape, which is infinite if it is not a number.
+
+        Args:
+            widths: The widths.
+            gguf: The data type to which the weights are rounded, or None to keep them.
+        """
         state = self.state
         layer_widths = {name: width for name, width in widths.items() if name != VOCAB}
         model = state.model
@@ -112,7 +119,12 @@ class Trials:
         pruned: AbstractContextManager[None] = nullcontext()
         if layer_widths:
             pruned = temporarily_pruned(state.model, state.arch, state.data, layer_widths, self.tokens)
-        with pruned:
+        rounded: AbstractContextManager[None] = nullcontext()
+        if gguf is not None:
+            from ..saving.gguf_file import rounded_to  # most runs write no GGUF file
+
+            rounded = rounded_to(model, gguf)
+        with pruned, rounded:
             loss = broadcast_object(self.judge.loss(model, tokenizer))
         return inf if isnan(loss) else loss
 

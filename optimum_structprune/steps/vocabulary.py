@@ -30,6 +30,10 @@ from .base import RunState, Step
 EXPECTED_TOKENS = 2**12
 
 
+# A function that chooses the widths of all spaces after the tokens have been ranked.
+ChooseWidths = Callable[[RunState, VocabularyRequest, Ranking], Widths]
+
+
 class TrimVocabulary(Step):
     """Remove the tokens that the calibration text needs least. Later steps treat the trimmed model as the original.
 
@@ -41,7 +45,7 @@ class TrimVocabulary(Step):
     def __init__(
         self,
         request: VocabularyRequest,
-        choose: Callable[[RunState, VocabularyRequest, Ranking], Widths],
+        choose: ChooseWidths,
     ):
         super().__init__({VOCAB: request.rows})
         self.request = request
