@@ -92,8 +92,10 @@ def add_gguf(args: Namespace, result: Result, loading: Loading, gguf_type: str |
     values["output"] = path
     size = f"{file.size}; the original model has {2 * report.original.parameters / 1e6:,.1f} MB in 16 bits"
     lines = [f"Saved to {path} for llama.cpp: {size}"]
+    added = {"gguf": values}
     if report.file is not None:
         report.file.measured = file.bytes
         report.save(Path(args.output, REPORT_NAME))
         lines.append(str(report.file))
-    return result.extended("\n".join(lines), {"gguf": values})
+        added["file"] = asdict(report.file)
+    return result.extended("\n".join(lines), added)

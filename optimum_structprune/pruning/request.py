@@ -294,8 +294,9 @@ def resolve_request(
     """
     if tokenizer is not None and FILE in (config.budget or {}):
         remember_text(model_info.plain_model, tokenizer)
-    if config.gguf == AUTO:
-        config = replace(config, gguf=_largest_type(config, model_info))
+    searches_type = config.gguf == AUTO
+    if searches_type:
+        config = replace(config, gguf=_nearest_type(config, model_info))
     if config.gguf is not None:
         _check_gguf(config, model_info, tokenizer)
 
@@ -306,14 +307,19 @@ def resolve_request(
         config = with_tokens(config, model_info, tokenizer)
 
     request = PruningRequest(config, model_info, use, tokenizer, inputs, options or RunOptions())
-    request.check()
-    if use != TRAINER:
-        # Computed now, because it raises if the number of tokens is not possible.
-        _ = request.tokens
+    try:
+        request.check()
+        if use != TRAINER:
+            # Computed now, because it raises if the number of tokens is not possible.
+            _ = request.tokens
+    except UnreachableBudgetError as error:
+        if searches_type:
+            _advise_fewer_bits(config, model_info, error)
+        raise
     return request
 
 
-def _largest_type(config: StructPruneConfig, model_info: ModelInfo) -> str:
+def _nearest_type(config: StructPruneConfig, model_info: ModelInfo) -> str:
     """Return the smallest data type whose file of the original model exceeds the budget. A search tries others too."""
     limit = (config.budget or {})[FILE]
     sizes = file_size.bytes_by_type(config, model_info.arch, model_info.plain_model)
@@ -324,6 +330,18 @@ def _largest_type(config: StructPruneConfig, model_info: ModelInfo) -> str:
         f"budget {FILE}={limit / 1e6:,.2f} MB is met by the original model as {kind}, with {size / 1e6:,.2f} MB. "
         f"Write it with `structprune export MODEL OUT.gguf --dtype {kind}`, or set a smaller budget."
     )
+
+
+def _advise_fewer_bits(config: StructPruneConfig, model_info: ModelInfo, error: UnreachableBudgetError) -> None:
+    """Raise with the data type in which the original model meets a budget that no pruned model meets, if any."""
+    limit = (config.budget or {})[FILE]
+    sizes = file_size.bytes_by_type(config, model_info.arch, model_info.plain_model)
+    fitting = [kind for kind, size in sizes.items() if size <= limit]
+    if fitting:
+        raise StructPruneError(
+            f"{error} The original model meets it as {fitting[-1]}, with {sizes[fitting[-1]] / 1e6:,.2f} MB: "
+            f"`structprune export MODEL OUT.gguf --dtype {fitting[-1]}`."
+        ) from error
 
 
 def _check_gguf(config: StructPruneConfig, model_info: ModelInfo, tokenizer: PreTrainedTokenizerBase | None) -> None:
