@@ -79,16 +79,18 @@ def report(
     return result
 
 
-def encoder(*shares: float | None, margin: float | None = None) -> Report:
-    """Return the report of an encoder that keeps these shares of neighbours."""
+def encoder(*shares: float | None, margin: float | None = None, retrieval: float | None = None) -> Report:
+    """Return the report of an encoder that keeps these shares of neighbours, and a share of the retrieval."""
     result = Report(
         model_type="bert", criterion="obs", original=SizeResult(100, 80, 200), pruned=SizeResult(90, 70, 180)
     )
     for number, share in enumerate(shares):
-        neighbours = None
+        domain = TextResult(texts=90)
         if share is not None:
-            neighbours = Figure.of({PRUNED: share}, margin)
-        result.domains[f"domain {number}"] = TextResult(texts=90, neighbours=neighbours)
+            domain.neighbours = Figure.of({PRUNED: share}, margin)
+        if retrieval is not None:
+            domain.retrieval = Figure.of({ORIGINAL: 0.5, PRUNED: 0.5 * retrieval}, margin)
+        result.domains[f"domain {number}"] = domain
     return result
 
 

@@ -20,7 +20,7 @@ from ..domains.templates import read_pairs
 from ..measure.languages import costs_before, with_costs_after
 from ..measure.losses import Losses, measure, totals
 from ..measure.text import Text
-from ..measure.vectors import Embeddings, Texts, passages_of
+from ..measure.vectors import Embeddings, Texts, texts_compared
 from ..pruning.comparison import enter_vectors
 from ..record.figures import (
     ORIGINAL,
@@ -85,8 +85,8 @@ def evaluate(
             loaded from, if there is one.
         answers: The questions that the models answer: "builtin" or a JSON-lines file, see `read_questions`.
         max_new_tokens: The maximum number of tokens in an answer.
-        pairs: For encoders, JSON-lines files with a text and its translation in each line. The figure is the share of
-            texts whose nearest vector belongs to their translation.
+        pairs: For encoders, JSON-lines files with two texts in each line: a query and its passage, or a text and its
+            translation. The retrieval is measured on them.
 
     Returns:
         The figures.
@@ -282,10 +282,11 @@ def _compare_vectors(
     tokens_differ: bool,
 ) -> None:
     """Enter the similarity of an encoder's vectors to the vectors of the original model."""
-    compared_texts: dict[str, Texts | Sequence[str]] = {}
+    compared_texts: dict[str, Texts] = {}
     for text in texts:
-        compared_texts[text.domain.name] = passages_of(text.samples, tokenizers[ORIGINAL])
-    compared_texts.update(pairs)
+        compared_texts[text.domain.name] = texts_compared(text.samples, tokenizers[ORIGINAL])
+    for name, pair_texts in pairs.items():
+        compared_texts[name] = Texts.of_pairs(pair_texts)
 
     embeddings = Embeddings(models[ORIGINAL], compared_texts, tokenizers[ORIGINAL], tokens_differ, pairs)
     embeddings.set_tokenizer(tokenizers[PRUNED], models[PRUNED])

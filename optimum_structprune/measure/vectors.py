@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import chain, groupby, islice, zip_longest
+from itertools import chain, dropwhile, groupby, islice, zip_longest
 from math import inf
 from random import Random
 from textwrap import wrap
@@ -26,7 +26,7 @@ from ..domains.manifest import JUDGED, Entry, Manifest
 from ..domains.packing import Domain, document_hash
 from ..domains.sources import documents
 from ..record.figures import ORIGINAL, PRUNED, Figure, TextResult
-from ..system.margins import MIN_DOCUMENTS, margin_of_error, margin_of_share
+from ..system.margins import MIN_DOCUMENTS, MIN_RELATIVE_MARGIN, margin_of_error
 from ..system.modules import MODULES
 from ..system.stages import progress
 from .gaps import Gaps, fills_gaps
@@ -34,7 +34,9 @@ from .text import Text
 
 
 SENTENCE_BREAKS = re.compile(r"(?<=[.!?…।؟])\s+|(?<=[。！？])|\n+")  # in most scripts
-MOST_SENTENCES = 128  # per domain
+MOST_SENTENCES = 128  # per domain, and the most queries
+MIN_SENTENCE = 20  # bytes
+PASSAGE_SENTENCES = 4  # more would double the time of a comparison
 SENTENCE_LENGTH = 200  # characters; longer sentences are divided
 UNUSED_PER_TEXT = 8  # one of 8 unused documents is for evaluation
 NUM_NEIGHBOURS = 10  # neighbours of a text
@@ -43,7 +45,10 @@ MOST_TOKENS = 256  # per text
 # and at least `COSINE_UNSEEN` divided by the number of documents, contain 9 of 10 values measured on other text.
 COSINE_SPREAD = 2
 COSINE_UNSEEN = 0.002
-# The prompt of the texts that are searched, by the usual names.
+# Cosines that differ by less are the same up to rounding in fp32.
+SAME_COSINE = 1e-6
+# The prompts of the queries and of the texts that are searched, by the usual names.
+QUERY_PROMPTS = ("query",)
 DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 
 
@@ -89,15 +94,28 @@ Figures = dict[str, dict[str, float]]
 
 
 class Texts(NamedTuple):
-    """Texts or other inputs, with the number of the document of each."""
+    """Texts or other inputs whose vectors are compared.
+
+    Attributes:
+        texts: The texts.
+        documents: The number of the document of each text.
+        pairs: Queries with the passages that they should find.
+    """
 
     texts: Sequence[str] | Tensor
     documents: Sequence[int]
+    pairs: Sequence[tuple[str, str]] = ()
 
     @classmethod
     def one_each(cls, texts: Sequence[str] | Tensor) -> Texts:
         """Return texts with a document of its own for each text."""
         return cls(texts, range(len(texts)))
+
+    @classmethod
+    def of_pairs(cls, texts: Sequence[str]) -> Texts:
+        """Return pairs of texts. The second half has the passages of the queries in the first half."""
+        half = len(texts) // 2
+        return cls(texts, range(len(texts)), list(zip(texts[:half], texts[half:], strict=True)))
 
 
 class Pooling(NamedTuple):
@@ -105,26 +123,30 @@ class Pooling(NamedTuple):
 
     Attributes:
         modes: The names of the ways to pool the hidden states; several vectors are concatenated.
-        prompt: The prompt before each text.
         includes_prompt: Whether the tokens of the prompt are pooled.
+        prompt: The prompt before each text.
+        query_prompt: The prompt before each query.
+        passage_prompt: The prompt before each passage that a query should find.
     """
 
     modes: Sequence[str] = ("mean",)
-    prompt: str = ""
     includes_prompt: bool = True
+    prompt: str = ""
+    query_prompt: str = ""
+    passage_prompt: str = ""
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Pooling:
-        """Read the pooling and the prompt from the module files of a model. Default to the mean without a prompt."""
+        """Read the pooling and the prompts from the module files of a model. Default to the mean without a prompt."""
         files = module_files(model.config)
-        prompt = _prompt_in(files)
+        prompts = _prompts_in(files)
         with suppress(Exception):  # of files that are missing, or that somebody has changed
             # Other modules, such as SPLADE's, do not make one vector of the states.
             modules = json.loads(files[MODULES])
             path = next(module["path"] for module in modules if module["type"].endswith(".Pooling"))
             config = json.loads(files[f"{path}/config.json"])
-            return cls(_modes_in(config), prompt, config.get("include_prompt", True))
-        return cls(prompt=prompt)
+            return cls(_modes_in(config), config.get("include_prompt", True), *prompts)
+        return cls(("mean",), True, *prompts)
 
     def vectors(self, states: Tensor, mask: Tensor | None = None, prompt_tokens: int = 0) -> Tensor:
         """Return vectors of shape `(texts, channels)` of states of shape `(texts, tokens, channels)`.
@@ -141,12 +163,13 @@ class Pooling(NamedTuple):
             mask = mask & (mask.cumsum(1) > prompt_tokens)
         return torch.cat([POOLING.get(mode, _mean)(states, mask) for mode in self.modes], 1)
 
-    def prompt_tokens(self, tokenizer: PreTrainedTokenizerBase | None) -> int:
-        """Return the number of tokens of the prompt, with the special tokens before it."""
-        if tokenizer is None or not self.prompt:
-            return 0
-        ids = tokenizer(self.prompt)["input_ids"]
-        return len(ids) - (ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id))
+
+def prompt_tokens(prompt: str, tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """Return the number of tokens of a prompt, with the special tokens before it."""
+    if tokenizer is None or not prompt:
+        return 0
+    ids = tokenizer(prompt)["input_ids"]
+    return len(ids) - (ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id))
 
 
 def _modes_in(config: Mapping[str, Any]) -> list[str]:
@@ -161,17 +184,23 @@ def _modes_in(config: Mapping[str, Any]) -> list[str]:
     return list(modes)
 
 
-def _prompt_in(files: Mapping[str, str]) -> str:
-    """Return the prompt for texts: the default prompt, or else the prompt for documents."""
+def _prompts_in(files: Mapping[str, str]) -> tuple[str, str, str]:
+    """Return the prompts for texts, for queries and for passages.
+
+    The prompt for texts is the default prompt, or else the prompt for passages. The other two are the prompts of their
+    names, or else the default prompt.
+    """
+    prompts: Mapping[str | None, str] = {}
+    default = None
     with suppress(Exception):  # of a file that is missing, or that somebody has changed
         config = json.loads(files[PROMPTS])
         prompts = config["prompts"]
-        names = [config.get("default_prompt_name")]
-        names += DOCUMENT_PROMPTS
-        for name in names:
-            if name in prompts:
-                return str(prompts[name])
-    return ""
+        default = config.get("default_prompt_name")
+
+    def first(*names: str | None) -> str:
+        return next((str(prompts[name]) for name in names if name in prompts), "")
+
+    return first(default, *DOCUMENT_PROMPTS), first(*QUERY_PROMPTS, default), first(*DOCUMENT_PROMPTS, default)
 
 
 class Embeddings:
@@ -184,7 +213,7 @@ class Embeddings:
         texts: The texts by domain.
         tokenizer: Its tokenizer; None for inputs that are not text.
         languages: Whether the texts in 30 languages are compared.
-        pairs: The domains whose second half translates the first half.
+        pairs: The domains of pairs, whose second half has the translations or the passages of the first half.
     """
 
     def __init__(
@@ -208,8 +237,15 @@ class Embeddings:
             for code, text in language_texts().items():
                 self.spoken[code] = Texts.one_each(sentences([text]).texts)
 
+        # The passages of all domains are candidates of each query. Equal passages are one candidate.
+        self.passages: dict[str, int] = {}
+        for domain_texts in self.texts.values():
+            for _, passage in domain_texts.pairs:
+                self.passages.setdefault(passage, len(self.passages))
+
         self.pooling = Pooling.of(model)
         self.original = self._vectors(model)
+        self.original_ranks = self._ranks(model)
         self.gaps = self._gaps(model)
         self.original_losses = self.losses(model)
 
@@ -219,7 +255,7 @@ class Embeddings:
             return {}
 
         gaps: dict[str, Gaps] = {}
-        for name, (texts, _) in self.texts.items():
+        for name, (texts, *_) in self.texts.items():
             if isinstance(texts, Tensor):
                 continue
 
@@ -242,6 +278,7 @@ class Embeddings:
         vectors, spoken = self._vectors(model)
         original_vectors, original_spoken = self.original
 
+        ranks = self._ranks(model)
         by_domain = {}
         for name, texts in self.texts.items():
             further = _vectors_of_other_domains(vectors, name)
@@ -250,8 +287,8 @@ class Embeddings:
                 vectors[name], original_vectors[name], further, original_further, texts.documents
             )
             by_domain[name] = result
-            if name in self.pairs:
-                result.retrieval = retrieval_figure(vectors[name], original_vectors[name])
+            if name in ranks:
+                result.retrieval = retrieval_figure(ranks[name], self.original_ranks[name])
 
         by_language = {}
         for code, original in original_spoken.items():
@@ -267,21 +304,37 @@ class Embeddings:
 
     def _vectors(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the vectors of a model by domain and by language, shape `(texts, channels)`."""
-        prompt_tokens = self.pooling.prompt_tokens(self.tokenizer)
-
         # All texts are embedded in one call, which groups rows of the same length.
-        rows: list[Tensor] = []
-        sizes: list[int] = []
-        for group in chain(self.texts.values(), self.spoken.values()):
-            rows_of_group = rows_of(group.texts, self.tokenizer, model, self.pooling.prompt)
-            rows += rows_of_group
-            sizes.append(len(rows_of_group))
-
-        vectors = embed(model, rows, self.pooling, prompt_tokens).split(sizes)
+        groups = [group.texts for group in chain(self.texts.values(), self.spoken.values())]
+        vectors = self._embed(model, groups, self.pooling.prompt)
         number = len(self.texts)
         by_domain = dict(zip(self.texts, vectors[:number], strict=True))
         by_language = dict(zip(self.spoken, vectors[number:], strict=True))
         return by_domain, by_language
+
+    def _ranks(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        """Return the reciprocal rank of each query's passage among all passages by domain, shape `(queries,)`."""
+        pairs = {name: texts.pairs for name, texts in self.texts.items() if len(texts.pairs) >= MIN_DOCUMENTS}
+        if not pairs:
+            return {}
+
+        (passages,) = self._embed(model, [list(self.passages)], self.pooling.passage_prompt)
+        queries_by_domain = [[query for query, _ in domain_pairs] for domain_pairs in pairs.values()]
+        queries = self._embed(model, queries_by_domain, self.pooling.query_prompt)
+
+        ranks = {}
+        for (name, domain_pairs), vectors in zip(pairs.items(), queries, strict=True):
+            own = torch.tensor([self.passages[passage] for _, passage in domain_pairs])
+            ranks[name] = reciprocal_ranks(vectors, passages, own)
+        return ranks
+
+    def _embed(
+        self, model: PreTrainedModel, groups: Sequence[Sequence[str] | Tensor], prompt: str
+    ) -> tuple[Tensor, ...]:
+        """Return the vectors of groups of texts, each of shape `(texts, channels)`."""
+        rows = [rows_of(texts, self.tokenizer, model, prompt) for texts in groups]
+        vectors = embed(model, list(chain(*rows)), self.pooling, prompt_tokens(prompt, self.tokenizer))
+        return vectors.split([len(rows_of_group) for rows_of_group in rows])
 
 
 def _vectors_of_other_domains(vectors: Mapping[str, Tensor], name: str) -> Tensor:
@@ -294,7 +347,7 @@ def _vectors_of_other_domains(vectors: Mapping[str, Tensor], name: str) -> Tenso
 def judged_texts(
     domains: Sequence[Domain], tokenizer: PreTrainedTokenizerBase | None, seed: int, earlier: Manifest | None = None
 ) -> tuple[dict[str, Texts], list[Entry]]:
-    """Return the sentences of domains for the evaluation of an encoder.
+    """Return the texts of domains for the evaluation of an encoder: sentences, and queries with passages.
 
     The held-out text of a domain has few documents, so unused documents of its source are read too.
 
@@ -305,7 +358,7 @@ def judged_texts(
         earlier: The text of the runs that produced the model, which is not used again.
 
     Returns:
-        The sentences by domain, and the entries of the manifest for the documents that were read.
+        The texts by domain, and the entries of the manifest for the documents that were read.
     """
     hashes_in_use: set[str] = set()
     if earlier is not None:
@@ -322,7 +375,7 @@ def judged_texts(
             empty = domain.heldout[:0]
             record = Domain(domain.name, 0.0, empty, empty, origin=domain.origin, heldout_documents=tuple(unused))
             entries.append(Entry.of(record, JUDGED))
-        texts[domain.name] = passages_of(domain.heldout, tokenizer, unused.values())
+        texts[domain.name] = texts_compared(domain.heldout, tokenizer, unused.values())
     return texts, entries
 
 
@@ -338,8 +391,8 @@ def _unused_documents(
     return dict(islice(unused.items(), 0, None, UNUSED_PER_TEXT))
 
 
-def passages_of(samples: Tensor, tokenizer: PreTrainedTokenizerBase | None, documents: Iterable[str] = ()) -> Texts:
-    """Return the sentences in samples of token ids and in further documents.
+def texts_compared(samples: Tensor, tokenizer: PreTrainedTokenizerBase | None, documents: Iterable[str] = ()) -> Texts:
+    """Return the sentences in samples of token ids and in further documents, and queries with their passages.
 
     Args:
         samples: Samples of shape `(samples, ...)`. If they are not text, they are returned unchanged.
@@ -349,12 +402,46 @@ def passages_of(samples: Tensor, tokenizer: PreTrainedTokenizerBase | None, docu
     if tokenizer is None or samples.is_floating_point():
         return Texts.one_each(samples)
 
-    passages = list(chain.from_iterable(Text.of(samples, tokenizer).strings))
-    passages += documents
-    texts = sentences(passages)
+    strings = list(chain.from_iterable(Text.of(samples, tokenizer).strings))
+    strings += documents
+    texts = sentences(strings)
     if not texts.texts:
         return Texts.one_each(samples)
-    return texts
+    return texts._replace(pairs=inverse_cloze(strings))
+
+
+def inverse_cloze(documents: Iterable[str]) -> list[tuple[str, str]]:
+    """Return the first sentence of up to `MOST_SENTENCES` documents, each with the next sentences as its passage.
+
+    It is the inverse cloze task of Lee et al., Latent Retrieval for Weakly Supervised Open Domain Question Answering,
+    ACL 2019, section 4.2: the sentence should find the text around it. A document with a single sentence is divided in
+    the middle. The order of the documents changes nothing.
+    """
+    pairs: dict[str, str] = {}
+    for text in sorted(set(documents), key=document_hash):
+        parts = list(dropwhile(_is_short, _parts(text)))
+        if len(parts) == 1:
+            parts = wrap(parts[0], len(parts[0]) // 2 + 1)
+        if not parts:
+            continue
+
+        query, *rest = parts
+        rest = [part for part in rest if query not in part]
+        passage = " ".join(rest[:PASSAGE_SENTENCES])
+        if query not in passage and not _is_short(query) and not _is_short(passage):
+            pairs[query] = passage
+    return list(islice(pairs.items(), MOST_SENTENCES))
+
+
+def _parts(text: str) -> Iterator[str]:
+    """Yield the sentences of a text. Longer sentences are divided into parts of up to 200 characters."""
+    for sentence in SENTENCE_BREAKS.split(text):
+        yield from wrap(sentence, SENTENCE_LENGTH)
+
+
+def _is_short(text: str) -> bool:
+    """Return whether a text is too short for a vector that can be compared."""
+    return len(text.encode()) < MIN_SENTENCE
 
 
 def sentences(documents: Sequence[str]) -> Texts:
@@ -365,12 +452,7 @@ def sentences(documents: Sequence[str]) -> Texts:
     unique: set[str] = set()
     by_document: list[list[tuple[int, str]]] = []
     for number, text in enumerate(documents):
-        parts: dict[str, None] = {}
-        for sentence in SENTENCE_BREAKS.split(text):
-            for part in wrap(sentence, SENTENCE_LENGTH):
-                if len(part.encode()) >= 20 and part not in unique:
-                    parts[part] = None
-
+        parts = dict.fromkeys(part for part in _parts(text) if not _is_short(part) and part not in unique)
         unique.update(parts)
         shuffled = Random(number).sample(list(parts), len(parts))
         by_document.append([(number, part) for part in shuffled])
@@ -540,34 +622,34 @@ def kept_margin(cosines: Tensor, original_cosines: Tensor, documents: Tensor) ->
     return margin_of_error(torch.tensor(shares) * (len(shares) - 1))
 
 
-def retrieval_figure(vectors: Tensor, original: Tensor) -> Figure:
-    """Return the share of texts and translations that find each other, with the margin of the pruned model.
+def retrieval_figure(ranks: Tensor, original: Tensor) -> Figure:
+    """Return the mean reciprocal ranks of the original and the pruned model, with the margin of their ratio.
 
     Args:
-        vectors: The vectors of the texts and then of their translations, shape `(2 * pairs, channels)`.
-        original: The vectors of the original model in the same order.
+        ranks: The reciprocal ranks of the pruned model, shape `(queries,)`. Each query has a document of its own.
+        original: The reciprocal ranks of the original model, of the same shape.
     """
-    texts, translations = vectors.chunk(2)
-    shares = retrieved(texts, translations)
-    original_texts, original_translations = original.chunk(2)
-    original_shares = retrieved(original_texts, original_translations)
-
-    values = {ORIGINAL: float(original_shares.mean()), PRUNED: float(shares.mean())}
-    return Figure.of(values, margin_of_share(shares))
+    ratio = ranks.mean() / original.mean()
+    # The error of a ratio of means, to first order.
+    margin = margin_of_error((ranks - ratio * original) / original.mean())
+    values = {ORIGINAL: float(original.mean()), PRUNED: float(ranks.mean())}
+    return Figure.of(values, max(margin, MIN_RELATIVE_MARGIN / len(ranks)))
 
 
-def retrieved(texts: Tensor, translations: Tensor) -> Tensor:
-    """Return for each pair whether its members are nearest to each other: 1, 0.5 for one direction, or 0.
+def reciprocal_ranks(queries: Tensor, passages: Tensor, own: Tensor) -> Tensor:
+    """Return 1 / rank of the passage that each query should find, by cosine among all passages.
+
+    Passages with the same cosine, or with one that is not a number, count as nearer.
 
     Args:
-        texts: Vectors of shape `(pairs, channels)`.
-        translations: Vectors of their translations, of the same shape.
+        queries: Vectors of shape `(queries, channels)`.
+        passages: Vectors of shape `(passages, channels)`.
+        own: The number of the passage of each query, shape `(queries,)`.
 
     Returns:
-        A tensor of shape `(pairs,)`.
+        A tensor of shape `(queries,)`, fp64.
     """
-    cosines = normalize(texts) @ normalize(translations).T
-    own = torch.arange(len(texts))
-    finds_translation = (cosines.argmax(1) == own).double()
-    finds_text = (cosines.argmax(0) == own).double()
-    return (finds_translation + finds_text) / 2
+    cosines = normalize(queries.double()) @ normalize(passages.double()).T
+    is_farther = cosines < cosines.gather(1, own[:, None]) - SAME_COSINE
+    # The own passage is no farther than itself.
+    return 1 / (len(passages) - is_farther.sum(1)).double()

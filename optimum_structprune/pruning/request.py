@@ -31,7 +31,7 @@ from ..saving import file_size
 from ..saving.gguf_types import BLOCKS, K_QUANTS
 from ..system.errors import StructPruneError, capitalized, one_line, warn
 from ..widths.allocation import widths_of
-from ..widths.budget import Budget, budget_of
+from ..widths.budget import Budget, UnreachableBudgetError, budget_of
 
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ ROWS_OF_TEXTS = {
     "cosine_p5": "cosine, 5th percentile",
     "cosine_worst": "cosine, lowest",
     "neighbours": "neighbours kept",
-    "retrieval": "translations found",
+    "retrieval": "retrieval (mean reciprocal rank)",
 }
 
 

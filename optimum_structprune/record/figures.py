@@ -113,7 +113,8 @@ class TextResult:
         cosine_worst: The lowest cosine.
         neighbours: For encoders, the share of the 10 nearest neighbours that the model has in common with the original
             model; None for too few texts.
-        retrieval: For encoders, the share of translations that are found; None where texts do not come in pairs.
+        retrieval: For encoders, the mean reciprocal rank of the passage that each query should find: of the rest of
+            its document, or of its partner in a file of pairs. None for too few documents.
         texts: The number of vectors; None where vectors were not compared.
         tokens: The number of tokens that perplexity was measured on; None where it was not measured.
         documents: The number of documents of these tokens.

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from ..system.margins import MANY_DOCUMENTS
-from .figures import Figure
+from .figures import ORIGINAL, Figure
 
 
 UNKNOWN = "–"
@@ -82,18 +82,20 @@ def margin_digits(margin: float) -> int:
 
 
 def value_text(figure: Figure | None) -> str:
-    """Format the last value of a figure, with its interval if that does not belong to the ratio: `0.95 ± 0.02`."""
+    """Format the ratio to the original, or else the last value of a figure, with its interval: `0.95 ± 0.02`."""
     if figure is None or figure.last is None:
         return UNKNOWN
-    return with_margin(figure.last, figure.margin if figure.ratio is None else None)
+    if figure.ratio is not None:
+        return ratio_text(figure)
+    return with_margin(figure.last, figure.margin)
 
 
 def vector_text(figure: Figure | None) -> str:
-    """Format all values of a figure of vectors, with the interval of the last one: `0.931 → 0.95 ± 0.02`."""
-    if figure is None or figure.last is None:
+    """Format a figure of the pruned and the recovered model, with the last interval: `0.931 → 0.95 ± 0.02`."""
+    if figure is None:
         return UNKNOWN
-    *earlier, last = figure.values.values()
-    return " → ".join([*(f"{value:.3f}" for value in earlier), with_margin(last, figure.margin)])
+    figures = [figure.of_model(model) for model in figure.values if model != ORIGINAL]
+    return " → ".join(map(value_text, figures)) or UNKNOWN
 
 
 def ratio_text(figure: Figure, documents: int | None = None) -> str:

@@ -222,10 +222,7 @@ class View:
 
     def _vector_table(self) -> list[list[str]]:
         """Return the similarity of an encoder's vectors to the original vectors, by domain."""
-        has_pairs = any(domain.retrieval is not None for domain in self.table.domains.values())
-        head = ["Vectors compared with the original", "cosine", "neighbours kept"]
-        if has_pairs:
-            head.append("found")
+        head = ["Vectors compared with the original", "retrieval", "neighbours kept", "cosine"]
         if self.table.has_perplexity:
             head.append("missing text")
 
@@ -233,9 +230,7 @@ class View:
         for name, domain in self.table.domains.items():
             if domain.texts is None:
                 continue
-            row = [name, vector_text(domain.cosine), vector_text(domain.neighbours)]
-            if has_pairs:
-                row.append(vector_text(domain.retrieval))
+            row = [name, vector_text(domain.retrieval), vector_text(domain.neighbours), vector_text(domain.cosine)]
             if self.table.has_perplexity:
                 row.append(ratio_text(domain.perplexity or Figure()))
             rows.append(row)
@@ -247,7 +242,7 @@ class View:
         notes = []
         figures = ratios_of(self.table.domains)
         if self.table.has_vectors:
-            notes.append(f"Neighbours kept: share of the 10 nearest texts. {INTERVAL}.")
+            notes.append(f"Retrieval: relative to the original. Neighbours kept: of the 10 nearest texts. {INTERVAL}.")
             if self.table.has_perplexity:
                 notes.append(MISSING_TEXT)
         elif figures:

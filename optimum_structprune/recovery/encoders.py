@@ -22,7 +22,7 @@ from ..distillation.heads import attach_to_head
 from ..domains.manifest import Entry, Manifest
 from ..domains.templates import read_pairs
 from ..measure.text import Text
-from ..measure.vectors import MOST_TOKENS, SENTENCE_BREAKS, Embeddings, Pooling, Texts, judged_texts, passages_of
+from ..measure.vectors import MOST_TOKENS, SENTENCE_BREAKS, Embeddings, Pooling, Texts, judged_texts, texts_compared
 from ..record.figures import PRUNED, RECOVERED, Figure, TextResult
 from ..record.report import RecoveryReport
 from ..system.errors import StructPruneError
@@ -125,7 +125,7 @@ class Passages:
 
         num_samples = max(2, measured_tokens(config.tokens, MAX_VALIDATION_TOKENS) // seq_length)
         samples, names = validation_text(config, text, tokenizer, used, num_samples)
-        validation = passages_of(samples, tokenizer).texts
+        validation = texts_compared(samples, tokenizer).texts
         if isinstance(validation, Tensor):
             raise StructPruneError(
                 f"The validation text has no sentence of 20 bytes in samples of {seq_length} tokens. Choose longer "
@@ -152,7 +152,7 @@ class Passages:
             measured = [texts[number] for number in numbers[:count]]
             measured += [texts[half + number] for number in numbers[:count]]
             if count:
-                self.measured[name] = Texts.one_each(measured)
+                self.measured[name] = Texts.of_pairs(measured)
                 self.pairs.append(name)
 
             for number in numbers[count:]:

@@ -57,13 +57,3 @@ def _student_t(freedom: int, quantile: float) -> float:
     z = NormalDist().inv_cdf(quantile)
     expansion = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
     return max(STUDENT_T.get(freedom, expansion), expansion)
-
-
-def margin_of_share(values: Tensor) -> float:
-    """Return the margin of error of a share.
-
-    If all values are the same, it is the largest share s that a sample of n values misses with a probability of 5 %,
-    (1 - s)^n = 0.05.
-    """
-    unseen_share = 1 - 0.05 ** (1 / len(values))
-    return max(margin_of_error(values), unseen_share)

@@ -20,11 +20,15 @@ from optimum_structprune.measure.vectors import (
     NUM_NEIGHBOURS,
     Embeddings,
     Pooling,
+    Texts,
     embed,
     embedding_figures,
+    inverse_cloze,
     kept_share,
     nearness,
-    retrieved,
+    prompt_tokens,
+    reciprocal_ranks,
+    retrieval_figure,
     sentences,
 )
 
@@ -52,6 +56,8 @@ def test_removed_tokens_are_reported_as_a_loss(trimmed, tmp_path):
         assert 0 < result.cosine.pruned < 0.9999
         assert result.cosine_worst.pruned <= result.cosine_p5.pruned <= result.cosine.pruned
         assert 0 < result.neighbours.pruned < 1
+        assert 0 < result.retrieval.pruned <= 1
+        assert result.retrieval.margin > 0
 
     cosines = [language.cosine.pruned for language in pruner.result.report.languages.values()]
     assert len(cosines) == 30
@@ -114,7 +120,7 @@ def test_a_wanted_language_is_measured_without_vocabulary_trimming():
 
 @given(st.lists(st.text("ab .!?\n。é", max_size=600), max_size=5))
 def test_sentences_are_parts_of_the_text_without_repetitions(texts):
-    parts, numbers = sentences(texts)
+    parts, numbers, _ = sentences(texts)
     assert len(parts) == len(set(parts))
     assert len(parts) == len(numbers)
     assert len(parts) <= MOST_SENTENCES
@@ -197,12 +203,12 @@ def test_vectors_are_computed_after_the_prompt_of_the_model(default, expected, t
 
     model = AutoModelForMaskedLM.from_pretrained(tmp_path)
     pooling = Pooling.of(model)
-    assert pooling == (["mean"], expected, False)
+    assert pooling[:3] == (["mean"], False, expected)
 
     reader = tokenizer()
     texts = documents(3)
     embeddings = Embeddings(model, {"a": texts}, reader, languages=False)
-    start = pooling.prompt_tokens(reader)
+    start = prompt_tokens(pooling.prompt, reader)
     prompt = reader.decode(reader(expected)["input_ids"][:start]).strip()
     for text, vector in zip(texts, embeddings.original[0]["a"], strict=True):
         ids = reader(expected + text, return_tensors="pt")["input_ids"]
@@ -210,6 +216,39 @@ def test_vectors_are_computed_after_the_prompt_of_the_model(default, expected, t
         assert reader.decode(ids[0, :start]).strip() == prompt
         states = model.base_model(ids)[0][0, start:]
         torch.testing.assert_close(vector, states.mean(0))
+
+
+def with_prompts(folder, prompts, default):
+    """Return a random encoder whose folder has these prompts."""
+    build("bert").save_pretrained(folder)
+    put_into(folder, {"modules.json": '[{"path": "", "type": "a.Transformer"}]'})
+    put_into(folder, {PROMPTS: json.dumps({"prompts": prompts, "default_prompt_name": default})})
+    return AutoModelForMaskedLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(("prompts", "default", "expected"), [
+    ({"query": "find: ", "document": "text of: "}, None, ("find: ", "text of: ")),
+    ({"query": "find: ", "passage": "text of: "}, "query", ("find: ", "text of: ")),
+    ({"query": "find: "}, "query", ("find: ", "find: ")),
+    ({"other": "a: "}, "other", ("a: ", "a: ")),
+    ({"other": "a: "}, None, ("", "")),
+], ids=str)  # fmt: skip
+def test_queries_and_passages_have_the_prompts_of_their_kinds(prompts, default, expected, tmp_path):
+    pooling = Pooling.of(with_prompts(tmp_path, prompts, default))
+    assert (pooling.query_prompt, pooling.passage_prompt) == expected
+
+
+def test_queries_are_read_after_the_prompt_for_queries(tmp_path):
+    """With the prompts inside the texts, a model without prompts finds the same passages."""
+    pairs = inverse_cloze(DOCUMENTS)
+    model = with_prompts(tmp_path, {"query": "find: ", "document": "text of: "}, None)
+    prompted = [("find: " + query, "text of: " + passage) for query, passage in pairs]
+    figures = []
+    for encoder, own_pairs in ((model, pairs), (build("bert"), prompted), (build("bert"), pairs)):
+        embeddings = Embeddings(encoder, {"a": Texts(DOCUMENTS, range(40), own_pairs)}, tokenizer(), languages=False)
+        figures.append(embeddings.figures(encoder)[0]["a"].retrieval.pruned)
+    assert figures[0] == figures[1]
+    assert figures[0] != figures[2]
 
 
 def test_a_model_without_a_prompt_has_an_empty_one():
@@ -319,7 +358,97 @@ def test_the_margin_of_a_run_covers_text_of_many_documents():
             assert covered >= 85, (num_documents, name)
 
 
-def test_retrieval_counts_both_directions_of_a_pair():
-    vectors = random_vectors(6)
-    assert retrieved(vectors, 2 * vectors).tolist() == [1] * 6
-    assert retrieved(vectors, vectors[[1, 0, 2, 3, 4, 5]]).tolist() == [0, 0, 1, 1, 1, 1]
+LONG_DOCUMENTS = [text for text in documents(300, seed=5) if len(text) > 120]
+DOCUMENTS = [f"{text[:60]}. {text[60:200]}." for text in LONG_DOCUMENTS[:40]]
+
+
+def retrieval(documents, model, compared):
+    """Return the retrieval of a model compared with another one on documents."""
+    texts = {"a": Texts(documents, range(len(documents)), inverse_cloze(documents))}
+    embeddings = Embeddings(compared, texts, tokenizer(), languages=False)
+    return embeddings.figures(model)[0]["a"].retrieval
+
+
+def test_the_same_model_finds_exactly_what_the_original_finds():
+    figure = retrieval(DOCUMENTS, build("bert"), build("bert"))
+    assert figure.ratio == 1
+    assert 0 < figure.margin < 0.01
+
+
+def test_the_order_of_documents_changes_no_retrieval():
+    expected = retrieval(DOCUMENTS, build("bert", 1), build("bert"))
+    shuffled = retrieval(DOCUMENTS[::-1] + DOCUMENTS[:5], build("bert", 1), build("bert"))
+    assert shuffled == expected
+
+
+def test_few_documents_have_no_retrieval():
+    assert retrieval(DOCUMENTS[:4], build("bert"), build("bert")) is None
+    assert retrieval(DOCUMENTS[:5], build("bert"), build("bert")) is not None
+
+
+def test_the_passages_of_all_domains_are_candidates():
+    halves = {"a": DOCUMENTS[:20], "b": DOCUMENTS[20:]}
+    texts = {name: Texts(part, range(20), inverse_cloze(part)) for name, part in halves.items()}
+    together = Embeddings(build("bert"), texts, tokenizer(), languages=False).figures(build("bert"))[0]
+    for name, part in halves.items():
+        assert together[name].retrieval.original <= retrieval(part, build("bert"), build("bert")).original
+    assert together["a"].retrieval.original < retrieval(halves["a"], build("bert"), build("bert")).original
+
+
+def test_random_vectors_are_found_by_chance():
+    number = 400
+    ranks = reciprocal_ranks(random_vectors(number), random_vectors(number, seed=1), torch.arange(number))
+    by_chance = sum(1 / rank for rank in range(1, number + 1)) / number
+    assert float(ranks.mean()) == pytest.approx(by_chance, rel=0.5)
+
+
+def test_the_rank_is_the_number_of_passages_that_are_at_least_as_near():
+    passages = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+    queries = torch.tensor([[5.0, 1.0], [1.0, 0.0], [0.0, 3.0]])
+    assert reciprocal_ranks(queries, passages, torch.tensor([0, 1, 2])).tolist() == [1, 1 / 3, 1 / 2]
+
+
+@pytest.mark.parametrize("value", [1.0, torch.nan])
+def test_a_model_with_one_vector_for_all_texts_finds_nothing(value):
+    vectors = torch.full((50, 8), value)
+    assert reciprocal_ranks(vectors, vectors, torch.arange(50)).tolist() == [1 / 50] * 50
+
+
+def retrieval_of_random_ranks(documents, generator):
+    """Return the retrieval of a model that loses a tenth of its reciprocal ranks on average."""
+    original = 1 / torch.randint(1, 6, (documents,), generator=generator).double()
+    return retrieval_figure(original * (0.8 + 0.2 * torch.rand(documents, generator=generator)), original)
+
+
+def test_the_margin_shrinks_with_documents_and_covers_the_loss():
+    generator = torch.Generator().manual_seed(0)
+    margins = []
+    for number in (8, 32, 128, 512):
+        figures = [retrieval_of_random_ranks(number, generator) for _ in range(200)]
+        margins.append(sum(figure.margin for figure in figures) / len(figures))
+        assert sum(abs(figure.ratio - 0.9) <= figure.margin for figure in figures) >= 170
+    assert margins == sorted(margins, reverse=True)
+    assert margins[-1] < margins[0] / 4
+
+
+@given(st.lists(st.text("abcdefgh .!?\n。é", max_size=600), max_size=9))
+def test_a_query_is_not_a_part_of_its_passage(texts):
+    pairs = inverse_cloze(texts)
+    queries = [query for query, _ in pairs]
+    assert len(set(queries)) == len(queries) <= min(len(texts), MOST_SENTENCES)
+
+    text_without_spaces = ["".join(text.split()) for text in texts]
+    for query, passage in pairs:
+        assert query not in passage
+        assert min(len(query.encode()), len(passage.encode())) >= 20
+        assert any("".join(query.split()) in text for text in text_without_spaces)
+
+
+@pytest.mark.parametrize(("document", "query", "passage"), [
+    ("The mill is at the edge of the town. It is old. It has a wheel.", "The mill is at the edge of the town.",
+     "It is old. It has a wheel."),
+    ("1.\nThe mill of the town\nIt was built in 1720.", "The mill of the town", "It was built in 1720."),
+    ("the mill at the edge of the town has a wheel of oak", "the mill at the edge of", "the town has a wheel of oak"),
+])  # fmt: skip
+def test_the_first_sentence_of_a_document_finds_the_rest(document, query, passage):
+    assert inverse_cloze([document]) == [(query, passage)]

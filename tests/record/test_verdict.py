@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optimum_structprune.record.figures import PRUNED, Figure, LanguageResult, Reading
-from optimum_structprune.record.verdict import LIMITS, NEIGHBOUR_LIMITS, Level, judge
+from optimum_structprune.record.verdict import LIMITS, VECTOR_LIMITS, Level, judge
 
 
 RATIOS = st.lists(st.floats(0.9, 3), min_size=1, max_size=4)
@@ -76,27 +76,39 @@ def test_the_figure_of_a_single_domain_is_named_once():
 
 @pytest.mark.parametrize(("shares", "expected"), [
     ((0.985, 0.991), Level.READY),  # multilingual-e5-small, 60% smaller; the text has no removed token
-    ((0.916, 0.928), Level.TEST_FIRST),  # the same model, which chose the tokens itself
-    ((0.910, 0.933, 0.982), Level.TEST_FIRST),  # MiniLM, a tenth smaller
-    ((0.72, 0.71, 0.815), Level.RECOVER),  # multilingual-e5-small, 77% smaller: it loses 8% of its translations
+    ((0.916, 0.928), Level.READY),  # the same model, which chose the tokens itself
+    ((0.910, 0.933, 0.982), Level.READY),  # MiniLM, a tenth smaller
+    ((0.72, 0.71, 0.815), Level.TEST_FIRST),  # multilingual-e5-small, 77% smaller: it loses 8% of its translations
     ((0.746, 0.756), Level.TEST_FIRST),  # an eighth of the FFN; it loses 2% of its translations
-    ((0.60, 0.46, 0.64), Level.UNUSABLE),  # MiniLM, half of the FFN
-    ((0.99, 0.4), Level.UNUSABLE),
+    ((0.60, 0.46, 0.64), Level.RECOVER),  # MiniLM, half of the FFN: it loses 5% of its labelled retrieval
+    ((0.99, 0.3), Level.UNUSABLE),
 ])  # fmt: skip
 def test_known_encoders_have_the_expected_level(shares, expected):
-    assert judge(results.encoder(*shares)).level == expected
+    for retrieval in (None, 1.0):
+        assert judge(results.encoder(*shares, retrieval=retrieval)).level == expected
 
     # The lower ends of the intervals decide.
     upper_shares = [share + 0.05 for share in shares]
     assert judge(results.encoder(*upper_shares, margin=0.05)).level == expected
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=4), st.floats(0, 1))
-def test_fewer_neighbours_make_no_verdict_better(shares, factor):
-    original_level = judge(results.encoder(*shares)).level
+@pytest.mark.parametrize(("retrieval", "expected"), [
+    (1.02, Level.READY), (0.95, Level.TEST_FIRST), (0.9, Level.RECOVER), (0.7, Level.UNUSABLE),
+])  # fmt: skip
+def test_a_lost_retrieval_counts_even_if_all_neighbours_are_kept(retrieval, expected):
+    verdict = judge(results.encoder(1.0, 1.0, retrieval=retrieval))
+    assert verdict.level == expected
+    if expected is not Level.READY:
+        share = f"{retrieval:.0%}"
+        assert verdict.reasons == [f"at least {share} of the original's retrieval", f"{share} on domain 0"]
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=4), st.floats(0.1, 1), st.floats(0, 1), st.floats(0.1, 1))
+def test_a_worse_encoder_has_no_better_verdict(shares, retrieval, factor, other_factor):
+    original_level = judge(results.encoder(*shares, retrieval=retrieval)).level
     lower_shares = [share * factor for share in shares]
 
-    assert judge(results.encoder(*lower_shares)).level >= original_level
+    assert judge(results.encoder(*lower_shares, retrieval=retrieval * other_factor)).level >= original_level
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=4))
@@ -115,8 +127,9 @@ def test_the_documentation_states_the_limits():
         answers = f"{limits.right:.0%} | {limits.agreement} | {limits.new_loops * 32:g} of 32"
         assert f"| {losses} | {answers} |" in page
 
-    for mean, worst in NEIGHBOUR_LIMITS.values():
-        assert f"| {mean:.0%} | {worst:.0%} |" in page
+    for vector_limits in VECTOR_LIMITS.values():
+        cells = [f"{limit:.0%}" for limits in vector_limits.values() for limit in limits]
+        assert f"| {' | '.join(cells)} |" in page
 
 
 def test_few_questions_promise_less_than_many():
