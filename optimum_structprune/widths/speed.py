@@ -19,15 +19,17 @@ from torch import Tensor, nn
 from torch.utils.benchmark import timer as wall_time
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..arch.devices import default_device
 from ..arch.generation import cache_name, read_prompt
 from ..arch.inference import input_device, last_states
 from ..arch.meta import positions_of, predicts_next, reads_text, skeleton
 from ..arch.shrink import legal_sizes, shrunk_config
 from ..arch.spec import LAYER, ArchSpec, Widths
-from ..config.pruning import StructPruneConfig
+from ..config.pruning import CAUSAL_USES, ENCODER_USES, SPEED, StructPruneConfig
 from ..system.errors import StructPruneError
 from ..system.margins import interval_of_median
 from ..system.stages import say
+from .budget import FIGURES, Figure, Shapes
 from .legal import choices
 
 
@@ -52,6 +54,10 @@ MAX_MISS = 0.005
 MAX_SURPLUS = 0.04
 
 
+# The times of the models of this process, by class, dtype, device, use and config.
+_TIMES: dict[str, ShapeTimes] = {}
+
+
 class Use(NamedTuple):
     """A use of a model.
 
@@ -66,9 +72,12 @@ class Use(NamedTuple):
     decodes: bool = False
 
 
-# The uses of encoders and of causal language models by their names. The first one is the default.
-ENCODER_USES = {"encode": Use(32, 128), "query": Use(1, 32)}
-CAUSAL_USES = {"decode": Use(1, 128, decodes=True), "prompt": Use(1, 128)}
+USES = {
+    "encode": Use(32, 128),
+    "query": Use(1, 32),
+    "decode": Use(1, 128, decodes=True),
+    "prompt": Use(1, 128),
+}
 
 
 class SpeedUp(NamedTuple):
@@ -159,8 +168,8 @@ def random_model(model: PreTrainedModel, config: PretrainedConfig, device: torch
             setattr(module, name, nn.Parameter(weights.reshape(parameter.shape), requires_grad=False))
 
     new_model.tie_weights()
-    moved: Any = new_model.to(device)
-    return moved.eval()
+    new_model.to(device)  # type: ignore[arg-type]
+    return new_model.eval()
 
 
 @torch.inference_mode()
@@ -238,8 +247,8 @@ class ShapeTimes:
         device: torch.device,
         measure: Callable[..., SpeedUp] | None = None,
     ):
-        check_runs_text(model, "The model")
-        self.use_name, self.use = use_of(config, model)
+        self.use_name = use_of(config, model)
+        self.use = USES[self.use_name]
         self.device = device
         self._config = config
         self._arch = arch
@@ -261,6 +270,7 @@ class ShapeTimes:
 
     def measured(self, widths: Widths) -> SpeedUp:
         """Return the measured speed-up of a shape. A shape is measured once."""
+        widths = {name: width for name, width in widths.items() if self._removed_share(name, widths)}
         key = repr(sorted(widths.items()))
         if key not in self._measured:
             config = self._model.config
@@ -322,16 +332,36 @@ def _text(width: Any) -> str:
     return f"{sum(width.values()) / len(width):,.0f} on average"
 
 
-def use_of(config: StructPruneConfig, model: PreTrainedModel) -> tuple[str, Use]:
-    """Return the name of the use that a config measures, and the use.
+def use_of(config: StructPruneConfig, model: PreTrainedModel) -> str:
+    """Return the name of the use whose speed a config limits.
 
     Raises:
-        StructPruneError: If the model is not used in this way.
+        StructPruneError: If the model is not used in this way, or its speed cannot be measured.
     """
+    check_runs_text(model, "The model")
     uses = CAUSAL_USES if predicts_next(model) else ENCODER_USES
-    name = config.speed_use or next(iter(uses))
+    name = config.speed_use or uses[0]
     if name not in uses:
         raise StructPruneError(
             f"speed_use={name!r} does not fit a {type(model).__name__}. Choose {' or '.join(map(repr, uses))}."
         )
-    return name, uses[name]
+    return name
+
+
+def shape_times(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel) -> ShapeTimes:
+    """Return the times of the shapes of a model, which are measured once in a process."""
+    device = model.device
+    if device.type == "meta":
+        device = default_device()
+    settings = (config.round_to, config.tensor_parallel, use_of(config, model))
+    key = repr((type(model), model.dtype, device, settings, model.config.to_json_string(use_diff=False)))
+    if key not in _TIMES:
+        _TIMES[key] = ShapeTimes(config, arch, model, device)
+    return _TIMES[key]
+
+
+@FIGURES.register(SPEED)
+def _speed(shapes: Shapes) -> Figure:
+    """Return the predicted time relative to the original model, whose text is the speed-up."""
+    times = shape_times(shapes.config, shapes.arch, shapes.model)
+    return Figure(times.predicted, lambda time: f"{1 / time:.2f}×", times.correct)
