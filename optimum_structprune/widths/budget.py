@@ -340,8 +340,7 @@ def _refuse_limit(
     if name == SPEED:
         size = f"is {remaining} as fast. Ask for that"
     raise UnreachableBudgetError(
-        f"{label} cannot be met: with the smallest widths of {', '.join(names)} the model {size}"
-        f"{suggestion}.",
+        f"{label} cannot be met: with the smallest widths of {', '.join(names)} the model {size}{suggestion}.",
         advice,
     )
 

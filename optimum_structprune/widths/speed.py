@@ -15,7 +15,7 @@ from timeit import Timer
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.benchmark import timer as wall_time
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -23,6 +23,7 @@ from ..arch.devices import default_device
 from ..arch.generation import cache_name, read_prompt
 from ..arch.inference import input_device, last_states
 from ..arch.meta import positions_of, predicts_next, reads_text, skeleton
+from ..arch.modules import set_zeros_
 from ..arch.shrink import legal_sizes, shrunk_config
 from ..arch.spec import LAYER, ArchSpec, Widths
 from ..config.pruning import CAUSAL_USES, ENCODER_USES, SPEED, StructPruneConfig
@@ -160,14 +161,13 @@ def random_model(model: PreTrainedModel, config: PretrainedConfig, device: torch
     new_model = skeleton(model, config, buffers=True)
     values = SPREAD * torch.randn(NUM_VALUES, generator=torch.Generator().manual_seed(0)).to(model.dtype)
 
-    for module in new_model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            # Drawing every weight would take longer than the measurement.
-            count = parameter.numel()
-            weights = values.expand(ceil(count / NUM_VALUES), NUM_VALUES).flatten()[:count].clone()
-            setattr(module, name, nn.Parameter(weights.reshape(parameter.shape), requires_grad=False))
-
+    set_zeros_(new_model)
     new_model.tie_weights()
+    for parameter in new_model.parameters():
+        # Drawing every weight would take longer than the measurement.
+        count = parameter.numel()
+        weights = values.expand(ceil(count / NUM_VALUES), NUM_VALUES).flatten()[:count].clone()
+        parameter.data = weights.reshape(parameter.shape)
     new_model.to(device)  # type: ignore[arg-type]
     return new_model.eval()
 
