@@ -38,10 +38,12 @@ from .legal import choices
 CLOCKS: dict[str, Callable[[], float]] = {"wall": wall_time, "cpu": process_time}
 # The shortest duration of a timed run, in seconds.
 MIN_SECONDS = 0.1
-# The number of pairs of runs, and the largest number while the error is above `MAX_ERROR`.
+# The number of pairs of runs. While the error is not below `MAX_ERROR`, there are up to `MOST_PAIRS`, and further ones
+# as long as all runs took less than `MOST_SECONDS`.
 PAIRS = 5
 MOST_PAIRS = 15
 MAX_ERROR = 0.03
+MOST_SECONDS = 10.0
 # The standard deviation of random weights, and the number of different values. Zeros would take less time.
 SPREAD = 0.02
 NUM_VALUES = 2**16
@@ -55,8 +57,8 @@ MAX_MISS = 0.005
 MAX_SURPLUS = 0.04
 
 
-# The times of the models of this process, by class, dtype, device, use and config.
-_TIMES: dict[str, ShapeTimes] = {}
+# The times of the models of this process, by class, dtype, device, use and shapes.
+TIMES: dict[str, ShapeTimes] = {}
 
 
 class Use(NamedTuple):
@@ -179,7 +181,7 @@ def measured_speed_up(
     """Measure the speed-up of a shape over the original shape.
 
     Both models have random weights. They take turns, so that other jobs of the machine slow down both of them: 5 pairs
-    of runs, and up to 15 as long as the half-width of the confidence interval is 3 % or more.
+    of runs, and up to 15 or 10 seconds of runs as long as the half-width of the confidence interval is 3 % or more.
 
     Args:
         model: A model of the class and the dtype.
@@ -204,13 +206,18 @@ def measured_speed_up(
 def speed_up(original: TimedRun, candidate: TimedRun) -> SpeedUp:
     """Return the speed-up of a step over the same step of the original model; see `measured_speed_up`."""
     ratios: list[float] = []
+    total = 0.0
     while True:
-        ratios.append(original.seconds() / candidate.seconds())
+        seconds = original.seconds()
+        candidate_seconds = candidate.seconds()
+        ratios.append(seconds / candidate_seconds)
+        total += seconds * original.steps + candidate_seconds * candidate.steps
         if len(ratios) < PAIRS:
             continue
 
         result = SpeedUp(median(ratios), *interval_of_median(ratios))
-        if len(ratios) >= MOST_PAIRS or result.high - result.low < 2 * MAX_ERROR * result.value:
+        is_exact = result.high - result.low < 2 * MAX_ERROR * result.value
+        if is_exact or (len(ratios) >= MOST_PAIRS and total >= MOST_SECONDS):
             return result
 
 
@@ -287,6 +294,8 @@ class ShapeTimes:
         Returns:
             Whether the predictions have changed.
         """
+        # Other spaces do not change the time, so fewer shapes are measured.
+        widths = {name: width for name, width in widths.items() if self._saving(name)}
         predicted = self.predicted(widths)
         time = 1 / self.measured(widths).value
         is_met = time <= limit * (1 + MAX_MISS)
@@ -354,10 +363,12 @@ def shape_times(config: StructPruneConfig, arch: ArchSpec, model: PreTrainedMode
     if device.type == "meta":
         device = default_device()
     settings = (config.round_to, config.tensor_parallel, use_of(config, model))
-    key = repr((type(model), model.dtype, device, settings, model.config.to_json_string(use_diff=False)))
-    if key not in _TIMES:
-        _TIMES[key] = ShapeTimes(config, arch, model, device)
-    return _TIMES[key]
+    # A loaded model has another config than a model that was built from the config alone.
+    weights = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+    key = repr((type(model), model.dtype, device, settings, weights))
+    if key not in TIMES:
+        TIMES[key] = ShapeTimes(config, arch, model, device)
+    return TIMES[key]
 
 
 @FIGURES.register(SPEED)
