@@ -161,7 +161,7 @@ def judge(report: Report, answers: AnswersResult | None = None) -> Verdict | Non
 
     missed = ""
     if report.speed is not None and not report.speed.is_met:
-        missed = f"{times(report.speed.measured)} as fast, and {times(report.speed.wish)} was requested"
+        missed = f"{report.speed.measured:.2f}× as fast, and {report.speed.wish:.2f}× was requested"
 
     worse, unsupported = _languages(report)
     return Verdict(level, advice, reasons, worse, unsupported, has_answers, missed)

@@ -28,7 +28,7 @@ OF_UNIT = {"mlp": 1.0, "attention": 4.0, "vocab": 0.2}
 def run_of(seconds):
     """Return a run that takes these seconds, over and over."""
     durations = cycle(seconds)
-    return SimpleNamespace(seconds=lambda: next(durations))
+    return SimpleNamespace(seconds=lambda: next(durations), steps=1)
 
 
 def linear_time(shape, of_unit):
@@ -84,7 +84,7 @@ def test_a_noisy_speed_up_takes_more_pairs():
 
     def noisy(durations):
         run = run_of(durations)
-        return SimpleNamespace(seconds=lambda: calls.append(run) or run.seconds())
+        return SimpleNamespace(seconds=lambda: calls.append(run) or run.seconds(), steps=1)
 
     exact = speed_up(noisy([2.0]), noisy([1.0]))
     assert exact == SpeedUp(2.0, 2.0, 2.0)
@@ -98,12 +98,16 @@ def test_a_noisy_speed_up_takes_more_pairs():
     assert result.low <= result.value <= result.high
     assert all(first is not second for first, second in zip(calls, calls[1:], strict=False)), "the models take turns"
 
+    calls.clear()
+    speed_up(noisy([0.1, 0.14, 0.12]), noisy([0.1]))
+    assert 10 <= 0.22 * len(calls) / 2 <= 11, "short runs are repeated for ten seconds"
+
 
 @pytest.mark.parametrize(("case", "decodes"), [("llama-tied", True), ("llama-tied", False), ("bert", False)])
 def test_a_run_takes_at_least_a_tenth_of_a_second(case, decodes):
     now = [0.0]
     model = build(case)
-    model.register_forward_pre_hook(lambda *_: now.__setitem__(0, now[0] + 0.004))
+    model.base_model.register_forward_pre_hook(lambda *_: now.__setitem__(0, now[0] + 0.004))
     ids = torch.ones(2, 8, dtype=torch.long)
 
     with torch.inference_mode():
@@ -117,9 +121,9 @@ def test_a_run_takes_at_least_a_tenth_of_a_second(case, decodes):
 @pytest.mark.parametrize("case", ["llama-tied", "gemma3_text", "qwen3_moe", "bert"])
 def test_a_random_model_has_the_shapes_and_the_dtype_of_the_model(case, dtype):
     model = build(case).to(dtype)
+    shapes = {name: (weight.shape, weight.dtype) for name, weight in model.named_parameters()}
     candidate = random_model(model.to("meta"), model.config, CPU)
 
-    shapes = {name: (weight.shape, weight.dtype) for name, weight in model.named_parameters()}
     assert {name: (weight.shape, weight.dtype) for name, weight in candidate.named_parameters()} == shapes
     assert not any(weight.count_nonzero() == 0 for weight in candidate.parameters())
     assert not candidate.training
@@ -143,7 +147,7 @@ def test_linear_times_are_predicted_exactly():
     for widths in (
         {},
         {"mlp": 10},
-        {"mlp": 36, "attention": 3},
+        {"mlp": 36, "attention": 2},
         {"mlp": 20, "attention": 1, "vocab": 64},
         {"layer": 2},
     ):
@@ -164,8 +168,8 @@ def test_the_widths_are_the_largest_that_meet_the_wish(targets, power, measuring
     widths = widths_of(wish(1.15, targets=targets), describe(model), model)
 
     assert true_speed_up(measure, model, widths) >= 1.15 * 0.99
-    larger = {name: width + 2 for name, width in widths.items()}
-    if targets != ("layer",):
+    if "mlp" in widths:
+        larger = widths | {"mlp": widths["mlp"] + 2}
         assert true_speed_up(measure, model, larger) < 1.15
 
 
@@ -222,7 +226,7 @@ def test_the_verdict_names_a_missed_speed(measuring):
     assert "1.11× as fast, and 1.20× was requested" in str(judge(result.report))
 
 
-@pytest.mark.parametrize(("of_token", "has_fewer_tokens"), [(0.2, True), (0.0, False)])
+@pytest.mark.parametrize(("of_token", "has_fewer_tokens"), [(20.0, True), (0.0, False)])
 def test_tokens_shrink_only_if_the_model_gets_faster(of_token, has_fewer_tokens, measuring):
     measure = measuring(fake({"vocab": of_token}))
     model, reader = real_text_model()
