@@ -100,7 +100,7 @@ def test_a_noisy_speed_up_takes_more_pairs():
 
     calls.clear()
     speed_up(noisy([0.1, 0.14, 0.12]), noisy([0.1]))
-    assert 10 <= 0.22 * len(calls) / 2 <= 11, "short runs are repeated for ten seconds"
+    assert len(calls) > 2 * 15, "short runs get more pairs"
 
 
 @pytest.mark.parametrize(("case", "decodes"), [("llama-tied", True), ("llama-tied", False), ("bert", False)])
