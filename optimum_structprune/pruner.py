@@ -20,7 +20,7 @@ from .domains.packing import Domain
 from .method.plan import Plan
 from .pruning.comparison import Comparison
 from .pruning.cost import check_memory
-from .pruning.request import check_arguments, check_config_kind, resolve_request
+from .pruning.request import PruningRequest, check_arguments, check_config_kind, resolve_request
 from .record.figures import FileResult
 from .record.report import PruneRecords, Report
 from .record.view import request_lines
@@ -219,7 +219,7 @@ class StructPruner:
                 recover_(state, teacher)
             if comparison is not None:
                 comparison.finish_languages()
-            self.result = self._finish(state)
+            self.result = self._finish(state, request)
         return self.result
 
     def prune_model(
@@ -240,7 +240,7 @@ class StructPruner:
             return state.original_model
         return deepcopy(state.model)
 
-    def _finish(self, state: RunState) -> PruneResult:
+    def _finish(self, state: RunState, request: PruningRequest) -> PruneResult:
         """Complete the records of a run, and warn if the target was missed."""
         report = state.report
         report.measured = self.options.measure
@@ -250,6 +250,7 @@ class StructPruner:
             config = replace(state.config, budget={FILE: report.file.asked})
             report.file.type = config.gguf or ""
             report.file.predicted = int(budget_of(config, state.arch, state.model, ()).original)
+        report.speed = request.speed_of(report.final_widths)
 
         manifest = state.manifest()
         # Evaluations and later runs read the text from the models.

@@ -6,6 +6,10 @@ work, because a kernel over a few tokens leaves most of it idle.
 
 from __future__ import annotations
 
+import platform
+import re
+from pathlib import Path
+
 import psutil
 import torch
 
@@ -21,6 +25,20 @@ def default_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("cpu")
+
+
+def machine_name(device: torch.device) -> str:
+    """Return the name of the processor that a device is."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_name(device)
+
+    # platform.processor() has no name of the model on Linux.
+    info = Path("/proc/cpuinfo")
+    names: list[str] = []
+    if info.is_file():
+        names = re.findall(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE)
+    names.append(platform.processor() or platform.machine())
+    return names[0]
 
 
 def total_bytes(device: torch.device) -> int | None:

@@ -34,7 +34,7 @@ PARTS = {"DomainConfig": "domains", "RecoveryConfig": "recovery"}
 GROUPS = {
     "most used": "--config budget sparsity widths targets domains num_samples --recover --dtype --device --overwrite",
     "dry run": "--cost --tokens",
-    "how much to remove": "rounds round_to tensor_parallel",
+    "how much to remove": "speed_use rounds round_to tensor_parallel",
     "what to remove": "allocation criterion skip_layers keep_tokens languages arch_file",
     "text": "seq_length general_share general_text seed",
     "recovery": "--recovery-tokens recovery",

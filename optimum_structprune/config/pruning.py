@@ -34,8 +34,12 @@ LANGUAGES = {
 CACHE = "cache_bytes_per_token"
 ACTIVE = "active_parameters"
 FILE = "file"
+SPEED = "speed"
+# The uses whose speed is measured: of encoders, and of causal language models. The first one is the default.
+ENCODER_USES = ("encode", "query")
+CAUSAL_USES = ("decode", "prompt")
 # The figures that a budget limits, by name. `widths.budget` has the functions that compute them.
-BUDGETS = ("parameters", ACTIVE, "bytes", CACHE, FILE)
+BUDGETS = ("parameters", ACTIVE, "bytes", CACHE, FILE, SPEED)
 # The figures in bytes, whose limits may have a unit.
 IN_BYTES = ("bytes", CACHE, FILE)
 AUTO: Literal["auto"] = "auto"
@@ -84,10 +88,15 @@ class StructPruneConfig(Config):
             cache is the cache of keys and values. `{"file": "160MB"}` limits the file that is served: the GGUF file of
             the type `gguf`, or without it the `*.safetensors` files with `tokenizer.json`. Bytes may have a unit such
             as MB (10^6 bytes) or MiB (2^20 bytes). A number below 1 is a fraction of the original model.
+            `{"speed": 1.5}` asks for a model that is 1.5 times as fast as the original on this machine, measured on
+            models of its shape with random weights; see `speed_use`.
         gguf: The data type of the matrices of the GGUF file for llama.cpp: `q8_0`, `q5_0`, `q4_0`, `f16`, or with
             llama.cpp also `q4_k_m`. `structprune prune` writes the file to OUT-TYPE.gguf. With a budget of the `file`,
             `auto` searches for the type too: shapes in several types compete by their losses after quantization, and
             the whole original model in fewer bits is one of them.
+        speed_use: The use whose speed the budget `speed` limits. The default is `encode` for encoders (32 texts of 128
+            tokens at once) and `decode` for causal language models (the next token after a prompt of 128 tokens, for
+            one sequence). `query` is one text of 32 tokens, and `prompt` the first token after the prompt.
         targets: The spaces that may shrink where `sparsity` or `budget` determines the widths: `mlp`, `attention`,
             `expert`, `hidden`, `layer`, `vocab`. `structprune inspect` shows the spaces of a model. The default is
             `mlp`, and all channels inside the layers for a model without `mlp`. Under a budget of parameters or bytes,
@@ -151,6 +160,7 @@ class StructPruneConfig(Config):
     widths: dict[str, int | list[int] | dict[Any, int]] | None = None
     budget: dict[str, float] | None = None
     gguf: str | None = None
+    speed_use: Literal["encode", "query", "decode", "prompt"] | None = None
     targets: tuple[str, ...] | list[str] | None = None
     keep_tokens: str | None = None
     languages: tuple[str, ...] | list[str] | None = None
@@ -259,6 +269,8 @@ class StructPruneConfig(Config):
                 self.refuse("budget", f"is a size such as 160MB for {name!r}, or a share below 1, got {limit}")
             if name in ("parameters", ACTIVE, "bytes") and 1 <= limit <= 100:
                 self.refuse("budget", f"is a share below 1, such as 0.9, or a number of {name}, got {limit}")
+            if name == SPEED and limit <= 1:
+                self.refuse("budget", f"must be greater than 1 for {name!r}, got {limit}. 1.5 is half as fast again")
 
     def _legal_widths(self, widths: Mapping[str, Any]) -> dict[str, Any]:
         """Return the widths with layer indices as ints, or raise if one is not positive."""
@@ -289,6 +301,12 @@ class StructPruneConfig(Config):
             raise StructPruneError(
                 f"widths={self.widths} determines the width of every layer, so allocation={self.allocation!r} and "
                 f"skip_layers={skip_layers} have no effect. Remove them, or pass one number for each space."
+            )
+
+        if SPEED in (self.budget or {}) and self.allocation != "uniform":
+            raise StructPruneError(
+                f"budget={self.budget} measures the speed of shapes whose layers are the same, and allocation="
+                f"{self.allocation!r} makes them differ. Use allocation='uniform'."
             )
 
         if self.general_text is not None and self.general_share == 0:

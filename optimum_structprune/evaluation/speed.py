@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
-from functools import partial
+from collections.abc import Mapping, Sequence
 from itertools import product
 from statistics import median, quantiles
-from time import process_time
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.benchmark import Timer
-from torch.utils.benchmark import timer as wall_time
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
-from ..arch.generation import cache_bytes, cache_name, read_prompt, write_tokens
-from ..arch.inference import evaluating, input_device, last_states
-from ..arch.meta import check_positions, predicts_next, reads_text
+from ..arch.generation import cache_bytes, read_prompt, write_tokens
+from ..arch.inference import evaluating, input_device
+from ..arch.meta import check_positions, predicts_next
 from ..record.report import Speed, Spread, Timing
 from ..system.errors import StructPruneError
+from ..widths.speed import CLOCKS, TimedRun, check_runs_text
 
 
-# torch's clock waits for the accelerator. CPU time does not include the time of other jobs.
-CLOCKS: dict[str, Callable[[], float]] = {"wall": wall_time, "cpu": process_time}
 COUNTED_MEMORY = "weights and cache of keys and values, counted without activations"
 WEIGHTS = "weights"
 PEAK_MEMORY = "weights and the peak of the memory that CUDA's allocator adds to them in a run"
@@ -42,8 +35,7 @@ def measure_speed(
 ) -> Speed:
     """Measure the speed of causal language models in reading prompts and generating tokens, or of encoders.
 
-    The models take turns, so that other jobs of the machine slow down all of them. `torch.utils.benchmark.Timer` runs
-    each model once before the timed run, so that no model benefits from caches that another model has filled.
+    The models take turns, so that other jobs of the machine slow down all of them.
 
     An encoder makes the hidden states of texts with the length of the prompts, and its rates are in texts per second.
     Prompts are random token ids, and decoding is greedy. The speed of a mixture of experts depends on the text, so its
@@ -71,30 +63,25 @@ def measure_speed(
     vocab_size = min(model.config.get_text_config().vocab_size for model in models.values())
     generator = torch.Generator().manual_seed(seed)
 
-    prefill: dict[str, dict[str, Any]] = {}
-    decode: dict[str, dict[str, Any]] = {}
+    prefill: dict[str, dict[str, Timing]] = {}
+    decode: dict[str, dict[str, Timing]] = {}
+    encode: dict[str, dict[str, Timing]] = {}
     memory: dict[str, dict[str, int]] = {}
-    encode: dict[str, dict[str, Any]] = {}
     encodes = not predicts_next(next(iter(models.values())))
-    with evaluating(*models.values()):
+    with evaluating(*models.values()), torch.inference_mode():
         for batch_size, prompt in product(batch_sizes, prompts):
             shape = f"batch {batch_size}, prompt {prompt:,}"
             ids = torch.randint(vocab_size, (batch_size, prompt), generator=generator)
+            memory[shape] = {name: _memory(model, ids, new_tokens) for name, model in models.items()}
+
+            reading = {name: TimedRun(model, ids, False, CLOCKS[clock]) for name, model in models.items()}
             if encodes:
-                encode[shape] = _timings(_encoding_seconds(models, ids, repeats, clock), batch_size)
-                memory[shape] = {name: int(model.get_memory_footprint()) for name, model in models.items()}
+                encode[shape] = _timings(_seconds(reading, repeats), batch_size)
                 continue
-            runs = {name: _Runs(model, ids, new_tokens, clock) for name, model in models.items()}
+            prefill[shape] = _timings(_seconds(reading, repeats), batch_size * prompt)
 
-            for _ in range(repeats):
-                for run in runs.values():
-                    run.repeat()
-
-            prefill_seconds = {name: run.prefill_seconds for name, run in runs.items()}
-            decode_seconds = {name: run.decode_seconds for name, run in runs.items()}
-            prefill[shape] = _timings(prefill_seconds, batch_size * prompt)
-            decode[shape] = _timings(decode_seconds, batch_size * new_tokens)
-            memory[shape] = {name: run.memory for name, run in runs.items()}
+            writing = {name: TimedRun(model, ids, True, CLOCKS[clock], new_tokens) for name, model in models.items()}
+            decode[shape] = _timings(_seconds(writing, repeats, new_tokens), batch_size * new_tokens)
 
     device = input_device(next(iter(models.values())))
     memory_is = PEAK_MEMORY if device.type == "cuda" else COUNTED_MEMORY
@@ -110,31 +97,6 @@ def measure_speed(
         memory_is=WEIGHTS if encodes else memory_is,
         encode=encode,
     )
-
-
-def _encoding_seconds(
-    models: Mapping[str, PreTrainedModel], ids: Tensor, repeats: int, clock: str
-) -> dict[str, list[float]]:
-    """Return the durations of the forward passes of encoders, which take turns.
-
-    Args:
-        models: The models by name.
-        ids: Token ids, shape `(batch, tokens)`.
-        repeats: The number of durations of each model.
-        clock: The clock.
-    """
-    timers = {}
-    for name, model in models.items():
-        names = {"last_states": last_states, "model": model, "ids": ids.to(input_device(model))}
-        options: dict[str, Any] = {"num_threads": torch.get_num_threads(), "timer": CLOCKS[clock]}
-        timers[name] = Timer("last_states(model, ids)", globals=names, **options)
-
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    with torch.inference_mode():
-        for _ in range(repeats):
-            for name, timer in timers.items():
-                seconds[name].append(timer.blocked_autorange(min_run_time=0.1).median)
-    return seconds
 
 
 def check_speed(
@@ -177,29 +139,12 @@ def check_speed(
         )
 
     for name, model in models.items():
-        _check_model(model, name)
+        check_runs_text(model, name)
         num_written = new_tokens if predicts_next(model) else 0
         check_positions(model, max(prompts), f"{name}: prompt={max(prompts)}", num_written)
         model_device = torch.device(device or input_device(model))
         if clock == "cpu" and model_device.type != "cpu":
             raise StructPruneError(f"The clock 'cpu' does not measure the work of {model_device}. Choose 'wall'.")
-
-
-def _check_model(model: PreTrainedModel, name: str) -> None:
-    """Raise `StructPruneError` if the speed of a model cannot be measured."""
-    kind = type(model).__name__
-    if not predicts_next(model) and (model.config.is_encoder_decoder or not reads_text(model)):
-        raise StructPruneError(
-            f"{name} is a {kind}, which does not predict the next token and is no encoder of text. Pass one of these."
-        )
-    if predicts_next(model) and cache_name(model) is None:
-        raise StructPruneError(f"{name} is a {kind}, which has no cache of keys and values. Pass a model with one.")
-
-    devices = set(getattr(model, "hf_device_map", {}).values())
-    if len(devices) > 1:
-        raise StructPruneError(
-            f"{name} is spread over several devices, and speed is measured on one. Load it on a single device."
-        )
 
 
 def cache_per_token(model: PreTrainedModel) -> int:
@@ -208,29 +153,13 @@ def cache_per_token(model: PreTrainedModel) -> int:
     return cache_bytes(cache)
 
 
-class _Runs:
-    """The runs of one model on prompts of one shape. `ids` has the shape `(batch, prompt)`."""
-
-    def __init__(self, model: PreTrainedModel, ids: Tensor, new_tokens: int, clock: str):
-        prefill = partial(read_prompt, model, ids.to(input_device(model)))
-        decode = partial(write_tokens, model, count=new_tokens)
-        self.memory = _memory(model, prefill, decode)
-
-        token, cache = prefill()
-        names = {"prefill": prefill, "decode": decode, "token": token, "cache": cache, "deepcopy": deepcopy}
-        options: dict[str, Any] = {"num_threads": torch.get_num_threads(), "timer": CLOCKS[clock]}
-        self._prefill = Timer("prefill()", globals=names, **options)
-        # Decoding changes the cache. The setup is not timed; it copies the cache for the untimed and the timed run.
-        setup = "caches = [deepcopy(cache) for _ in range(2)]"
-        self._decode = Timer("decode(token, caches.pop())", setup=setup, globals=names, **options)
-
-        self.prefill_seconds: list[float] = []
-        self.decode_seconds: list[float] = []
-
-    def repeat(self) -> None:
-        """Time the prefill, as the median of runs for 0.1 s, and the decoding once."""
-        self.prefill_seconds.append(self._prefill.blocked_autorange(min_run_time=0.1).median)
-        self.decode_seconds.append(self._decode.timeit(1).median)
+def _seconds(runs: Mapping[str, TimedRun], repeats: int, steps: int = 1) -> dict[str, list[float]]:
+    """Return the seconds of a number of steps in each repeat, by model. The models take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            seconds[name].append(steps * run.seconds())
+    return seconds
 
 
 def _timings(seconds: Mapping[str, Sequence[float]], tokens: int) -> dict[str, Timing]:
@@ -257,25 +186,31 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(middle, low, high)
 
 
-def _memory(model: PreTrainedModel, prefill: Callable[[], Any], decode: Callable[..., Any]) -> int:
-    """Return the bytes of the weights, and of the memory that a run needs in addition.
+def _memory(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> int:
+    """Return the bytes of the weights, and of the memory that a run of a causal model needs in addition.
 
     Args:
         model: The model.
-        prefill: Reads the prompts.
-        decode: Generates tokens after the prompts.
+        ids: The token ids, shape `(batch, prompt)`.
+        new_tokens: The number of tokens to generate after the prompts.
     """
     weight_bytes = int(model.get_memory_footprint())
-    token, cache = prefill()
-    decode(token, cache)
-    if token.device.type != "cuda":
-        return weight_bytes + cache_bytes(cache)
+    if not predicts_next(model):
+        return weight_bytes
 
-    # The first run has allocated the workspaces that the CUDA libraries keep.
-    device = token.device
-    del token, cache
-    torch.cuda.reset_peak_memory_stats(device)
-    allocated = torch.cuda.memory_allocated(device)
-    token, cache = prefill()
-    decode(token, cache)
-    return weight_bytes + torch.cuda.max_memory_allocated(device) - allocated
+    device = input_device(model)
+    if device.type == "cuda":
+        # The first run allocates the workspaces that the CUDA libraries keep.
+        _run(model, ids, new_tokens)
+        torch.cuda.reset_peak_memory_stats(device)
+        allocated = torch.cuda.memory_allocated(device)
+        _run(model, ids, new_tokens)
+        return weight_bytes + torch.cuda.max_memory_allocated(device) - allocated
+    return weight_bytes + cache_bytes(_run(model, ids, new_tokens))
+
+
+def _run(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> Cache:
+    """Generate tokens after prompts, and return the cache."""
+    token, cache = read_prompt(model, ids.to(input_device(model)))
+    write_tokens(model, token, cache, new_tokens)
+    return cache

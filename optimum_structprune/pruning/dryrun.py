@@ -17,6 +17,7 @@ from ..arch.per_layer import is_non_uniform
 from ..arch.spec import CHANNEL, EXPERT, GROUP, VOCAB, ArchSpec, Space, Widths
 from ..config.pruning import AUTO, RunOptions, StructPruneConfig
 from ..record.cost import Cost, check_recovery_memory, recovery_cost
+from ..record.report import ShapeSpeed
 from ..record.table import aligned, change_row
 from ..system.stages import saved_bytes
 from ..system.written import Record
@@ -82,6 +83,7 @@ class DryRun(Record):
         active_parameters: The number of parameters that a token runs through in a mixture of experts, else 0.
         cost: The memory of the pruning itself, or None without `cost`.
         recovery: The memory of the recovery, or None if the config has no recovery.
+        speed: The predicted and the measured speed-up, or None if the budget does not limit the speed.
         depends_on_text: Whether the sizes after pruning are approximate, because text decides how many tokens are
             removed.
     """
@@ -98,6 +100,7 @@ class DryRun(Record):
     active_parameters: Change = Change(0, 0)
     cost: Cost | None = None
     recovery: Cost | None = None
+    speed: ShapeSpeed | None = None
     depends_on_text: bool = False
 
     @property
@@ -139,6 +142,8 @@ class DryRun(Record):
                 rows.append(change_row(label.format(self.dtype), size.before, size.after))
 
         lines = [aligned(rows)]
+        if self.speed is not None:
+            lines.append(str(self.speed))
         lines += self.notes
         lines += [f"loads with {way}" for way in self.reload]
 
@@ -206,6 +211,7 @@ def dry_run(
         notes=tuple(notes),
         cost=pruning,
         recovery=_recovery(request),
+        speed=request.speed_of(request.widths),
         depends_on_text=_depends_on_text(config),
         **changes,
     )

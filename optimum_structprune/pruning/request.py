@@ -17,21 +17,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arch.devices import machine_name
 from ..arch.inference import outputs_for, random_inputs
 from ..arch.load import ModelInfo
 from ..arch.meta import check_changeable, check_positions, is_offloaded, reads_images, reads_text, shrunk_skeleton
 from ..arch.modules import module_files
 from ..arch.shrink import layers_ahead
 from ..arch.spec import EXPERT, HIDDEN, LAYER, MODEL, VOCAB, Widths
-from ..config.pruning import AUTO, FILE, RunOptions, StructPruneConfig
+from ..config.pruning import AUTO, FILE, SPEED, RunOptions, StructPruneConfig
 from ..criteria import CRITERIA, DEFAULT_CRITERIA
 from ..domains.manifest import check_kinds, check_tokens, remember_text
 from ..domains.packing import check_reads_any_text
+from ..record.report import ShapeSpeed
 from ..saving import file_size
 from ..saving.gguf_types import BLOCKS, K_QUANTS
 from ..system.errors import StructPruneError, capitalized, one_line, warn
 from ..widths.allocation import widths_of
 from ..widths.budget import Budget, UnreachableBudgetError, budget_of
+from ..widths.speed import ShapeTimes, clock_for, shape_times
 
 
 if TYPE_CHECKING:
@@ -42,6 +45,8 @@ if TYPE_CHECKING:
 PRUNE = "prune"
 DRY_RUN = "dry run"
 TRAINER = "trainer"
+# A request for a speed that keeps fewer units of a space gets a warning.
+RUINOUS_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,37 @@ class PruningRequest:
         """Return the budget of the original model, without limits if the config has none."""
         return budget_of(self.config, self.model_info.arch, self.model_info.plain_model, list(self.widths))
 
+    @cached_property
+    def times(self) -> ShapeTimes | None:
+        """Return the times of the shapes of the model, or None if the config does not limit them."""
+        if SPEED not in (self.config.budget or {}):
+            return None
+        return shape_times(self.config, self.model_info.arch, self.model_info.plain_model)
+
+    def speed_of(self, widths: Widths) -> ShapeSpeed | None:
+        """Return the predicted and the measured speed-up of a shape, or None if the config does not limit it."""
+        times = self.times
+        if times is None:
+            return None
+
+        assert self.config.budget is not None
+        predicted = 1 / times.predicted(widths)
+        value, low, high = times.measured(widths)
+        return ShapeSpeed(
+            wish=self.config.budget[SPEED],
+            predicted=predicted,
+            measured=value,
+            low=low,
+            high=high,
+            use=times.use_name,
+            batch_size=times.use.batch_size,
+            tokens=times.use.tokens,
+            threads=torch.get_num_threads(),
+            clock=clock_for(times.device),
+            device=str(times.device),
+            machine=machine_name(times.device),
+        )
+
     def check(self) -> None:
         """Raise if the request cannot be met, before any text is read. Warn of options without effect."""
         info = self.model_info
@@ -124,6 +160,20 @@ class PruningRequest:
             from ..method.offloaded import check_sequential
 
             check_sequential(info.plain_model, info.arch)
+
+    def _warn_of_widths(self) -> None:
+        """Warn if a speed needs so few units that the model would be useless."""
+        assert self.config.budget is not None
+        arch = self.model_info.arch
+        for name in self.widths:
+            full = sum(space.width for space in arch.of(name))
+            width = sum(space.width_in(self.widths) for space in arch.of(name))
+            if name != VOCAB and width < RUINOUS_SHARE * full:
+                warn(
+                    f"budget speed={self.config.budget[SPEED]} keeps {width / full:.0%} of the units of {name!r}, and "
+                    "with less than half of them most models need a long training. Ask for less speed, add `targets`, "
+                    "or quantize the model."
+                )
 
     def _check_weights(self) -> None:
         """Raise if a Trainer cannot train the weights."""
@@ -258,7 +308,10 @@ class PruningRequest:
                 )
 
     def _warn(self) -> None:
-        """Warn of options without effect, and of layers that transformers does not load."""
+        """Warn of options without effect, of small widths for speed, and of layers that transformers does not load."""
+        if self.times is not None:
+            self._warn_of_widths()
+
         options = list(without_effect(self.config, self.widths))
         if options and self.use != TRAINER:
             warn(f"These options have no effect here: {'; '.join(options)}.")
@@ -468,6 +521,8 @@ def _check_folder(folder: str, rounds: int) -> None:
 def without_effect(config: StructPruneConfig, names: Collection[str]) -> Iterator[str]:
     """Yield the options that are set but have no effect with the other options, each with the reason."""
     reasons = {}
+    if SPEED not in (config.budget or {}):
+        reasons["speed_use"] = f"the budget has no {SPEED!r}"
     if config.widths is not None:
         reasons["targets"] = "`widths` names the spaces"
         if config.allocation == "uniform":

@@ -146,6 +146,53 @@ class RecoveryReport(Measurements, ResultRecord):
 
 
 @dataclass
+class ShapeSpeed:
+    """The speed-up of the shape of a pruned model over the original shape.
+
+    Attributes:
+        wish: The requested speed-up.
+        predicted: The predicted speed-up.
+        measured: The median of the measured speed-ups over pairs of runs, with random weights.
+        low: The lower end of its 90 % confidence interval.
+        high: The upper end of the interval.
+        use: The use: `encode`, `query`, `decode` or `prompt`.
+        batch_size: The number of texts that run together.
+        tokens: The number of tokens in each text.
+        threads: The number of threads of torch.
+        clock: The clock: `wall` for elapsed time, `cpu` for processor time.
+        device: The device.
+        machine: The name of the processor.
+    """
+
+    wish: float
+    predicted: float
+    measured: float
+    low: float
+    high: float
+    use: str
+    batch_size: int
+    tokens: int
+    threads: int
+    clock: str
+    device: str
+    machine: str
+
+    @property
+    def is_met(self) -> bool:
+        """Return whether the interval reaches the requested speed-up."""
+        return self.high >= self.wish
+
+    def __str__(self) -> str:
+        """Return the requested, the predicted and the measured speed-up with the conditions."""
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        return (
+            f"Speed ({self.use}): {self.measured:.2f}× the original, {self.low:.2f}× to {self.high:.2f}×; requested "
+            f"{self.wish:.2f}×, predicted {self.predicted:.2f}×. Batch {self.batch_size}, {self.tokens} tokens, "
+            f"{threads} of {self.machine}, {self.clock} time."
+        )
+
+
+@dataclass
 class OriginalModel:
     """The original model of a run.
 
@@ -179,6 +226,7 @@ class Report(Measurements, ResultRecord):
         trimmed: The result of vocabulary trimming; None where no token was removed.
         shapes: The widths that were tried, for searches that measure losses.
         file: The size of the file that is served; None where the budget does not limit it.
+        speed: The speed-up of the shape; None where no speed was requested.
         recovery: The training after pruning; None where there was none.
         seconds: The duration by stage.
         measured: Whether the run measured the models; see `RunOptions.measure`.
@@ -198,6 +246,7 @@ class Report(Measurements, ResultRecord):
     trimmed: TrimResult | None = None
     shapes: list[dict[str, Any]] = field(default_factory=list)
     file: FileResult | None = None
+    speed: ShapeSpeed | None = None
     recovery: RecoveryReport | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     measured: bool = True
@@ -231,6 +280,16 @@ class Report(Measurements, ResultRecord):
     def is_quantized_only(self) -> bool:
         """Return whether a search found that the whole original model in fewer bits is best."""
         return any(shape["chosen"] and not shape["widths"] for shape in self.shapes)
+
+    @property
+    def final_widths(self) -> dict[str, int | dict[int, int]]:
+        """Return the widths that became smaller: one number, or one per layer if layers differ."""
+        final: dict[str, int | dict[int, int]] = {}
+        for name, by_layer in self.widths.items():
+            numbers = set(by_layer.values())
+            if numbers != {self.original_widths[name]}:
+                final[name] = numbers.pop() if len(numbers) == 1 else by_layer
+        return final
 
     @property
     def sparsity(self) -> float:

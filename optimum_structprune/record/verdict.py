@@ -98,6 +98,7 @@ class Verdict:
         worse_languages: The names of languages that got worse.
         unsupported_languages: The names of requested languages that the original model does not support.
         has_answers: Whether test questions were asked.
+        missed: The requested speed-up that the model misses, in words.
     """
 
     level: Level
@@ -106,6 +107,7 @@ class Verdict:
     worse_languages: list[str] = field(default_factory=list)
     unsupported_languages: list[str] = field(default_factory=list)
     has_answers: bool = True
+    missed: str = ""
 
     def __str__(self) -> str:
         """Return the verdict as one sentence."""
@@ -119,6 +121,8 @@ class Verdict:
             parts.append(f"the original model does not support {_some(self.unsupported_languages)}")
         if not self.has_answers:
             parts.append(UNASKED)
+        if self.missed:
+            parts.append(self.missed)
         return "; ".join(parts)
 
 
@@ -162,8 +166,12 @@ def judge(report: Report, answers: AnswersResult | None = None) -> Verdict | Non
     if level is Level.RECOVER and report.recovery is not None and report.recovery.kept_step:
         advice = LONGER
 
+    missed = ""
+    if report.speed is not None and not report.speed.is_met:
+        missed = f"{report.speed.measured:.2f}× as fast, and {report.speed.wish:.2f}× was requested"
+
     worse, unsupported = _languages(report)
-    return Verdict(level, advice, reasons, worse, unsupported, has_answers)
+    return Verdict(level, advice, reasons, worse, unsupported, has_answers, missed)
 
 
 def _loss_violations(table: Measurements, level: Level) -> list[str]:

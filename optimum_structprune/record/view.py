@@ -124,6 +124,8 @@ class View:
         lines += [phrase for kind, phrase in self.widths.items() if kind != VOCAB]
         if report.file is not None:
             lines.append(str(report.file))
+        if report.speed is not None:
+            lines.append(str(report.speed))
         return lines + request_lines(report)
 
     @property

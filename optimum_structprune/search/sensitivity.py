@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..arch.inference import evaluating
-from ..arch.spec import ArchSpec, Space, Widths
+from ..arch.spec import VOCAB, ArchSpec, Space, Widths
 from ..config.pruning import StructPruneConfig
 from ..method.shrink import Masks
 from ..pruning.request import PruningRequest
@@ -32,6 +32,8 @@ def final_widths(request: PruningRequest, state: RunState) -> Widths:
         if state.config.allocation == "uniform" or not widths:
             return widths
         return choose_shape(state, state.config)
+    if state.chosen is not None and state.config.allocation == "uniform":
+        return {name: width for name, width in state.chosen.items() if name != VOCAB}
 
     from ..steps.vocabulary import config_of_the_rest  # most runs remove no tokens
 

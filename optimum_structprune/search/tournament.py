@@ -10,11 +10,8 @@ from functools import lru_cache
 from transformers import PreTrainedTokenizerBase
 
 from ..arch.inference import evaluating
-from ..arch.load import describe
-from ..arch.meta import shrunk_skeleton
 from ..arch.spec import MODEL, VOCAB, Widths
 from ..config.pruning import FILE, StructPruneConfig
-from ..domains.manifest import remember_text
 from ..saving.file_size import bytes_by_type
 from ..steps.base import RunState
 from ..steps.temporary import DIVISION_TOKENS
@@ -68,14 +65,11 @@ class Kind:
         if self.budget.is_met_by({VOCAB: number}):
             return {VOCAB: number}
 
-        config = without_tokens(self.config, self.budget.budget.limits)
+        config = without_tokens(self.config)
         assert config is not None
-        skeleton = shrunk_skeleton(self.state.model, self.state.arch, {VOCAB: number})
-        if FILE in self.budget.budget.limits:
-            _, tokenizer = self.keep(number)
-            remember_text(skeleton, tokenizer)
-        arch = describe(skeleton, config.arch_file)
-        widths = widths_of(replace(config, allocation="uniform"), arch, skeleton)
+        budget = self.budget.budget.after({VOCAB: number})
+        config = replace(config, allocation="uniform")
+        widths = widths_of(config, self.state.arch, self.state.model, budget=budget)
 
         number = max(number, self.budget.largest(widths))
         if number >= self.budget.rows:

@@ -1,8 +1,9 @@
-"""Margins of error of measured values: 90 % confidence intervals over documents."""
+"""Margins of error of measured values: 90 % confidence intervals, over documents or over repetitions."""
 
 from __future__ import annotations
 
-from math import nan
+from collections.abc import Sequence
+from math import comb, nan
 from statistics import NormalDist
 
 from torch import Tensor
@@ -57,3 +58,20 @@ def _student_t(freedom: int, quantile: float) -> float:
     z = NormalDist().inv_cdf(quantile)
     expansion = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
     return max(STUDENT_T.get(freedom, expansion), expansion)
+
+
+def interval_of_median(values: Sequence[float], level: float = 0.9) -> tuple[float, float]:
+    """Return the confidence interval of the median of a distribution, between two of the values.
+
+    The number of values below the median has a binomial distribution. The ends are the values of the highest rank,
+    from below and from above, between which the median lies with a probability of at least `level`. Four values or
+    fewer are too few for 90 %, and the ends are the smallest and the largest value.
+    """
+    ordered = sorted(values)
+    count = len(ordered)
+    rank = 0
+    outside = 2 / 2**count
+    while outside + 2 * comb(count, rank + 1) / 2**count <= 1 - level:
+        rank += 1
+        outside += 2 * comb(count, rank) / 2**count
+    return ordered[rank], ordered[-1 - rank]

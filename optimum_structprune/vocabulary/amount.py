@@ -12,11 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..arch.load import ModelInfo
 from ..arch.spec import VOCAB, ArchSpec, Space, Width, Widths
-from ..config.pruning import CACHE, StructPruneConfig
+from ..config.pruning import CACHE, SPEED, StructPruneConfig
 from ..system.errors import StructPruneError
 from ..widths.allocation import widths_of
 from ..widths.budget import Budget, budget_of, check_reach
 from ..widths.legal import check_may_differ, choices, legal_widths, smallest_widths
+from ..widths.speed import USES, use_of
 from .tokens import Vocabulary
 
 
@@ -40,6 +41,8 @@ def with_tokens(
     """Add the tokens to the targets of a budget without targets, if the vocabulary is large."""
     if not config.may_remove_tokens or described.offloaded:
         return config
+    if set(config.budget or {}) == {SPEED} and not USES[use_of(config, described.plain_model)].decodes:
+        return config  # a head that runs once for many tokens takes no time
 
     arch = described.arch
     if large_vocabulary(arch, described.plain_model.num_parameters()) is None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..arch.shrink import shrunk_config
 from ..arch.spec import LAYER, ArchSpec, Width, Widths
-from ..config.pruning import ACTIVE, CACHE, StructPruneConfig
+from ..config.pruning import ACTIVE, CACHE, SPEED, StructPruneConfig
 from ..system.errors import StructPruneError
 from .budget import Budget, budget_of, check_reach, removed_parameters
 from .legal import (
@@ -36,12 +36,18 @@ from .legal import (
 )
 
 
+# The largest number of shapes that are measured to correct a predicted figure.
+MOST_CORRECTIONS = 3
 # The scores of units by layer and kind of space, shape `(width,)`.
 Scores = Mapping[tuple[int, str], Tensor]
 
 
 def widths_of(
-    config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, scores: Scores | None = None
+    config: StructPruneConfig,
+    arch: ArchSpec,
+    model: PreTrainedModel,
+    scores: Scores | None = None,
+    budget: Budget | None = None,
 ) -> Widths:
     """Return the final widths of a config.
 
@@ -50,6 +56,7 @@ def widths_of(
         arch: The description of the model.
         model: The model, with or without weights.
         scores: The scores that rank the units, if layers get their own widths.
+        budget: The budget that these spaces share; by default the budget of the config.
 
     Raises:
         StructPruneError: If the widths are not legal, or if the model cannot lose as much as the config asks for.
@@ -58,7 +65,12 @@ def widths_of(
     if config.budget is None:
         widths = target_widths(config, arch, legal, scores)
     else:
-        widths = _within_budget(config, arch, model, legal, scores)
+        budget = budget or budget_of(config, arch, model, legal)
+        widths = _within_budget(config, arch, legal, scores, budget)
+        for _ in range(MOST_CORRECTIONS):
+            if not budget.correct(widths):
+                break
+            widths = _within_budget(config, arch, legal, scores, budget)
 
     # Each width is legal by itself, but the config class may not accept all of them together.
     shrunk_config(model.config, arch, widths)
@@ -341,11 +353,10 @@ def _check_goal(config: StructPruneConfig, layers: Sequence[LayerWidth], goal: f
 
 
 def _within_budget(
-    config: StructPruneConfig, arch: ArchSpec, model: PreTrainedModel, legal: LegalWidths, scores: Scores | None
+    config: StructPruneConfig, arch: ArchSpec, legal: LegalWidths, scores: Scores | None, budget: Budget
 ) -> Widths:
     """Return the largest widths that meet a budget. The remaining budget is smaller than the cheapest step."""
-    budget = budget_of(config, arch, model, legal)
-    if not {CACHE, ACTIVE}.isdisjoint(budget.limits):
+    if not {CACHE, ACTIVE, SPEED}.isdisjoint(budget.limits):
         legal = _effective_spaces(config, arch, legal, budget)
     check_may_differ(config, arch, list(legal))
 

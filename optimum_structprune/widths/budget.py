@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..arch.load import describe
 from ..arch.meta import is_offloaded, shrunk_skeleton
 from ..arch.spec import EXPERT, LAYER, MODEL, VOCAB, ArchSpec, Space, Widths
-from ..config.pruning import ACTIVE, CACHE, StructPruneConfig
+from ..config.pruning import ACTIVE, CACHE, SPEED, StructPruneConfig
 from ..system.errors import StructPruneError, capitalized
 from ..system.registry import Registry
 from ..system.stages import saved_bytes
@@ -37,10 +37,24 @@ class Figure(NamedTuple):
         of: A function from widths to the figure of a model with these widths: computed, measured or predicted. A
             smaller figure is better.
         text: A function that returns a figure as text, with its unit.
+        correct: A function that measures a shape, corrects the predictions by it, and returns whether they have
+            changed. Its arguments are the widths and the limit. None for a figure that is computed.
     """
 
     of: Callable[[Widths], float]
     text: Callable[[float], str] = "{:,}".format
+    correct: Callable[[Widths, float], bool] | None = None
+
+    def after(self, removed: Widths) -> Figure:
+        """Return the figure of the shapes that have some of their widths already."""
+        correct = self.correct
+        correct_rest = None
+        if correct is not None:
+
+            def correct_rest(widths: Widths, limit: float) -> bool:
+                return correct({**removed, **widths}, limit)
+
+        return Figure(lambda widths: self.of({**removed, **widths}), self.text, correct_rest)
 
 
 @dataclass(frozen=True)
@@ -85,7 +99,7 @@ class Budget:
 
     limits: Mapping[str, float]
     functions: Mapping[str, Figure]
-    _known: dict[str, dict[str, float]] = field(default_factory=dict, init=False, repr=False)
+    _known: dict[tuple[str, str], float] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def limit(self) -> float:
@@ -99,11 +113,31 @@ class Budget:
 
     def figures(self, widths: Widths) -> Mapping[str, float]:
         """Return the figures of a model with these widths, by name."""
+        return {name: self._figure(name, widths) for name in self.functions}
+
+    def _figure(self, name: str, widths: Widths) -> float:
+        """Return one figure of a model with these widths."""
+        figure = self.functions[name]
+        if figure.correct is not None:
+            return figure.of(widths)
+
         # A search needs the same figures many times, and computing them builds a model without weights.
-        key = repr(sorted(widths.items()))
+        key = (name, repr(sorted(widths.items())))
         if key not in self._known:
-            self._known[key] = {name: figure.of(widths) for name, figure in self.functions.items()}
+            self._known[key] = figure.of(widths)
         return self._known[key]
+
+    def correct(self, widths: Widths) -> bool:
+        """Measure a shape where figures were predicted, and return whether the predictions have changed."""
+        changes = []
+        for name, figure in self.functions.items():
+            if figure.correct is not None:
+                changes.append(figure.correct(widths, self.limits[name]))
+        return any(changes)
+
+    def after(self, removed: Widths) -> Budget:
+        """Return the budget of the other spaces of a model that has some of its widths already."""
+        return Budget(self.limits, {name: figure.after(removed) for name, figure in self.functions.items()})
 
     def cost(self, widths: Widths) -> float:
         """Return the cost of a model with these widths."""
@@ -128,14 +162,21 @@ def budget_of(
     names: Collection[str],
     order: Sequence[int] | None = None,
 ) -> Budget:
-    """Return the budget of a config; see `Shapes`. A limit below 1 is a share of the original figure."""
+    """Return the budget of a config; see `Shapes`.
+
+    A limit below 1 is a share of the original figure. The figure of a speed-up is the time relative to the original.
+    """
     shapes = Shapes(config, arch, model, names, order)
     functions = {name: FIGURES.get(name)(shapes) for name in config.budget or {}}
     budget = Budget({}, functions)
 
     limits = {}
     for name, limit in (config.budget or {}).items():
-        limits[name] = int(limit * budget.figures({})[name]) if limit < 1 else limit
+        limits[name] = limit
+        if name == SPEED:
+            limits[name] = 1 / limit
+        elif limit < 1:
+            limits[name] = int(limit * budget.figures({})[name])
     return replace(budget, limits=limits)
 
 
@@ -264,17 +305,22 @@ def check_reach(config: StructPruneConfig, budget: Budget, smallest: Widths, nam
             f"budget {labels} {verb} met by the original model, with {sizes}. Set a smaller budget."
         )
 
+    is_met = all(figure <= budget.limits[name] for name, figure in budget.figures(smallest).items())
+    if not is_met:
+        budget.correct(smallest)
+
     for name, figure in budget.figures(smallest).items():
         if figure > budget.limits[name]:
-            _refuse_limit(config, budget, name, figure, names, arch)
+            _refuse_limit(config, budget, name, smallest, names, arch)
 
 
 def _refuse_limit(
-    config: StructPruneConfig, budget: Budget, name: str, smallest: float, names: list[str], arch: ArchSpec
+    config: StructPruneConfig, budget: Budget, name: str, smallest: Widths, names: list[str], arch: ArchSpec
 ) -> None:
     """Raise, because the smallest widths do not meet one limit."""
     label = f"budget {budget.label(name)}"
     original = budget.text(name, budget.figures({})[name])
+    remaining = budget.text(name, budget.figures(smallest)[name])
     untargeted = _untargeted_spaces(config, name, names, arch)
     if not names:
         advice = "budget something else"
@@ -290,9 +336,11 @@ def _refuse_limit(
     suggestion = ""
     if advice:
         suggestion = f", or {advice}"
+    size = f"still has {remaining} of {original}. Allow that"
+    if name == SPEED:
+        size = f"is {remaining} as fast. Ask for that"
     raise UnreachableBudgetError(
-        f"{label} cannot be met: with the smallest widths of {', '.join(names)} the model still has "
-        f"{budget.text(name, smallest)} of {original}. Allow that{suggestion}.",
+        f"{label} cannot be met: with the smallest widths of {', '.join(names)} the model {size}{suggestion}.",
         advice,
     )
 

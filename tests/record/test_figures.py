@@ -47,7 +47,7 @@ def test_a_report_is_unchanged_after_a_conversion_to_json(report):
 
 @pytest.mark.parametrize(("values", "message"), [
     ({"criterion": "obs"}, "needs the field `model_type`"),
-    ({"model_type": "llama", "criterion": "obs", "speed": 1}, "has no field 'speed'"),
+    ({"model_type": "llama", "criterion": "obs", "pace": 1}, "has no field 'pace'"),
     ({"model_type": 3, "criterion": "obs"}, "`model_type` must be a string, got 3"),
     ({"model_type": "llama", "criterion": "obs", "domains": []}, "`domains` must be a mapping to TextResult"),
     ({"model_type": "llama", "criterion": "obs", "domains": {"a": {"tokens": "x"}}}, "a: `tokens` must be a whole"),

@@ -8,7 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optimum_structprune.record.figures import perplexity_result
-from optimum_structprune.system.margins import KINDS_DIFFER, MIN_RELATIVE_MARGIN, margin_of_error
+from optimum_structprune.system.margins import (
+    KINDS_DIFFER,
+    MIN_RELATIVE_MARGIN,
+    interval_of_median,
+    margin_of_error,
+)
 
 
 def random_losses(documents: int, rows: int, spread: float) -> torch.Tensor:
@@ -78,3 +83,16 @@ def test_a_ratio_for_other_kinds_of_text_has_a_wider_margin():
         wider_margin = perplexity_result(losses, 12, numbers, KINDS_DIFFER).perplexity.margin
 
         assert hypot(margin, KINDS_DIFFER * (exp(increase) - 1)) == pytest.approx(wider_margin)
+
+
+def test_the_interval_of_a_median_contains_it_as_often_as_stated():
+    generator = torch.Generator().manual_seed(0)
+    for count in (5, 8, 15):
+        hits = 0
+        for _ in range(1000):
+            values = torch.randn(count, generator=generator).exp()  # the median is 1
+            low, high = interval_of_median(values.tolist())
+            hits += low <= 1 <= high
+        assert 890 <= hits <= 980, count
+    assert interval_of_median([2.0]) == (2.0, 2.0)
+    assert interval_of_median(list(range(15))) == (3, 11)
