@@ -12,9 +12,9 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 from helpers import main_of, save_with_tokenizer, write_texts
-from models import GROUPED, real_text_model
+from models import GROUPED, PLAIN, random_model, real_text_model
 from trained import SHARED, needs_shared
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from optimum_structprune.domains.sources import builtin_documents
 
@@ -203,6 +203,7 @@ SMALL = {
         "--cells '*original, seed*' '*FLAP*'",
         ["| stories, original | ", "| stories, 50 %, FLAP | -", " | 1.00 / 1.00 | "],
     ),
+    "benchmark_encoders": (f"judges {DATA} model other", ["other, int8 | ", "Kendall's tau of neighbours | "]),
     "set_aside": (f"{DATA} divided --domains wiki", []),
 }
 
@@ -216,6 +217,11 @@ def test_a_script_runs_on_a_tiny_model(name, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     if name in ("benchmark_speed", "benchmark_vocabulary"):
         save_real_text_model("model")
+    if name == "benchmark_encoders":
+        _, reader = real_text_model()
+        sizes = PLAIN | {"vocab_size": len(reader), "max_position_embeddings": 256}
+        for folder in ("model", "other"):
+            save_with_tokenizer(random_model(AutoModel, "bert", sizes), folder, reader)
     if name == "benchmark_experts":
         _, reader = real_text_model()
         sizes = GROUPED | {"vocab_size": len(reader), "num_experts": 16, "max_position_embeddings": 1024}

@@ -224,7 +224,7 @@ class View:
 
     def _vector_table(self) -> list[list[str]]:
         """Return the similarity of an encoder's vectors to the original vectors, by domain."""
-        head = ["Vectors compared with the original", "retrieval", "neighbours kept", "cosine"]
+        head = ["Vectors compared with the original", "cosine", "neighbours kept", "retrieval"]
         if self.table.has_perplexity:
             head.append("missing text")
 
@@ -232,7 +232,7 @@ class View:
         for name, domain in self.table.domains.items():
             if domain.texts is None:
                 continue
-            row = [name, vector_text(domain.retrieval), vector_text(domain.neighbours), vector_text(domain.cosine)]
+            row = [name, vector_text(domain.cosine), vector_text(domain.neighbours), vector_text(domain.retrieval)]
             if self.table.has_perplexity:
                 row.append(ratio_text(domain.perplexity or Figure()))
             rows.append(row)
@@ -244,7 +244,9 @@ class View:
         notes = []
         figures = ratios_of(self.table.domains)
         if self.table.has_vectors:
-            notes.append(f"Retrieval: relative to the original. Neighbours kept: of the 10 nearest texts. {INTERVAL}.")
+            notes.append(
+                f"Neighbours kept: of the 10 nearest texts. Retrieval: relative to the original. {INTERVAL}."
+            )
             if self.table.has_perplexity:
                 notes.append(MISSING_TEXT)
         elif figures:
