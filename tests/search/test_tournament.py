@@ -35,7 +35,7 @@ def unused_parameters(model, small):
 def with_prices(monkeypatch, prices):
     """Let the loss of a trial be the sum of prices for the removed share of each space."""
 
-    def loss(self, widths):
+    def loss(self, widths, gguf=None):
         total = 0.0
         for name, width in widths.items():
             space = self.state.arch.of(name)[0]
