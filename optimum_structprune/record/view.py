@@ -244,9 +244,7 @@ class View:
         notes = []
         figures = ratios_of(self.table.domains)
         if self.table.has_vectors:
-            notes.append(
-                f"Neighbours kept: of the 10 nearest texts. Retrieval: relative to the original. {INTERVAL}."
-            )
+            notes.append(f"Neighbours kept: of the 10 nearest texts. Retrieval: relative to the original. {INTERVAL}.")
             if self.table.has_perplexity:
                 notes.append(MISSING_TEXT)
         elif figures:
