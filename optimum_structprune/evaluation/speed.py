@@ -68,7 +68,7 @@ def measure_speed(
     encode: dict[str, dict[str, Timing]] = {}
     memory: dict[str, dict[str, int]] = {}
     encodes = not predicts_next(next(iter(models.values())))
-    with evaluating(*models.values()), torch.inference_mode():
+    with evaluating(*models.values()), torch.no_grad():
         for batch_size, prompt in product(batch_sizes, prompts):
             shape = f"batch {batch_size}, prompt {prompt:,}"
             ids = torch.randint(vocab_size, (batch_size, prompt), generator=generator)

@@ -174,7 +174,6 @@ def random_model(model: PreTrainedModel, config: PretrainedConfig, device: torch
     return new_model.eval()
 
 
-@torch.inference_mode()
 def measured_speed_up(
     model: PreTrainedModel, config: PretrainedConfig, new_config: PretrainedConfig, use: Use, device: torch.device
 ) -> SpeedUp:
@@ -194,13 +193,12 @@ def measured_speed_up(
     generator = torch.Generator().manual_seed(0)
     clock = CLOCKS[clock_for(device)]
 
-    runs = []
-    for shape in (config, new_config):
-        candidate = random_model(model, deepcopy(shape), device)
-        tokens = int(min(use.tokens, positions_of(candidate) // 2))
-        ids = torch.randint(vocab_size, (use.batch_size, tokens), generator=generator)
-        runs.append(TimedRun(candidate, ids, use.decodes, clock))
-    return speed_up(*runs)
+    models = [random_model(model, deepcopy(shape), device) for shape in (config, new_config)]
+    tokens = int(min(use.tokens, positions_of(model) // 2))
+    ids = torch.randint(vocab_size, (use.batch_size, tokens), generator=generator)
+    with torch.no_grad():
+        original, candidate = (TimedRun(candidate, ids, use.decodes, clock) for candidate in models)
+        return speed_up(original, candidate)
 
 
 def speed_up(original: TimedRun, candidate: TimedRun) -> SpeedUp:
