@@ -37,7 +37,7 @@ LIBRARY_ERRORS: tuple[type[Exception], ...] = (
 )
 
 
-def lora_config(config: RecoveryConfig, model: PreTrainedModel, fewer_tokens: bool = False) -> LoraConfig:
+def lora_config(config: RecoveryConfig, model: PreTrainedModel) -> LoraConfig:
     """Return the config of the adapter that a recovery trains: the defaults, overridden by `config.lora`.
 
     "all-linear" includes the stacked weights of experts, and excludes linear layers that are not called.
@@ -45,15 +45,10 @@ def lora_config(config: RecoveryConfig, model: PreTrainedModel, fewer_tokens: bo
     Args:
         config: How the model is trained.
         model: The model.
-        fewer_tokens: Whether tokens were removed. Then the rows of the kept tokens are trained too, because the kept
-            tokens now spell more text.
     """
     settings = dict(LORA)
     settings.update(config.lora)
     adapter: LoraConfig = build(LoraConfig, settings)
-
-    if fewer_tokens and adapter.trainable_token_indices is None and not adapter.modules_to_save:
-        adapter.trainable_token_indices = _token_rows(model)
 
     if adapter.target_modules == LORA["target_modules"]:
         experts, routers = _expert_weights(model)
@@ -63,22 +58,6 @@ def lora_config(config: RecoveryConfig, model: PreTrainedModel, fewer_tokens: bo
         if adapter.exclude_modules is None:
             adapter.exclude_modules = _not_called(model, routers) or None
     return adapter
-
-
-def _token_rows(model: PreTrainedModel) -> dict[str, list[int]]:
-    """Return the rows of the embedding, and of a head of its own, by the name of the module."""
-    table: Any = model.get_input_embeddings()
-    head = model.get_output_embeddings()
-    modules = [table]
-    # peft trains a tied head with the embedding. It would lose the bias of a head that has one.
-    if isinstance(head, nn.Linear) and head.weight is not table.weight and head.bias is None:
-        modules.append(head)
-
-    rows: dict[str, list[int]] = {}
-    for name, module in model.named_modules():
-        if any(module is trained for trained in modules):
-            rows[name] = list(range(len(table.weight)))
-    return rows
 
 
 def _expert_weights(model: PreTrainedModel) -> tuple[set[str], set[str]]:

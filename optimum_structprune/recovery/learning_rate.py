@@ -1,4 +1,4 @@
-"""Choose the learning rate of a recovery by trial steps, and lower it for the rows of tokens."""
+"""Choose the learning rate of a recovery by trial steps."""
 
 from __future__ import annotations
 
@@ -18,24 +18,6 @@ from ..system.stages import progress
 # Trial rates, as shares of the default rate.
 SHARES = (1.0, 0.3, 0.1, 0.03, 0.01)
 NUM_TRIAL_SAMPLES = 4
-# The rows of tokens are trained at this share of the rate of an adapter.
-TOKEN_ROW_SHARE = 0.3
-
-
-def lower_rate_of_token_rows_(trainer: Trainer) -> None:
-    """Create the optimizer of a Trainer, with a lower rate for the rows of tokens that an adapter trains."""
-    model: Any = trainer.model
-    optimizer = trainer.create_optimizer()
-    rows = {id(weight) for name, weight in model.named_parameters() if "trainable_tokens_delta" in name}
-
-    for group in list(optimizer.param_groups):
-        in_group = [weight for weight in group["params"] if id(weight) in rows]
-        if in_group:
-            group["params"] = [weight for weight in group["params"] if id(weight) not in rows]
-            row_group = dict(group)
-            row_group["params"] = in_group
-            row_group["lr"] = TOKEN_ROW_SHARE * group["lr"]
-            optimizer.add_param_group(row_group)
 
 
 def lower_learning_rate_(

@@ -365,7 +365,7 @@ class Recovery:
         collator = SampleCollator(alignment, positions_of(model))
         adapter = None
         if config.train != "full":
-            adapter = lora_config(config, model, alignment is not None)
+            adapter = lora_config(config, model)
 
         seq_length = data.seq_length
 

@@ -21,7 +21,6 @@ from ..system.disk import is_write_error
 from ..system.errors import StructPruneError, one_line, reason_of
 from ..system.stages import progress, say, stage
 from .adapter import LIBRARY_ERRORS
-from .learning_rate import lower_rate_of_token_rows_
 from .teacher_cache import CachedData
 from .training_data import RecoveryData
 
@@ -189,7 +188,7 @@ def recovery_trainer(
             model.config.use_cache = use_cache  # the Trainer turns it off and does not restore it
         if teacher is not None:
             attach_loaded_teacher(trainer, teacher)
-        lower_rate_of_token_rows_(trainer)
+        trainer.create_optimizer()  # trial steps need its learning rates
 
     except LIBRARY_ERRORS as error:
         if isinstance(error, StructPruneError):

@@ -654,28 +654,21 @@ def test_the_merged_model_computes_the_same_as_the_model_with_its_default_adapte
         assert weight.ndim < 2 or not torch.equal(weight, original.get_parameter(name))
 
 
-@pytest.mark.parametrize("case", ["llama-tied", "llama-untied", "gpt2-tied", "gemma3_text", "codegen"])
-def test_the_rows_of_a_trimmed_vocabulary_are_trained_and_merged(case):
-    """The training changes the embedding and a head without a bias, tied or untied, but no head with a bias."""
+@pytest.mark.parametrize("case", ["llama-tied", "llama-untied"])
+def test_rows_of_tokens_that_the_adapter_names_are_trained_and_merged(case):
     model = build(case).eval()
-    original_logits = logits(model)
-    embedding = model.get_input_embeddings()
-    head = model.get_output_embeddings()
-    original_embedding = embedding.weight.clone()
-    original_head = head.weight.clone()
+    original_embedding = model.get_input_embeddings().weight.clone()
+    settings = RecoveryConfig(lora={"trainable_token_indices": [3, 5]})
 
-    with_adapter = adapted(model, lora_config(RecoveryConfig(), model, fewer_tokens=True))
-    torch.testing.assert_close(logits(with_adapter.eval()), original_logits)
-
+    with_adapter = adapted(model, lora_config(settings, model))
     for parameter in with_adapter.parameters():
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn(parameter.shape)
-    trained_logits = logits(with_adapter)
+    trained_logits = logits(with_adapter.eval())
     torch.testing.assert_close(logits(with_adapter.merge_and_unload()), trained_logits)
 
-    assert not torch.equal(embedding.weight, original_embedding)
-    assert torch.equal(head.weight, original_head) is (case == "codegen")
-    assert (head.weight is embedding.weight) is (case not in ("llama-untied", "codegen"))
+    changed = (model.get_input_embeddings().weight != original_embedding).any(1)
+    assert changed.nonzero().flatten().tolist() == [3, 5]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
