@@ -63,7 +63,7 @@ BY_SIZE = re.compile(
     "^Verdict: |^Next: |^Languages checked|^# test questions|^Words now split|tokens have # of|rules out GPTQ|"
     "rules out llama|significantly more|were calibrated on|^Letters that can no longer"
 )
-UNKNOWN = "flint"  # No family describes this model type.
+UNKNOWN = "diffllama"  # No family describes this model type.
 
 
 def snippets(page: Path, languages: str) -> list[tuple[str, str]]:

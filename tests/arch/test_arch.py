@@ -6,7 +6,7 @@ import pytest
 import yaml
 from helpers import own_family
 from models import CASES, OTHERS, build
-from transformers import PretrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from optimum_structprune import StructPruneError
 from optimum_structprune.arch.family import FAMILIES_FOLDER, builtin_families, family_of, read_families
@@ -83,7 +83,9 @@ def test_every_model_type_has_a_test_case():
     inner = {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"}
     # This model type is built like qwen3_5, and its text model has a case.
     outer = {"qwen3_5_moe"}
-    assert text_models | other_models | inner | outer == set(builtin_families())
+    # An older transformers does not have the newest model types.
+    known = {model_type for model_type in builtin_families() if model_type in CONFIG_MAPPING}
+    assert text_models | other_models | inner | outer == known
 
 
 def test_every_family_states_its_missing_spaces_and_whether_its_layers_may_differ():
