@@ -17,6 +17,10 @@ from .errors import StructPruneError, one_line
 from .fingerprint import json_hash, tensors_hash
 
 
+# The field of the metadata of a safetensors file that has the settings and the hash.
+RECORD = "record"
+
+
 class DamagedError(StructPruneError):
     """A stored file cannot be read, or differs from the hash of its contents."""
 
@@ -24,7 +28,9 @@ class DamagedError(StructPruneError):
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], settings: str = "") -> None:
     """Write tensors from any device to a safetensors file with settings, and a hash of both."""
     copies = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    save_file(copies, path, metadata={"settings": settings, "sha256": tensors_hash(copies.items(), settings)})
+    record = {"settings": settings, "sha256": tensors_hash(copies.items(), settings)}
+    # safetensors writes the fields of the metadata in a random order, so there is one.
+    save_file(copies, path, metadata={RECORD: json.dumps(record)})
 
 
 def open_tensors(path: Path) -> tuple[Any, str]:
@@ -38,14 +44,14 @@ def open_tensors(path: Path) -> tuple[Any, str]:
     """
     try:
         file = safe_open(path, framework="pt")
-        metadata = file.metadata() or {}
-        # A name of the metadata may be damaged too.
-        settings = metadata["settings"]
+        record = json.loads((file.metadata() or {})[RECORD])
+        settings = record["settings"]
         tensors = ((name, file.get_tensor(name)) for name in sorted(file.keys()))
-        is_intact = metadata["sha256"] == tensors_hash(tensors, settings)
+        is_intact = record["sha256"] == tensors_hash(tensors, settings)
     except (OSError, SafetensorError) as error:
         raise DamagedError(f"{path} cannot be read: {one_line(error)}.") from error
-    except KeyError as error:
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
+        # The record itself may be damaged.
         raise DamagedError(f"{path} is damaged.") from error
     if not is_intact:
         raise DamagedError(f"{path} is damaged.")

@@ -73,8 +73,8 @@ def test_the_pooling_is_found_in_both_layouts(place):
     inside_model = AutoModel.from_pretrained(place / "inside" / SUBFOLDER)
     flat_model = AutoModel.from_pretrained(place / "flat")
 
-    assert Pooling.of(inside_model) == Pooling(["cls"], "w3 w4")
-    assert Pooling.of(flat_model) == Pooling(["cls"], "w3 w4")
+    assert Pooling.of(inside_model) == Pooling(["cls"], True, *["w3 w4"] * 3)
+    assert Pooling.of(flat_model) == Pooling(["cls"], True, *["w3 w4"] * 3)
 
 
 def test_other_commands_read_both_layouts(place, capsys):

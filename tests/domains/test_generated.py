@@ -263,7 +263,7 @@ def test_only_required_text_is_generated(cache):
     required = set(domain.documents).union(domain.heldout_documents)
     (path,) = cache.iterdir()
     batches = [json.loads(line) for line in path.read_text().splitlines() if line]
-    num_generated = sum(len(documents) for _, documents in batches)
+    num_generated = sum(len(documents) for _, documents, _ in batches)
     assert len(required) <= num_generated <= len(required) + generated.FIRST_BATCH
 
 
