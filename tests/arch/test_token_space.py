@@ -23,7 +23,7 @@ NO_TOKEN_IDS = {
         "_num_audio_tokens default_num_delay_tokens default_num_lookahead_tokens n_cls_tokens n_langs num_cls_tokens "
         "num_detection_tokens num_global_tokens num_group_tokens num_image_tokens num_query_tokens "
         "num_register_tokens num_visual_indicator_tokens pred_num_mask_tokens max_new_tokens max_text_tokens "
-        "t2u_max_new_tokens vocoder_num_langs prompt_lookup_num_tokens"
+        "t2u_max_new_tokens vocoder_num_langs prompt_lookup_num_tokens index_num_local_tokens index_num_sink_tokens"
     ),
     "places of layers and modules": (
         "_out_indices altup_active_idx attn_layer_indices backbone_out_indices decode_index deepstack_visual_indexes "

@@ -198,7 +198,7 @@ def test_commands_and_the_card_of_whisper_omit_layers_and_evaluation(tmp_path, c
     assert " layers, " not in capsys.readouterr().out, "the layers are not described"
 
     card = (folder / "README.md").read_text()
-    assert "structprune prune ORIGINAL again" in card
+    assert "The settings are in structprune\\_config.json." in card
     assert "structprune evaluate" not in card
     assert "in the layers" not in card
 

@@ -212,11 +212,11 @@ def with_prefix() -> Tokenizer:
 
 
 def trained_unigram() -> Tokenizer:
-    metaspace = {"prepend_scheme": "first", "split": False}
     steps = {
         "normalizer": normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC()]),
-        "pre_tokenizer": pre_tokenizers.Metaspace(**metaspace),
-        "decoder": decoders.Metaspace(**metaspace),
+        "pre_tokenizer": pre_tokenizers.Metaspace(prepend_scheme="first", split=False),
+        # The decoder of the same name drops every space of the first token, and not only the prefix.
+        "decoder": decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]),
     }
     return trained(models.Unigram(), trainers.UnigramTrainer, 300, steps=steps, unk_token="<unk>")
 
