@@ -59,20 +59,18 @@ def checksums(model: PreTrainedModel) -> dict[str, tuple[Any, ...]]:
     Equal weights have equal checksums on every device. Each device adds up its own weights, so that only the checksums
     are copied to the CPU. Checksums detect changes such as a training. Use `fingerprint` against an attacker.
     """
-    tensors = dict(_weights(model))
-    names_by_device: dict[torch.device, list[str]] = {}
-    for name, tensor in tensors.items():
-        names_by_device.setdefault(tensor.device, []).append(name)
-
-    sums: dict[str, list[int]] = {}
-    for names in names_by_device.values():
-        stacked = torch.stack([_checksum(tensors[name]) for name in names])
-        sums.update(zip(names, stacked.tolist(), strict=True))
+    formats: dict[str, tuple[torch.dtype, torch.Size]] = {}
+    sums: dict[torch.device, dict[str, Tensor]] = {}
+    # Weights on disk are mapped into memory, so each is dropped before the next is read.
+    for name, tensor in _weights(model):
+        formats[name] = (tensor.dtype, tensor.shape)
+        sums.setdefault(tensor.device, {})[name] = _checksum(tensor)
 
     identities = {}
-    for name, tensor in tensors.items():
-        first_sum, second_sum = sums[name]
-        identities[name] = (tensor.dtype, tensor.shape, first_sum, second_sum)
+    for sums_by_name in sums.values():
+        pairs = torch.stack(list(sums_by_name.values())).tolist()
+        for name, pair in zip(sums_by_name, pairs, strict=True):
+            identities[name] = (*formats[name], *pair)
     return identities
 
 

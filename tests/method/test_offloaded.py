@@ -21,6 +21,8 @@ from optimum_structprune.arch.modules import layer_list
 from optimum_structprune.measure.losses import measure_all
 from optimum_structprune.measure.text import Text
 from optimum_structprune.method.offloaded import Offloaded
+from optimum_structprune.system import fingerprint
+from optimum_structprune.system.fingerprint import checksums
 from optimum_structprune.system.offloading import bring_in, weight_of
 
 
@@ -146,6 +148,22 @@ def test_a_gpu_holds_weights_from_the_disk_once():
 
     assert memory.peak == 4 * 64 * 64
     assert memory.now() == 4 * 64 * 64
+
+
+def test_checksums_hold_at_most_one_weight_from_the_disk(tmp_path, monkeypatch):
+    references = []
+
+    def weight_with_reference(model, name):
+        assert sum(reference() is not None for reference in references) <= 1
+        weight = weight_of(model, name)
+        references.append(weakref.ref(weight))
+        return weight
+
+    monkeypatch.setattr(fingerprint, "weight_of", weight_with_reference)
+    sums = checksums(build_offloaded("llama-untied", "disk", tmp_path))
+
+    assert len(references) > 10
+    assert sums == checksums(AutoModelForCausalLM.from_pretrained(tmp_path / "original"))
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
