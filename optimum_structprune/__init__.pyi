@@ -28,7 +28,6 @@ from .recovery.recover import recover as recover
 from .saving.export import export_uniform as export_uniform
 from .saving.gguf_file import export_gguf as export_gguf
 from .saving.page import write_report as write_report
-from .saving.push import push_to_hub as push_to_hub
 from .system.errors import InPlaceError as InPlaceError
 from .system.errors import StructPruneError as StructPruneError
 from .system.processes import across_processes as across_processes

@@ -142,8 +142,8 @@ def test_there_are_no_circular_imports():
 
 # Packages by the modules that have another name.
 PACKAGE_NAMES = {"yaml": "pyyaml"}
-# Optional packages: `make deepspeed` and the extras `languages` and `tasks`.
-OPTIONAL = {"deepspeed", "wordfreq", "lm_eval", "mteb", "sentence_transformers"}
+# Optional packages: `make deepspeed`, the extra `languages`, and sentence-transformers.
+OPTIONAL = {"deepspeed", "wordfreq", "sentence_transformers"}
 
 
 def test_every_imported_package_is_declared():

@@ -38,7 +38,7 @@ GROUPS = {
     "what to remove": "allocation criterion skip_layers keep_tokens languages arch_file",
     "text": "seq_length general_share general_text seed",
     "recovery": "--recovery-tokens recovery",
-    "output": "measure gguf --resume --base-model --license --push-to-hub --private --no-save --json --quiet",
+    "output": "measure gguf --resume --base-model --license --no-save --json --quiet",
     "loading the model": "--trust-remote-code --attn-implementation",
     "large models": "--offload batch_size checkpoint_dir",
     "method": "",

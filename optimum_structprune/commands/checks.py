@@ -49,10 +49,6 @@ def check_flags(args: Namespace) -> None:
     # The output of any other command may exist.
     if "--overwrite" in args.command.flags:
         _check_output(args, kinds)
-    if flags.get("push_to_hub") is not None:
-        from ..saving.push import check_push  # imported last, because it imports torch
-
-        check_push(args.push_to_hub, args.private)
 
 
 def _check_models(args: Namespace) -> None:

@@ -36,11 +36,6 @@ def _flag(options: Mapping[str, Any], **arguments: Any) -> dict[str, Any]:
     return arguments
 
 
-def names(text: str) -> list[str]:
-    """Return the words of a list with commas."""
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
 # Flags of several commands. The flags of `Loading` come first.
 TRUST = {"--trust-remote-code": switch("Run code that comes with the model.")}
 ARCH = {"--arch": option("FILE", "A YAML file that describes architectures of your own.", dest="arch_file")}
@@ -62,15 +57,6 @@ OFFLOAD_FLAGS = {
     )
 }
 OVERWRITE = {"--overwrite": switch("Replace the output.")}
-RESULT: Flags = {
-    **OVERWRITE,
-    "--push-to-hub": option(
-        "OWNER/NAME",
-        "Upload the result to this repository of the Hub once it is complete on the disk, with the token of `hf auth "
-        "login` or of HF_TOKEN.",
-    ),
-    "--private": switch("The repository is private."),
-}
 QUALITY: Flags = {
     "--domain": option(
         "NAME=SOURCE",
@@ -94,15 +80,6 @@ QUALITY: Flags = {
     "--num-samples": number("Maximum number of samples per domain; by default each domain is read to its end."),
     "--limit": number("Maximum number of questions; by default all of them."),
     "--batch-size": number("Sequences per forward pass; by default 1 on a CPU, and up to 16 on a GPU."),
-}
-TASKS: Flags = {
-    "--tasks": option(
-        "NAME,NAME",
-        "Measure tasks of lm-evaluation-harness, such as gsm8k,ifeval, or of MTEB for encoders. --limit also limits "
-        "the questions of each task.",
-        type=names,
-    ),
-    "--task-new-tokens": number("Maximum number of tokens that a task generates (1024).", default=1024),
 }
 SPEED: Flags = {
     "--speed": switch("Measure the speed of reading prompts and generating tokens. The models take turns."),
@@ -133,7 +110,7 @@ PRUNE_FLAGS: Flags = {
         "Save every finished layer in a folder next to the output, and resume from there if a run with the same "
         "settings was killed."
     ),
-    **RESULT,
+    **OVERWRITE,
     **LOADING,
     **ATTENTION,
     **OFFLOAD_FLAGS,
@@ -189,7 +166,7 @@ COMMANDS = (
                 "no teacher in memory, and later trainings with other widths or learning rates read it.",
             ),
             "--resume": switch("Resume from the last checkpoint of the same command."),
-            **RESULT,
+            **OVERWRITE,
             **ARCH,
             **LOADING,
             **ATTENTION,
@@ -232,7 +209,6 @@ COMMANDS = (
             "models": option("model", "Model ids or folders.", nargs="+"),
             "--against": option("ORIGINAL", "The original model to compare with."),
             **QUALITY,
-            **TASKS,
             **SPEED,
             "--html": switch("Save the numbers in the folder of the pruned model, and update its report.html."),
             **ARCH,

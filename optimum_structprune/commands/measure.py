@@ -19,9 +19,8 @@ from ..domains.templates import distinct_names
 from ..evaluation import evaluate as quality
 from ..evaluation.evaluate import check_evaluation, default_seq_length
 from ..evaluation.speed import cache_per_token, check_speed, measure_speed
-from ..evaluation.tasks import check_tasks, measure_tasks, task_table
 from ..record.figures import ORIGINAL, PRUNED, SizeResult
-from ..record.report import EVALUATION_NAME, SPEED_NAME, TASKS_NAME, MeasuredModel, Measurement, TaskScore
+from ..record.report import EVALUATION_NAME, SPEED_NAME, MeasuredModel, Measurement
 from ..saving.page import check_result, write_report
 from ..system.disk import check_folder
 from ..system.errors import StructPruneError
@@ -45,15 +44,11 @@ def evaluate(args: Namespace) -> Result:
     speed_settings: dict[str, Any] = {}
     if args.speed:
         speed_settings = _checked_speed(args, loading, paths)
-    library = ""
-    if args.tasks:
-        models = {path: loading.without_weights(path) for path in paths.values()}
-        library = check_tasks(models, args.tasks, args.task_new_tokens)
     settings: dict[str, Any] = {}
     notes: list[str] = []
     if measures_quality:
         settings, notes = _check_quality(args, loading, paths)
-    if args.html and not (measures_quality or args.speed or args.tasks):
+    if args.html and not (measures_quality or args.speed):
         return _with_page(args, [], {})
 
     load = loading.model
@@ -64,21 +59,6 @@ def evaluate(args: Namespace) -> Result:
     if args.speed:
         models = {name: load(path) for name, path in paths.items()}
         measurement.speed = measure_speed(models, **speed_settings)
-
-    if args.tasks:
-        scores: dict[str, dict[str, TaskScore]] = {}
-        for name, path in paths.items():
-            scores[name] = measure_tasks(
-                load(path),
-                loading.tokenizer(path),
-                path,
-                args.tasks,
-                library,
-                args.task_new_tokens,
-                args.limit,
-                args.batch_size,
-            )
-        measurement.tasks = task_table(scores, library, args.task_new_tokens, args.limit)
 
     # The vectors of encoders do not depend on the tokenizer.
     if not any(evaluation.has_perplexity for evaluation in measurement.evaluations):
@@ -100,8 +80,6 @@ def _save_records(measurement: Measurement, folder: Path) -> None:
         evaluation.save(folder / EVALUATION_NAME)
     if measurement.speed is not None:
         measurement.speed.save(folder / SPEED_NAME)
-    if measurement.tasks is not None:
-        measurement.tasks.save(folder / TASKS_NAME)
 
 
 def _paths(args: Namespace) -> dict[str, str]:

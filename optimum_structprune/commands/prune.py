@@ -26,7 +26,7 @@ from .checks import progress_folder, prune_configs
 from .export import add_gguf, disk_bytes
 from .loading import Loading
 from .output import Result, note
-from .recover import loading_flags, push_result, recover_and_save, recovery_for, result_lines
+from .recover import loading_flags, recover_and_save, recovery_for, result_lines
 
 
 def prune(args: Namespace) -> Result:
@@ -50,8 +50,7 @@ def prune(args: Namespace) -> Result:
 
         # Writing a GGUF file loads the model from the folder, which may have been trained.
         del pruned
-        result = add_gguf(args, result, loading, gguf_type, report)
-        return push_result(args, result)
+        return add_gguf(args, result, loading, gguf_type, report)
 
 
 def _check_folders(

@@ -22,10 +22,8 @@ from ..recovery.encoders import check_has_teacher
 from ..recovery.recover import NothingGainedWarning, Recovery, check_recovery
 from ..saving.card import loader_of
 from ..saving.page import PAGE_NAME, write_page_or_warn
-from ..saving.push import push_to_hub
 from ..system.disk import Output, check_apart, remove_checkpoints, resolved, used_paths
 from ..system.errors import StructPruneError
-from ..system.processes import is_first_rank
 from .arguments import recovery_config
 from .loading import Loading, weights_bytes
 from .output import Result
@@ -59,16 +57,7 @@ def recover(args: Namespace) -> Result:
             recovery.cache_teacher(meta_model, reader, args.teacher, args.teacher_cache, args.trust_remote_code)
 
         model, tokenizer = loading.model_and_tokenizer(args.model)
-        return push_result(args, recover_and_save(args, recovery, model, tokenizer))
-
-
-def push_result(args: Namespace, result: Result) -> Result:
-    """Push a result to the Hub if the arguments ask for it, and return it with the address."""
-    if args.push_to_hub is None or not is_first_rank():
-        return result
-
-    url = push_to_hub(args.output, args.push_to_hub, private=args.private or None)
-    return result.extended(f"Pushed to {url}", {"pushed": url})
+        return recover_and_save(args, recovery, model, tokenizer)
 
 
 def recovery_for(config: RecoveryConfig, args: Namespace, pruning: StructPruneConfig | None) -> Recovery:

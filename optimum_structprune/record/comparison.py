@@ -19,7 +19,7 @@ from .answers import (
     with_ends,
 )
 from .figures import ORIGINAL, PRUNED, AnswersResult, TextResult, mean_figure, mean_ratio, ratios_of
-from .report import PRINTERS, Evaluation, MeasuredModel, Measurement, Speed, Tasks, TaskScore, Timing
+from .report import PRINTERS, Evaluation, MeasuredModel, Measurement, Speed, Timing
 from .table import MAX_DIGITS, UNKNOWN, aligned, byte_size, number, ratio_text, times, value_text, with_margin
 from .view import FEW_DOCUMENTS, INTERVAL, MISSING_TEXT, UNITS, language_lines
 
@@ -74,8 +74,6 @@ def measurement_lines(measurement: Measurement) -> list[str]:
         lines.append(aligned(table))
 
     lines += _notes(measurement)
-    if measurement.tasks is not None:
-        lines.append(task_note(measurement.tasks))
     if measurement.speed is not None:
         lines.append(speed_note(measurement.speed))
 
@@ -113,8 +111,6 @@ def measurement_table(measurement: Measurement) -> list[list[str]]:
     rows += _size_rows(columns)
     rows += _quality_rows(columns, measurement.evaluations)
     rows += _answer_rows(columns)
-    if measurement.tasks is not None:
-        rows += _task_rows(measurement.tasks, columns)
     if measurement.speed is not None:
         rows += speed_rows(measurement.speed)
     return rows
@@ -296,36 +292,6 @@ def _median_length(column: Column) -> str:
     if answers is None:
         return UNKNOWN
     return number(median(question.answers[column.key].tokens for question in answers.questions))
-
-
-def _task_rows(tasks: Tasks, columns: Sequence[Column]) -> list[list[str]]:
-    """Return one row for each task and metric, with standard errors."""
-    rows = []
-    for label, scores in tasks.scores.items():
-        cells = []
-        for column in columns:
-            score = scores.get(column.name)
-            cells.append(UNKNOWN if score is None else _score_text(score))
-        rows.append(_row(label, cells))
-    return rows
-
-
-def _score_text(score: TaskScore) -> str:
-    """Return a score with its standard error: `0.413 (0.014)`."""
-    if score.error is None:
-        return number(score.value, MAX_DIGITS)
-    return f"{score.value:.{MAX_DIGITS}f} ({score.error:.{MAX_DIGITS}f})"
-
-
-def task_note(tasks: Tasks) -> str:
-    """Return a description of the measurement of tasks."""
-    limits = []
-    if tasks.new_tokens is not None:
-        limits.append(f"at most {tasks.new_tokens} new tokens")
-    if tasks.limit is not None:
-        limits.append(f"the first {tasks.limit} questions of each")
-    settings = "".join(f", {limit}" for limit in limits)
-    return f"Tasks by {tasks.library}{settings}; in brackets: the standard error."
 
 
 def speed_rows(speed: Speed) -> list[list[str]]:

@@ -32,7 +32,6 @@ RECOVERY_CONFIG_NAME = "recovery_config.json"
 RECOVERY_REPORT_NAME = "recovery_report.json"
 EVALUATION_NAME = "evaluation.json"
 SPEED_NAME = "speed.json"
-TASKS_NAME = "tasks.json"
 # The functions that return the lines of a record, by its class.
 PRINTERS: dict[type, Callable[[Any], list[str]]] = {}
 AnyResult = TypeVar("AnyResult", bound="ResultRecord")
@@ -405,41 +404,6 @@ class Speed(ResultRecord):
         return list(next(iter(self.run_memory.values()), {}))
 
 
-@dataclass
-class TaskScore:
-    """The score of one model in one task.
-
-    Attributes:
-        value: The score.
-        error: Its standard error; None where the library has none.
-    """
-
-    value: float
-    error: float | None = None
-
-
-@dataclass
-class Tasks(ResultRecord):
-    """The scores of models in tasks of a public benchmark.
-
-    Attributes:
-        scores: The scores by task and metric, then by model.
-        library: The library with its version.
-        new_tokens: The maximum number of generated tokens; None where nothing is generated.
-        limit: The maximum number of questions of each task; None for all of them.
-    """
-
-    scores: dict[str, dict[str, TaskScore]]
-    library: str
-    new_tokens: int | None = None
-    limit: int | None = None
-
-    @property
-    def models(self) -> list[str]:
-        """Return the names of the models."""
-        return list(next(iter(self.scores.values()), {}))
-
-
 @dataclass(kw_only=True)
 class Evaluation(Measurements, ResultRecord):
     """The result of `evaluate`: the columns `original` and `pruned`. `str(evaluation)` is a table.
@@ -492,12 +456,10 @@ class Measurement(ResultRecord):
     Attributes:
         models: The measurements by the name of the model.
         speed: The speed of the models; None where it was not measured.
-        tasks: The scores in tasks; None where they were not measured.
     """
 
     models: dict[str, MeasuredModel] = field(default_factory=dict)
     speed: Speed | None = None
-    tasks: Tasks | None = None
 
     @property
     def evaluations(self) -> list[Evaluation]:

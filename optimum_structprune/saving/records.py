@@ -16,12 +16,10 @@ from ..record.report import (
     RECOVERY_REPORT_NAME,
     REPORT_NAME,
     SPEED_NAME,
-    TASKS_NAME,
     Evaluation,
     RecoveryReport,
     Report,
     Speed,
-    Tasks,
 )
 
 
@@ -36,7 +34,6 @@ class Records:
         training: The config of a training that was a run of its own; empty where there is none.
         evaluation: The evaluation that `structprune evaluate` added; None where there is none.
         speed: The speed that `structprune evaluate` measured; None where it was not measured.
-        tasks: The scores in tasks that `structprune evaluate` measured; None where they were not measured.
         original: The id or the folder of the original model; empty where it is unknown.
     """
 
@@ -46,7 +43,6 @@ class Records:
     training: Mapping[str, Any]
     evaluation: Evaluation | None
     speed: Speed | None
-    tasks: Tasks | None
     original: str
 
     @classmethod
@@ -74,7 +70,6 @@ class Records:
             training=_read_config(folder / RECOVERY_CONFIG_NAME),
             evaluation=Evaluation.load(folder / EVALUATION_NAME),
             speed=Speed.load(folder / SPEED_NAME),
-            tasks=Tasks.load(folder / TASKS_NAME),
             original=original or report.model.name,
         )
 

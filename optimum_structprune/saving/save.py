@@ -50,7 +50,7 @@ RECORD_NAMES = (CONFIG_NAME, PLAN_NAME, REPORT_NAME, MANIFEST_NAME)
 # Files that a result writes itself: records, configs, a card, a page, weights of any format and their index.
 OWN_FILES = re.compile(
     r"\..*|__pycache__|additional_chat_templates|README\.md|chart\.svg|report\.(html|json)|"
-    r"(config|generation_config|evaluation|speed|tasks|written_files)\.json|"
+    r"(config|generation_config|evaluation|speed|written_files)\.json|"
     r"(structprune|pruning|recovery|calibration)_\w+\.json|"
     r"(?!\w+_linear\.pt).+\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|npz|ot|tflite|index\.json)"
 )

@@ -14,7 +14,7 @@ from ..config.pruning import CONFIG_NAME
 from ..domains.manifest import CALIBRATED, TRAINED
 from ..domains.sources import FORMATS
 from ..record.answers import outcome, sample_questions
-from ..record.comparison import measurement_table, speed_note, task_note
+from ..record.comparison import measurement_table, speed_note
 from ..record.figures import PRUNED
 from ..record.report import RECOVERY_CONFIG_NAME, MeasuredModel, Measurement
 from ..record.view import View, request_lines
@@ -60,12 +60,8 @@ def content(records: Records, title: str, original: str) -> dict[str, Any]:
     if evaluation is not None:
         models[PRUNED] = MeasuredModel("", evaluation=evaluation)
         evaluation_notes += [f"warning: {warning}" for warning in evaluation.warnings]
-    else:
-        for measured in (records.tasks, records.speed):
-            if measured is not None:
-                models = {name: MeasuredModel(name) for name in measured.models}
-    if records.tasks is not None:
-        evaluation_notes.append(task_note(records.tasks))
+    elif records.speed is not None:
+        models = {name: MeasuredModel(name) for name in records.speed.models}
     if records.speed is not None:
         evaluation_notes.append(speed_note(records.speed))
 
@@ -76,7 +72,7 @@ def content(records: Records, title: str, original: str) -> dict[str, Any]:
         "introduction": _introduction(view, original),
         "notes": notes,
         "questions": sample_questions(view.table.answers),
-        "evaluation": measurement_table(Measurement(models, records.speed, records.tasks)) if models else [],
+        "evaluation": measurement_table(Measurement(models, records.speed)) if models else [],
         "evaluation_notes": evaluation_notes,
         "calibrated_on": _domain_table(records, CALIBRATED),
         "trained_on": _domain_table(records, TRAINED),

@@ -36,7 +36,6 @@ VALUES = {
     "--measure": "false",
     "--num-samples": "6",
     "--offload": "cpu",
-    "--push-to-hub": "ann/small",
     "--recovery": "tokens=2000",
     "--recovery-tokens": "2000",
     "--refit": "none",
@@ -54,7 +53,7 @@ VALUES = {
 }
 AMOUNTS = ("--budget", "--sparsity", "--width")
 # Flags that are tested by `make test`. `make test-long` tests all of them.
-FIRST = ("--device", "--gguf", "--json", "--offload", "--overwrite", "--push-to-hub", "--recovery-tokens", "--resume")
+FIRST = ("--device", "--gguf", "--json", "--offload", "--overwrite", "--recovery-tokens", "--resume")
 # Flags of a pruned vocabulary.
 TOKEN_FLAGS = ("--keep-tokens", "--languages")
 
